@@ -1,0 +1,226 @@
+"""The context inference engine: a GRU that turns the memory of a lifetime into a belief about its hidden rules.
+
+The belief has A + 1 rows. Row a holds what is believed about action a, the last row what is believed about the world
+whatever the action (what moves, what is worth something). All rows run through one GRU: row a reads every effect marked
+"mine" or "of another action", the last row reads effects and rewards and never which action was taken. Hence the agent
+is equivariant under relabelling of the actions: what it learns about one labelling holds for all of them, so it cannot
+memorise which action maps and roles occurred together in training. That actions are exchangeable beforehand is prior
+knowledge, the same that the exact filter's uniform prior over action maps holds.
+
+Sources: Zintgraf et al., "VariBAD", ICLR 2020 (a recurrent belief trained to decode the whole lifetime); Kirsch et al.,
+"Introducing Symmetries to Black Box Meta Reinforcement Learning", AAAI 2022 (one recurrent cell shared by all actions);
+Cho et al., 2014 (the GRU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from environment import require
+from memory import EpisodicMemory, Experience
+from transition_model import ABSENT, TransitionModel, pair_codes, pairs_present
+
+
+@dataclass(frozen=True)
+class ContextSettings:
+    """Inference of the hidden rules."""
+
+    hidden: int = 64
+    """Size H of each row of the belief, at least 1."""
+    context: int = 32
+    """Size D of each row of the context vector, at least 1."""
+    touched: int = 16
+    """Features of what touched what, in a token, at least 1."""
+    token_scale: float = 10.0
+    """Initial scale of the token's weights over PyTorch's default: tokens are sparse, and each must be felt at once."""
+    context_scale: float = 3.0
+    """Initial scale of belief to context over PyTorch's default."""
+    hindsight_weight: float = 2.0
+    """Weight of predicting the outcomes of other times of the lifetime, at least 0."""
+    learning_rate: float = 4e-3
+    """Adam's, of the engine, the outcome prior and the consequences; it decays with the run."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("hidden", 1, 4096), ("context", 1, 4096), ("touched", 1, 4096), ("token_scale", 0, 1000), ("context_scale", 0, 1000),
+            ("hindsight_weight", 0, 1000), ("learning_rate", 0, 1),
+        ):  # fmt: skip
+            require(f"context.{name}", getattr(self, name), low, high)
+
+
+class ContextInferenceEngine(nn.Module):
+    """Belief (B, A + 1, H) over hidden rules, and the context (B, A + 1, D) that modulates the models.
+
+    The recurrent state is carried openly: `initial_belief`, `step`, `sequence`, and `imagine` for experience that only
+    might happen. `engine(memory)` is the belief after a memory.
+
+    Args:
+        settings: see `ContextSettings`.
+        actions: A.
+        outcomes: K.
+        codes: C, categories of a patch.
+    """
+
+    def __init__(self, settings: ContextSettings, actions: int, outcomes: int, codes: int) -> None:
+        super().__init__()
+        self.settings, self.actions, self.outcomes, self.codes = settings, actions, outcomes, codes
+        hidden = settings.hidden
+        self.own_effect = nn.Linear(outcomes, hidden)
+        self.others_effect = nn.Linear(outcomes, hidden)
+        self.world_event = nn.Linear(outcomes + 1 + settings.touched, hidden)
+        self.touched = nn.Linear(2 * codes, settings.touched)
+        self.gru = nn.GRU(hidden, hidden, batch_first=True)
+        self.first = nn.Parameter(torch.zeros(2, hidden))  # the belief before any experience: of an action, of the world
+        self.to_context = nn.Linear(hidden, settings.context)
+        self.register_buffer("pairs", pair_codes(codes), persistent=False)
+        with torch.no_grad():
+            for layer in (self.own_effect, self.others_effect, self.world_event):
+                layer.weight.mul_(settings.token_scale)
+            self.to_context.weight.mul_(settings.context_scale)
+            self.gru.bias_ih_l0[hidden : 2 * hidden] = 1.0  # update gate: remember by default
+
+    # ----------------------------------------------------------------------------------------------- contract
+
+    def initial_belief(self, batch: int) -> Tensor:
+        """The belief before any experience: (batch, A + 1, H)."""
+        rows = torch.cat([self.first[:1].expand(self.actions, -1), self.first[1:]])
+        return rows.expand(batch, -1, -1)
+
+    def context(self, belief: Tensor) -> Tensor:
+        """The context (..., A + 1, D) of beliefs (..., A + 1, H): row a for action a, the last for the world."""
+        return self.to_context(belief)
+
+    def step(self, belief: Tensor, experience: Experience) -> Tensor:
+        """The belief (B, A + 1, H) after one more step; `experience` has T = 1."""
+        return self._cell(self._input_gates(self._tokens(experience)[:, 0]), self._hidden_gates(belief), belief)
+
+    def sequence(self, experience: Experience) -> Tensor:
+        """All beliefs of lifetimes from their beginning: (B, T + 1, A + 1, H); index t is the belief before step t."""
+        B, T = experience.action.shape
+        tokens = self._tokens(experience)  # (B, T, A + 1, H)
+        rows, first = self.actions + 1, self.initial_belief(B)
+        inputs = tokens.transpose(1, 2).reshape(B * rows, T, -1)
+        beliefs, _ = self.gru(inputs, first.reshape(1, B * rows, -1))
+        beliefs = beliefs.view(B, rows, T, -1).transpose(1, 2)
+        return torch.cat([first[:, None], beliefs], 1)
+
+    def forward(self, memory: EpisodicMemory) -> Tensor:
+        """The belief (B, A + 1, H) after everything in `memory`."""
+        return self.sequence(memory.experience())[:, -1]
+
+    def imagine(
+        self, belief: Tensor, row: Tensor, action: Tensor, posterior: Tensor, reward: Tensor, present: Tensor
+    ) -> Tensor:  # fmt: skip
+        """Beliefs (N, A + 1, H) after N imagined experiences, each continuing one of the beliefs.
+
+        Args:
+            belief: (B, A + 1, H).
+            row: (N,) int64, which belief is continued.
+            action: (N,) int64; posterior: (N, K) effects; reward: (N,) float.
+            present: (N, C*C) bool, which pairs of codes occur, see `pairs_present`.
+        """
+        eye = torch.eye(self.outcomes, device=belief.device)
+        # Effects enter linearly, so token and input gates of all of them fit into two small tables.
+        own, others = (posterior @ self._input_gates(layer(eye)) for layer in (self.own_effect, self.others_effect))
+        gates = others[:, None].repeat(1, self.actions + 1, 1)
+        gates[torch.arange(len(row), device=row.device), action] = own
+        gates[:, -1] = self._input_gates(self._world_token(posterior, reward, present))
+        return self._cell(gates, self._hidden_gates(belief)[row], belief[row])
+
+    # ------------------------------------------------------------------------------------------------- parts
+
+    def _tokens(self, experience: Experience) -> Tensor:
+        """What every row of the belief reads: (B, T, A + 1, H)."""
+        posterior = experience.posterior.float()
+        mine = F.one_hot(experience.action, self.actions)[..., None].bool()  # (B, T, A, 1)
+        effects = torch.where(mine, self.own_effect(posterior)[:, :, None], self.others_effect(posterior)[:, :, None])
+        present = pairs_present(experience.codes, experience.next_codes, self.codes)
+        world = self._world_token(posterior, experience.reward, present)
+        return torch.cat([effects, world[:, :, None]], 2)
+
+    def _world_token(self, posterior: Tensor, reward: Tensor, present: Tensor) -> Tensor:
+        """(..., H) from effects (..., K), rewards (...), pairs (..., C*C): signed by the reward, so that steps without
+        reward add nothing to the evidence about what is worth something."""
+        features = F.silu(self.touched(self.pairs)).expand(*present.shape, -1)
+        features = features.masked_fill(~present[..., None], ABSENT).amax(-2)
+        reward = reward[..., None]
+        return self.world_event(torch.cat([posterior, reward, reward * features], -1))
+
+    def _input_gates(self, token: Tensor) -> Tensor:
+        return F.linear(token, self.gru.weight_ih_l0, self.gru.bias_ih_l0)
+
+    def _hidden_gates(self, belief: Tensor) -> Tensor:
+        return F.linear(belief, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
+
+    @staticmethod
+    def _cell(input_gates: Tensor, hidden_gates: Tensor, belief: Tensor) -> Tensor:
+        """PyTorch's GRU cell from its gates (..., 3H): spelt out, because imagined steps share most of them."""
+        hidden = belief.shape[-1]
+        reset, update = torch.sigmoid(input_gates[..., : 2 * hidden] + hidden_gates[..., : 2 * hidden]).chunk(2, -1)
+        candidate = torch.tanh(torch.addcmul(input_gates[..., 2 * hidden :], reset, hidden_gates[..., 2 * hidden :]))
+        return torch.lerp(candidate, belief, update)
+
+    # -------------------------------------------------------------------------------------------------- loss
+
+    def loss(
+        self, experience: Experience, transition: TransitionModel, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Learn to infer: predict the next outcome, and decode the whole lifetime from the belief at a random time.
+
+            filter    = mean over (B, T) of  -sum_k q_t(k) log pi(k | a_t, c_t)
+            hindsight = weight * mean over (B, T) of  -sum_k q_t(k) log pi(k | a_t, c_t'),   t' random, past or future
+            reward, termination = cross-entropies of sampled steps under c_t', t' random; steps with an event (a reward
+            or an end) and steps without are averaged apart, because events are 6% of the steps
+
+        t' lies in the same segment as t: what another rule did is no target. Gradients reach the engine, the prior and
+        the consequences; codes and effect posteriors are data.
+
+        Args:
+            experience: (B, T, ...).
+            transition: its contextual parameters learn along.
+            generator: of the random times.
+
+        Returns:
+            scalars by name, and the beliefs (B, T + 1, A + 1, H) without gradient.
+        """
+        B, T = experience.action.shape
+        beliefs = self.sequence(experience)
+        context = self.context(beliefs[:, :-1])  # (B, T, A + 1, D)
+        action, posterior = experience.action.flatten(), experience.posterior.float().flatten(0, 1)
+        row = torch.arange(B, device=action.device).repeat_interleave(T)
+        elsewhen, same = self._other_times(experience.segment, row, generator)
+        filtered = transition.prior_loss(context.flatten(0, 1), action, posterior)
+        hindsight = transition.prior_loss(context[row, elsewhen], action, posterior)
+        losses = {
+            "filter": filtered.mean(),
+            "hindsight": self.settings.hindsight_weight * (hindsight * same).sum() / same.sum(),
+        }
+        event = (experience.terminated | (experience.reward != 0)).flatten()
+        for occurred in (True, False):
+            steps = (event == occurred).nonzero()[:, 0]
+            if len(steps) == 0:
+                continue
+            drawn = steps[torch.randint(len(steps), (B * T // 5,), generator=generator, device=steps.device)]
+            at, valid = self._other_times(experience.segment, row[drawn], generator, drawn % T)
+            present = pairs_present(experience.codes.flatten(0, 1)[drawn], experience.next_codes.flatten(0, 1)[drawn], self.codes)
+            terms = transition.consequence_loss(
+                context[row[drawn], at, -1], present, experience.reward.flatten()[drawn], experience.terminated.flatten()[drawn]
+            )  # fmt: skip
+            for name, term in terms.items():
+                losses[name] = losses.get(name, 0) + (term * valid).sum() / valid.sum().clamp_min(1)
+        return losses, beliefs.detach()
+
+    @staticmethod
+    def _other_times(
+        segment: Tensor, row: Tensor, generator: torch.Generator, step: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A random time (N,) for each step of lifetimes `row` (N,), and whether it lies in the step's segment (float)."""
+        T = segment.shape[1]
+        if step is None:
+            step = torch.arange(len(row), device=row.device) % T
+        elsewhen = torch.randint(T, row.shape, generator=generator, device=row.device)
+        return elsewhen, (segment[row, elsewhen] == segment[row, step]).float()

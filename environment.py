@@ -1,0 +1,556 @@
+"""The pixel world whose rules are hidden: rules as data, the batched world, its exact solution, scores, Gymnasium faces.
+
+Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes*
+follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
+`arrival[t]` is the picture that the action led to, and `reward[t]` came with it. When an episode ends at step t
+(`terminated[t]` by a goal or hazard, `truncated[t]` by its time limit), `frame[t + 1]` is the first picture of the next
+episode; otherwise it is `arrival[t]`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Literal, NamedTuple, Sequence
+
+import gymnasium
+import matplotlib
+import numpy as np
+import scipy.stats
+import torch
+from gymnasium.vector.utils import batch_space
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+matplotlib.use("Agg")  # pictures go to files, also without a display
+from matplotlib import animation, pyplot  # noqa: E402
+
+MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])  # (move, (row, column)): up, down, left, right
+MOVE_NAMES = ("up", "down", "left", "right")
+ROLES = ("body", "goal", "hazard")
+PALETTE = torch.tensor([[220, 60, 60], [60, 200, 80], [70, 110, 230]], dtype=torch.uint8)
+PALETTE_NAMES = ("red", "green", "blue")
+BACKGROUND = 20
+ACTION_MAPS = torch.tensor(list(itertools.permutations(range(len(MOVES)))))  # (24, action) -> move
+ROLE_COLOURS = torch.tensor(list(itertools.permutations(range(len(ROLES)))))  # (6, role) -> colour
+N_ACTIONS, N_TASKS = len(MOVES), len(ACTION_MAPS) * len(ROLE_COLOURS)
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """The world and its ladder of difficulty."""
+
+    grid: int = 6
+    """Cells along each side of the square world, at least 3."""
+    cell: int = 4
+    """Pixels along each side of a cell, at least 1."""
+    lifetime: int = 64
+    """Steps that one task lasts, at least 2."""
+    episode_limit: int = 18
+    """Steps after which an episode ends without a goal or hazard, at least 1."""
+    slip: float = 0.15
+    """Probability in [0, 1] that an action slips."""
+    slip_random: float = 0.5
+    """Share in [0, 1] of the slips in which a random action is taken; in the others nothing moves."""
+    noise: float = 0.1
+    """Standard deviation of the Gaussian pixel noise, as a share of the range 0..255, at least 0."""
+    holdout: Literal["combinations", "permutations"] = "combinations"
+    """What is never trained on: 28 of the 144 pairs of action map and roles, or 6 of the 24 action maps."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("grid", 3, 64), ("cell", 1, 64), ("lifetime", 2, 10_000), ("episode_limit", 1, 10_000),
+            ("slip", 0, 1), ("slip_random", 0, 1), ("noise", 0, 10),
+        ):  # fmt: skip
+            require(f"world.{name}", getattr(self, name), low, high)
+
+    @property
+    def pixels(self) -> int:
+        """Height and width of the picture in pixels."""
+        return self.grid * self.cell
+
+
+def require(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError, naming the setting and the mend, unless `low <= value <= high` (NaN is refused)."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, but must lie between {low} and {high}: choose a value in that range.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+class Rule(NamedTuple):
+    """Hidden rules as data, one row for each world."""
+
+    action_map: Tensor
+    """(B, action) int64: the move (row of MOVES) that an action makes."""
+    colours: Tensor
+    """(B, role) int64: the colour (row of PALETTE) that plays a role (body, goal, hazard)."""
+
+    def words(self, row: int) -> str:
+        """The rule of one world in words, for captions."""
+        moves = ", ".join(f"{a}: {MOVE_NAMES[m]}" for a, m in enumerate(self.action_map[row].tolist()))
+        return f"{moves}\n" + ", ".join(
+            f"{role} {PALETTE_NAMES[c]}" for role, c in zip(ROLES, self.colours[row].tolist())
+        )
+
+
+def rule_of(task: Tensor) -> Rule:
+    """The rules behind task numbers (B,) int64 in [0, N_TASKS): task = 6 * action map + role assignment."""
+    task = task.cpu()
+    return Rule(ACTION_MAPS[task // len(ROLE_COLOURS)], ROLE_COLOURS[task % len(ROLE_COLOURS)])
+
+
+def task_split(holdout: str, split: str) -> Tensor:
+    """Task numbers (n,) int64 of one split; the three splits of a holdout are disjoint and cover all N_TASKS.
+
+    `combinations`: 100 / 16 / 28 pairs of action map and roles; every map and every role assignment occurs in training.
+    `permutations`: the test split holds every task of 6 action maps that are never trained on: 92 / 16 / 36.
+    """
+    seeded = torch.Generator().manual_seed(7)  # fixed for ever: which tasks are held out is part of the benchmark
+    if holdout == "combinations":
+        order = torch.randperm(N_TASKS, generator=seeded)
+        test, rest = order[:28], order[28:]
+    elif holdout == "permutations":
+        held = torch.randperm(len(ACTION_MAPS), generator=seeded)[:6]
+        is_test = torch.isin(torch.arange(N_TASKS) // len(ROLE_COLOURS), held)
+        test, rest = is_test.nonzero()[:, 0], (~is_test).nonzero()[:, 0]
+        rest = rest[torch.randperm(len(rest), generator=seeded)]
+    else:
+        raise ValueError(f"holdout is {holdout!r}, but must be 'combinations' or 'permutations'.")
+    parts = {"train": rest[16:], "validation": rest[:16], "test": test}
+    if split not in parts:
+        raise ValueError(f"split is {split!r}, but must be one of {', '.join(parts)}.")
+    return parts[split].sort().values
+
+
+# -------------------------------------------------------------------------------------------------------- batched world
+
+
+class WorldStep(NamedTuple):
+    """What one step gives; B worlds, pictures (B, H, W, 3) uint8."""
+
+    arrival: Tensor
+    """The picture that the action led to."""
+    reward: Tensor
+    """(B,) float32: +1 on the goal, -1 on the hazard, else 0."""
+    terminated: Tensor
+    """(B,) bool: the episode ended on the goal or the hazard."""
+    truncated: Tensor
+    """(B,) bool: the episode ended by its time limit."""
+    frame: Tensor
+    """The picture that the next action is chosen on: `arrival`, or a new episode's first picture."""
+
+
+class HiddenRulesWorld:
+    """B worlds that step and draw together on one device, without a loop over worlds.
+
+    Every call draws the same amount of randomness whatever the agents do, so worlds made with one seed give every agent
+    the same tasks, starts and slips: comparisons between agents are paired. Pixel noise has a generator of its own.
+
+    Args:
+        settings: the world's settings.
+        batch: number of worlds, B.
+        tasks: (n,) int64 task numbers to draw from, with equal probability.
+        seed: of the world's two generators.
+        device: where all tensors live.
+        bank: noise samples kept (int16); frames read random windows of it, which is 20 times cheaper than new noise.
+    """
+
+    def __init__(
+        self, settings: WorldSettings, batch: int, tasks: Tensor, seed: int, device: torch.device | str = "cpu", bank: int = 1 << 20
+    ) -> None:  # fmt: skip
+        if batch < 1 or len(tasks) < 1:
+            raise ValueError(f"a world needs at least one row and one task, not batch={batch} and {len(tasks)} tasks.")
+        self.settings, self.batch, self.device = settings, batch, torch.device(device)
+        self.tasks_to_draw = tasks.to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.noise_generator = torch.Generator(self.device).manual_seed(seed + 1)
+        self.rows = torch.arange(batch, device=self.device)
+        self._moves, self._palette = MOVES.to(self.device), PALETTE.to(self.device, torch.int16)
+        self._noise: Tensor | None = None
+        if settings.noise:
+            samples = torch.randn(bank + 3 * settings.pixels**2, generator=self.noise_generator, device=self.device)
+            self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16).unfold(0, 3 * settings.pixels**2, 1)
+
+    def reset(self) -> Tensor:
+        """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
+        drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.generator, device=self.device)
+        self.task = self.tasks_to_draw[drawn]
+        self.rule = Rule(*(part.to(self.device) for part in rule_of(self.task)))
+        self.position = self._starts()  # (B, role, (row, column))
+        self.age = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # steps of the present episode
+        return self.draw()
+
+    def step(self, action: Tensor) -> WorldStep:
+        """Take `action` (B,) int64 in every world; see `WorldStep`."""
+        s, batch = self.settings, self.batch
+        if action.shape != (batch,):
+            raise ValueError(f"action has shape {tuple(action.shape)}, but {batch} worlds need ({batch},).")
+        chance = torch.rand(batch, generator=self.generator, device=self.device)
+        random_action = torch.randint(N_ACTIONS, (batch,), generator=self.generator, device=self.device)
+        starts = self._starts()  # drawn whether used or not: see the class docstring
+        taken = torch.where(chance < s.slip * s.slip_random, random_action, action)
+        move = self._moves[self.rule.action_map[self.rows, taken]]
+        stands_still = (chance >= s.slip * s.slip_random) & (chance < s.slip)
+        move = move.masked_fill(stands_still[:, None], 0)
+        self.position[:, 0] = (self.position[:, 0] + move).clamp_(0, s.grid - 1)
+        on_goal = (self.position[:, 0] == self.position[:, 1]).all(-1)
+        on_hazard = (self.position[:, 0] == self.position[:, 2]).all(-1)
+        reward = on_goal.float() - on_hazard.float()
+        self.age += 1
+        terminated = on_goal | on_hazard
+        truncated = (self.age >= s.episode_limit) & ~terminated
+        ended = terminated | truncated
+        arrival = self.draw()
+        self.arrived_at = self.position.clone()  # for the exact filter, which sees positions before the restart
+        self.position = torch.where(ended[:, None, None], starts, self.position)
+        self.age.masked_fill_(ended, 0)
+        frame, restarted = arrival, ended.nonzero()[:, 0]
+        if len(restarted):
+            frame = arrival.clone()
+            frame[restarted] = self.draw(restarted)
+        return WorldStep(arrival, reward, terminated, truncated, frame)
+
+    def draw(self, rows: Tensor | None = None) -> Tensor:
+        """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8."""
+        s = self.settings
+        position, colours = self.position, self.rule.colours
+        if rows is not None:
+            position, colours = position[rows], colours[rows]
+        n = len(position)
+        picture = torch.full((n, s.grid, s.cell, s.grid, s.cell, 3), BACKGROUND, dtype=torch.int16, device=self.device)
+        index = self.rows[:n]
+        for role in (2, 1, 0):  # the body is drawn last: it covers what it stands on
+            colour = self._palette[colours[:, role]][:, None, None, :]  # (n, 1, 1, 3)
+            picture[index, position[:, role, 0], :, position[:, role, 1]] = colour
+        picture = picture.view(n, -1)
+        if self._noise is not None:
+            start = torch.randint(len(self._noise), (n,), generator=self.noise_generator, device=self.device)
+            picture += self._noise[start]
+        return picture.clamp_(0, 255).to(torch.uint8).view(n, s.pixels, s.pixels, 3)
+
+    def by_colour(self, position: Tensor) -> Tensor:
+        """What a perfect eye sees of positions (B, role, 2): the same, ordered by colour (B, colour, 2)."""
+        return torch.zeros_like(position).scatter_(1, self.rule.colours[:, :, None].expand(-1, -1, 2), position)
+
+    def _starts(self) -> Tensor:
+        """Distinct random cells for body, goal and hazard: (B, 3, 2) int64."""
+        cells = self.settings.grid**2
+        first, second, third = (
+            torch.randint(cells - i, (self.batch,), generator=self.generator, device=self.device) for i in range(3)
+        )
+        second = second + (second >= first)  # skip the cell taken, so that all pairs are equally likely
+        low, high = torch.minimum(first, second), torch.maximum(first, second)
+        third = third + (third >= low)
+        third = third + (third >= high)
+        cell = torch.stack([first, second, third], 1)
+        return torch.stack([cell // self.settings.grid, cell % self.settings.grid], -1)
+
+
+# ------------------------------------------------------------------------------------------------------- exact solution
+
+
+def log_likelihood(world: HiddenRulesWorld, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
+    """Log probability of what a perfect eye saw happen, under every rule: (B, N_TASKS) float32.
+
+    Args:
+        world: for its slip settings alone; its rule is not read.
+        before, after: (B, colour, 2) int64 positions by colour around the step, before any restart.
+        action: (B,) int64.
+    """
+    s, device = world.settings, before.device
+    rule = Rule(*(part.to(device) for part in rule_of(torch.arange(N_TASKS))))
+    body, others = rule.colours[:, 0], rule.colours[:, 1:]
+    start, end = before[:, body], after[:, body]  # (B, N_TASKS, 2): where the body was and is, if the rule held
+    unmoved = (before[:, others] == after[:, others]).all(-1).all(-1)  # goal and hazard never move
+    chosen = rule.action_map.T[action]  # (B, N_TASKS): the move that the action makes under each rule
+    probability = s.slip * (1 - s.slip_random) * (start == end).all(-1).float()
+    for move, shift in enumerate(MOVES.to(device)):
+        reached = ((start + shift).clamp(0, s.grid - 1) == end).all(-1).float()
+        intended = (chosen == move).float() * (1 - s.slip)
+        probability = probability + reached * (intended + s.slip * s.slip_random / N_ACTIONS)
+    return torch.log(probability * unmoved)
+
+
+def reward_consistent(after: Tensor, reward: Tensor) -> Tensor:
+    """Which rules explain `reward` (B,) at positions by colour `after` (B, colour, 2): (B, N_TASKS) bool."""
+    colours = ROLE_COLOURS.to(after.device)[torch.arange(N_TASKS) % len(ROLE_COLOURS)]
+    on = (after[:, colours[:, :1]] == after[:, colours[:, 1:]]).all(-1).float()  # (B, N_TASKS, (goal, hazard))
+    return on[..., 0] - on[..., 1] == reward[:, None]
+
+
+def value_iteration(settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4) -> Tensor:
+    """Action values of a world whose rule is known: (S, S, S, move) float32 for cells of body, goal and hazard.
+
+    Solves Q(s, m) = E[r + discount * V(s')], where the end of an episode leads to W, the mean value of a fresh start,
+    because the lifetime goes on. The episode's time limit is left out: the picture does not show it.
+    """
+    cells, grid, slip = settings.grid**2, settings.grid, settings.slip
+    index = torch.arange(cells)
+    place = torch.stack([index // grid, index % grid], -1)
+    reached = [((place + move).clamp(0, grid - 1) * torch.tensor([grid, 1])).sum(-1) for move in MOVES] + [index]
+    body, goal, hazard = index.view(-1, 1, 1), index.view(1, -1, 1), index.view(1, 1, -1)
+    distinct = (body != goal) & (body != hazard) & (goal != hazard)
+    value = torch.zeros(cells, cells, cells)
+    for _ in range(math.ceil(math.log(tolerance) / math.log(discount))):
+        fresh = discount * value[distinct].mean()
+        landed = torch.where(body == goal, 1 + fresh, torch.where(body == hazard, fresh - 1, discount * value))
+        move_values = torch.stack([landed[to] for to in reached], -1)  # (S, S, S, four moves and standing still)
+        moves, still = move_values[..., :-1], move_values[..., -1:]
+        q = (1 - slip) * moves + slip * (
+            settings.slip_random * moves.mean(-1, keepdim=True) + (1 - settings.slip_random) * still
+        )
+        change, value = (q.amax(-1) - value).abs().max(), q.amax(-1)
+        if change < tolerance:
+            break
+    return q
+
+
+# --------------------------------------------------------------------------------------------------- lifetimes and scores
+
+
+class Lifetimes(NamedTuple):
+    """What happened in B lifetimes of T steps, on the CPU."""
+
+    reward: Tensor
+    """(B, T) float32."""
+    terminated: Tensor
+    """(B, T) bool."""
+    truncated: Tensor
+    """(B, T) bool."""
+
+
+def play(world: HiddenRulesWorld, agent: Any, watchers: Sequence[Any] = ()) -> Lifetimes:
+    """Let `agent` (see agent.Agent) live one lifetime in every world; watchers `begin` and `observe` along."""
+    frames = world.reset()
+    for listener in (agent, *watchers):
+        listener.begin(frames)
+    happened = []
+    for _ in range(world.settings.lifetime):
+        action = agent.act()
+        step = world.step(action)
+        for listener in (agent, *watchers):
+            listener.observe(action, step)
+        happened.append((step.reward, step.terminated, step.truncated))
+    return Lifetimes(*(torch.stack(part, 1).cpu() for part in zip(*happened)))
+
+
+def interval(statistic: Callable, *samples: np.ndarray) -> list[float]:
+    """95% bootstrap interval of `statistic(*samples, axis)`, the samples resampled together (paired by lifetime)."""
+    found = scipy.stats.bootstrap(
+        samples, statistic, paired=True, n_resamples=2000, method="percentile", vectorized=True, rng=np.random.default_rng(0)
+    )  # fmt: skip
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+
+def summary(lifetimes: Lifetimes) -> dict[str, Any]:
+    """Return (mean, interquartile mean, intervals) and counts a lifetime; `by_step` is each step's mean
+    reward, `by_step_error` its standard error."""
+    returns = lifetimes.reward.double().sum(1).numpy()
+    iqm = lambda x, axis=-1: scipy.stats.trim_mean(x, 0.25, axis=axis)  # noqa: E731
+    return {
+        "return_mean": float(returns.mean()),
+        "return_iqm": float(iqm(returns)),
+        "return_ci95": interval(np.mean, returns),
+        "return_iqm_ci95": interval(iqm, returns),
+        "by_step": lifetimes.reward.double().mean(0).tolist(),
+        "by_step_error": (lifetimes.reward.double().std(0) / len(returns) ** 0.5).tolist(),
+        "goals": float((lifetimes.reward > 0).double().sum(1).mean()),
+        "hazards": float((lifetimes.reward < 0).double().sum(1).mean()),
+        "timeouts": float(lifetimes.truncated.double().sum(1).mean()),
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """An evaluation in a few lines."""
+    lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
+    for name in ("agent", "thompson", "known_rule", "random"):
+        low, high = result[name]["return_ci95"]
+        lines.append(f"  {name:11s} {result[name]['return_mean']:6.2f} [{low:.2f}, {high:.2f}]")
+    for name in ("normalised", "of_thompson"):
+        lines.append(f"  {name:11s} {result[name]:6.3f} [{result[name + '_ci95'][0]:.3f}, {result[name + '_ci95'][1]:.3f}]")
+    nats = result["belief_nats"]
+    lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
+    return "\n".join(lines)
+
+
+def draw_adaptation(result: dict[str, Any], path: Path, bin_steps: int = 4) -> None:
+    """Reward by step of the lifetime for every agent of an evaluation, averaged over `bin_steps`, to `path` (PNG)."""
+    figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
+    for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling"), ("agent", "agent"), ("random", "random")):
+        steps = len(result[name]["by_step"]) // bin_steps * bin_steps
+        mean = np.array(result[name]["by_step"][:steps]).reshape(-1, bin_steps).mean(1)
+        square = np.square(result[name]["by_step_error"][:steps]).reshape(-1, bin_steps).sum(1)
+        error, at = 1.96 * np.sqrt(square) / bin_steps, (np.arange(len(mean)) + 0.5) * bin_steps
+        low, high = result[name]["return_ci95"]
+        (line,) = axes.plot(at, mean, label=f"{label}: {result[name]['return_mean']:.2f} [{low:.2f}, {high:.2f}]")
+        axes.fill_between(at, mean - error, mean + error, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=f"{result['lifetimes']} lifetimes, {result['split']} tasks")
+    axes.legend(title="return [95% interval]", loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], caption: str, path: Path) -> None:
+    """A lifetime as an animation to `path` (GIF), atomically.
+
+    Args:
+        moments: for each step the picture seen and its reconstruction (H, W, 3), the belief (action, outcome) as
+            probabilities, and a heading.
+        caption: stands under all of them.
+    """
+    layout = [["seen", "rebuilt"], ["belief", "belief"]]
+    figure, parts = pyplot.subplot_mosaic(layout, figsize=(6, 5.6), height_ratios=[3, 1.5])
+    figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
+    for name, title in (("seen", "seen"), ("rebuilt", "reconstruction")):
+        parts[name].set(title=title, xticks=[], yticks=[])
+    actions = range(len(moments[0][2]))
+    parts["belief"].set(title="belief: which outcome each action has", ylabel="action", xticks=[], yticks=actions)
+    images = [parts[name].imshow(first) for name, first in (("seen", moments[0][0]), ("rebuilt", moments[0][1]))]
+    images.append(parts["belief"].imshow(moments[0][2], vmin=0, vmax=1, aspect="auto", cmap="magma"))
+    heading = figure.suptitle(" ")
+    figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
+
+    def show(moment: tuple) -> None:
+        for image, content in zip(images, moment):
+            image.set_data(content)
+        heading.set_text(moment[3])
+
+    temporary = path.with_name(f".{path.name}.tmp.gif")
+    film = animation.FuncAnimation(figure, show, moments, init_func=lambda: None, cache_frame_data=False)
+    film.save(temporary, writer=animation.PillowWriter(fps=4), dpi=70)
+    temporary.replace(path)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------ Gymnasium faces
+
+
+def seeds_of(generator: np.random.Generator) -> int:
+    """A seed for a torch generator, drawn from a Gymnasium environment's own generator."""
+    return int(generator.integers(2**31))
+
+
+class PixelEnv(gymnasium.Env):
+    """One hidden-rule world behind Gymnasium's interface; an episode, to the outside, is one lifetime.
+
+    `terminated` is always False and `truncated` comes at the lifetime's end. The episodes inside show in `info`:
+    `episode_terminated` and `episode_truncated` (bool), and where one ended `final_frame`, the last picture before the
+    restart. Observations are (H, W, 3) uint8 pictures, actions are Discrete(4). Every reset draws a new task.
+
+    Args:
+        settings: the world's settings.
+        split: which tasks are drawn: train, validation or test.
+        render_mode: None or "rgb_array" (a large picture).
+        caption: write the hidden rule under the rendered picture.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
+
+    def __init__(
+        self, settings: WorldSettings = WorldSettings(), split: Split = "train", render_mode: str | None = None, caption: bool = False
+    ) -> None:  # fmt: skip
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode is {render_mode!r}, but must be None or 'rgb_array'.")
+        self.settings, self.render_mode, self.caption = settings, render_mode, caption
+        self.tasks = task_split(settings.holdout, split)
+        self.observation_space = gymnasium.spaces.Box(0, 255, (settings.pixels, settings.pixels, 3), np.uint8)
+        self.action_space = gymnasium.spaces.Discrete(N_ACTIONS)
+        self.world: HiddenRulesWorld | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Begin a lifetime in a newly drawn task; a seed fixes this and all later lifetimes."""
+        super().reset(seed=seed)
+        if self.world is None or seed is not None:
+            self.world = HiddenRulesWorld(self.settings, 1, self.tasks, seeds_of(self.np_random))
+        self.steps = 0
+        self._picture = self.world.reset()[0].numpy()
+        return self._picture, {"episode_terminated": False, "episode_truncated": False}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Take an action; Gymnasium's five-tuple. Raises ValueError for an action outside the space."""
+        if self.world is None:
+            raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
+        if not self.action_space.contains(action):
+            raise ValueError(f"action is {action!r}, but must be an integer from 0 to {N_ACTIONS - 1}.")
+        arrival, reward, terminated, truncated, frame = self.world.step(torch.tensor([int(action)]))
+        self.steps += 1
+        info = {"episode_terminated": bool(terminated), "episode_truncated": bool(truncated)}
+        if terminated or truncated:
+            info["final_frame"] = arrival[0].numpy()
+        self._picture = frame[0].numpy()
+        return self._picture, float(reward), False, self.steps >= self.settings.lifetime, info
+
+    def render(self) -> np.ndarray | None:
+        """The present picture, enlarged to at least 384 pixels, (H', W', 3) uint8; with the rule if asked for."""
+        if self.render_mode is None:
+            return None
+        if self.world is None:
+            raise gymnasium.error.ResetNeeded("render() was called before reset(): call reset() first.")
+        scale = math.ceil(384 / self.settings.pixels)
+        picture = self._picture.repeat(scale, 0).repeat(scale, 1)
+        if not self.caption:
+            return picture
+        canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + 44), "white")
+        canvas.paste(Image.fromarray(picture))
+        ImageDraw.Draw(canvas).text((6, picture.shape[0] + 4), self.world.rule.words(0), fill="black", font_size=15)
+        return np.asarray(canvas)
+
+
+class PixelVectorEnv(gymnasium.vector.VectorEnv):
+    """Many hidden-rule worlds behind Gymnasium's vector interface, numpy over the batched world.
+
+    All lifetimes end together, so `truncated` is all False or all True. Autoreset is SAME_STEP: at the lifetime's end
+    the observation is the next lifetime's first picture and `info["final_obs"]` holds the last one of the old. Infos
+    are as in `PixelEnv`, as arrays with Gymnasium's `_name` masks.
+    """
+
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(self, num_envs: int = 1, settings: WorldSettings = WorldSettings(), split: Split = "train") -> None:
+        self.num_envs, self.settings, self.tasks = num_envs, settings, task_split(settings.holdout, split)
+        self.single_observation_space = gymnasium.spaces.Box(0, 255, (settings.pixels, settings.pixels, 3), np.uint8)
+        self.single_action_space = gymnasium.spaces.Discrete(N_ACTIONS)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.world: HiddenRulesWorld | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Begin a lifetime in every world; a seed fixes this and all later lifetimes."""
+        super().reset(seed=seed)
+        if self.world is None or seed is not None:
+            self.world = HiddenRulesWorld(self.settings, self.num_envs, self.tasks, seeds_of(self.np_random))
+        self.steps = 0
+        return self.world.reset().numpy(), {}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """Take `actions` (num_envs,); pictures (num_envs, H, W, 3), rewards and flags (num_envs,), info."""
+        if self.world is None:
+            raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
+        if not self.action_space.contains(np.asarray(actions)):
+            raise ValueError(f"actions must be {self.num_envs} integers from 0 to {N_ACTIONS - 1}, not {actions!r}.")
+        arrival, reward, terminated, truncated, frame = self.world.step(torch.as_tensor(np.asarray(actions)))
+        self.steps += 1
+        everywhere, ended = np.ones(self.num_envs, bool), (terminated | truncated).numpy()
+        info = {"episode_terminated": terminated.numpy(), "_episode_terminated": everywhere}
+        info |= {"episode_truncated": truncated.numpy(), "_episode_truncated": everywhere}
+        if ended.any():
+            info |= {"final_frame": arrival.numpy(), "_final_frame": ended}
+        over = np.full(self.num_envs, self.steps >= self.settings.lifetime)
+        if over[0]:
+            info |= {"final_obs": frame.numpy(), "_final_obs": everywhere, "final_info": dict(info)}
+            frame, self.steps = self.world.reset(), 0
+        return frame.numpy(), reward.numpy(), np.zeros_like(over), over, info
+
+
+gymnasium.register(
+    "HiddenRules-v0",
+    entry_point="environment:PixelEnv",
+    vector_entry_point="environment:PixelVectorEnv",
+    kwargs={"settings": WorldSettings(cell=8)},  # 48x48 pictures, so that everybody's convolutions fit
+)

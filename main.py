@@ -1,0 +1,666 @@
+"""Meta-train an agent that infers hidden rules from pixels; evaluate, resume and watch it.
+
+    python3 main.py [train] [--preset default|quick|large] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
+    python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate belief]
+    python3 main.py resume RUN [--updates N]
+    python3 main.py watch RUN [--seed N]
+
+The data flow: the world's pictures -> VAE codes -> which outcome happened -> episodic memory -> GRU belief and context
+-> FiLM in VAE, outcome prior, consequences and value -> one Bayes-adaptive look-ahead -> action.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from agent import AgentController, ExactFilter, Planner, PlannerSettings, Value, references, value_loss
+from context_engine import ContextInferenceEngine, ContextSettings
+from environment import (
+    N_ACTIONS, HiddenRulesWorld, WorldSettings, draw_adaptation, draw_lifetime, interval, play, report, require, summary,
+    task_split,
+)  # fmt: skip
+from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
+from transition_model import TransitionModel, TransitionSettings, entropy
+from world_model import VAE, VAESettings
+
+EVALUATION_SEED = 10**15  # far from every training seed: evaluation has worlds of its own
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The order and amount of meta-training. Perception and outcomes come first, then `updates` of the rest."""
+
+    updates: int = 800
+    """Updates of context engine and value, at least 1: the length of the run."""
+    worlds: int = 64
+    """Lifetimes collected at once, at least 1."""
+    random_lifetimes: int = 512
+    """Lifetimes lived at random before anything is learnt; a multiple of `worlds`."""
+    perception_updates: int = 150
+    """Updates of the VAE alone, first."""
+    outcome_updates: int = 600
+    """Updates of the outcomes alone, second."""
+    batch: int = 48
+    """Stored lifetimes in an update of the context engine, at least 1."""
+    value_batch: int = 16
+    """Of these, lifetimes in an update of the value, at least 1 and at most `batch`."""
+    outcome_batch: int = 8
+    """Stored lifetimes in an update of the outcomes, at least 1."""
+    picture_batch: int = 256
+    """Stored pictures in an update of the VAE, at least 1."""
+    value_from: int = 100
+    """First update at which the value learns."""
+    plan_from: int = 200
+    """First update at which lifetimes are collected with the planner instead of at random."""
+    collect_every: int = 16
+    """Updates between collections of new lifetimes, at least 1."""
+    outcome_every: int = 4
+    """Updates between updates of the outcomes, at least 1."""
+    perception_every: int = 8
+    """Updates between updates of the VAE, at least 1."""
+    exploration: float = 0.3
+    """Share of random actions when planning begins, in [0, 1]; it falls evenly to `exploration_end`."""
+    exploration_end: float = 0.03
+    """Share of random actions at the end of the run, in [0, 1]."""
+    final_rate: float = 0.1
+    """Learning rates fall evenly to this share of their beginning, in [0, 1]."""
+    evaluation_lifetimes: int = 1024
+    """Held-out lifetimes that every agent lives in the final evaluation, at least 2."""
+    log_every: int = 20
+    """Updates between lines of metrics.jsonl, at least 1."""
+    checkpoint_every: int = 200
+    """Updates between checkpoints, at least 1."""
+
+    def __post_init__(self) -> None:
+        least_one = (
+            "updates", "worlds", "random_lifetimes", "perception_updates", "outcome_updates", "batch", "value_batch",
+            "outcome_batch", "picture_batch", "collect_every", "outcome_every", "perception_every", "log_every", "checkpoint_every",
+        )  # fmt: skip
+        limits = [(name, 1, 10**9) for name in least_one] + [("value_from", 0, 10**9), ("plan_from", 0, 10**9)]
+        limits += [(name, 0, 1) for name in ("exploration", "exploration_end", "final_rate")]
+        for name, low, high in [*limits, ("evaluation_lifetimes", 2, 10**7)]:
+            require(f"training.{name}", getattr(self, name), low, high)
+        require("training.value_batch", self.value_batch, 1, self.batch)
+        if self.random_lifetimes % self.worlds:
+            raise ValueError(
+                f"training.random_lifetimes is {self.random_lifetimes}, but must be a multiple of training.worlds: "
+                f"choose {math.ceil(self.random_lifetimes / self.worlds) * self.worlds}."
+            )
+
+
+PRESETS: dict[str, dict] = {
+    "default": {},
+    "large": {"world": {"grid": 8, "episode_limit": 24}, "training": {"updates": 1500}},
+    "quick": {
+        "world": {"grid": 5, "episode_limit": 14, "noise": 0.05, "slip": 0.1},
+        "transition": {"free_updates": 150, "tempered_updates": 100},
+        "training": {
+            "updates": 200, "random_lifetimes": 256, "perception_updates": 100, "outcome_updates": 300, "batch": 32,
+            "value_batch": 12, "value_from": 40, "plan_from": 80, "evaluation_lifetimes": 512,
+        },
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run. Precedence: default < preset < --config FILE < flags."""
+
+    preset: Literal["default", "quick", "large"] = "default"
+    """A named set of settings to begin from: 6x6 in minutes, a small world in seconds, 8x8."""
+    seed: int = 0
+    """Decides everything random in the run, 0 to 1,000,000."""
+    device: str = "cpu"
+    """Where everything is computed: cpu, cuda, cuda:1, ..."""
+    world: WorldSettings = field(default_factory=WorldSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    vae: VAESettings = field(default_factory=VAESettings)
+    transition: TransitionSettings = field(default_factory=TransitionSettings)
+    context: ContextSettings = field(default_factory=ContextSettings)
+    planner: PlannerSettings = field(default_factory=PlannerSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        require("seed", self.seed, 0, 1_000_000)
+        picture_bytes = 6 * self.world.pixels**2 * self.world.lifetime * self.training.worlds  # frames and arrivals
+        if picture_bytes > self.memory.budget_mb * 2**20:
+            raise ValueError(
+                f"memory.budget_mb is {self.memory.budget_mb:g}, but {self.training.worlds} lifetimes may take "
+                f"{picture_bytes / 2**20:.0f} MB: raise memory.budget_mb or lower training.worlds."
+            )
+
+
+def device_of(name: str) -> torch.device:
+    """The torch device called `name`; UserError if this machine lacks it."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device is {name!r}, which this machine does not offer: try --device cpu.") from error
+
+
+# --------------------------------------------------------------------------------------------------------------- wiring
+
+
+class System:
+    """Every part of the agent, built and wired; the data flow is at the top of this file.
+
+    Args:
+        settings: of the run; the seed decides the initial weights.
+        device: where all parts live.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        torch.manual_seed(settings.seed)
+        s, pixels = settings, settings.world.pixels
+        codes, outcomes, context = s.vae.codes, s.transition.outcomes, s.context.context
+        self.settings, self.device = settings, device
+        self.vae = VAE(s.vae, picture=(pixels, pixels, 3), context_dim=context).to(device)
+        self.transition = TransitionModel(s.transition, codes, self.vae.grid, context_dim=context).to(device)
+        self.engine = ContextInferenceEngine(s.context, N_ACTIONS, outcomes, codes).to(device)
+        self.value = Value(s.planner, codes, self.vae.grid, context_dim=context).to(device)
+        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)  # acts, and makes the value's targets
+        self.planner = Planner(s.planner, self.transition, self.engine, self.slow_value)
+
+    def controller(self, **options: bool) -> AgentController:
+        """An agent of these parts; options are those of `AgentController`."""
+        parts = (self.vae, self.transition, self.engine, self.planner)
+        return AgentController(*parts, lifetime=self.settings.world.lifetime, **options)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts with weights, by name."""
+        names = ("vae", "transition", "engine", "value", "slow_value")
+        return {name: getattr(self, name) for name in names}
+
+
+class Learner:
+    """Meta-training, one `advance` at a time; everything that decides the future is in `state_dict`.
+
+    Gradients do not cross: the VAE learns from pictures, the outcomes from codes, the context engine with prior and
+    consequences from cached effect posteriors, the value from the planner's look-ahead.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.device, self.system = settings, device, System(settings, device)
+        self.store = LifetimeStore(settings.memory, device)
+        self.tasks = task_split(settings.world.holdout, "train")
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        self.sampler = torch.Generator().manual_seed(settings.seed + 1)  # of stored lifetimes, on the CPU
+        encoder = [p for name, p in self.system.vae.named_parameters() if name.startswith("encoder")]
+        decoder = [p for name, p in self.system.vae.named_parameters() if not name.startswith("encoder")]
+        transition, engine = self.system.transition, self.system.engine
+        groups = {
+            "vae": [{"params": encoder}, {"params": decoder}],
+            "outcomes": transition.outcome_network.parameters(),
+            "context": [*engine.parameters(), *transition.contextual_parameters()],
+            "value": self.system.value.parameters(),
+        }
+        self.optimisers = {name: torch.optim.Adam(parameters) for name, parameters in groups.items()}
+        self.update = self.collections = self.env_steps = 0
+        self.metrics: dict[str, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> int:
+        """Updates of all phases."""
+        t = self.settings.training
+        return t.perception_updates + t.outcome_updates + t.updates
+
+    def advance(self) -> None:
+        """One update of whichever phase it is: collect and perceive, name outcomes, or adapt and plan."""
+        t = self.settings.training
+        outcome_update = self.update - t.perception_updates
+        main_update = outcome_update - t.outcome_updates
+        self._set_rates(main_update)
+        if self.update == 0:
+            for _ in range(t.random_lifetimes // t.worlds):
+                self.collect(exploration=1.0)
+        if main_update in (0, -t.outcome_updates):  # perception or outcomes are new: so is all that was made by them
+            for index in range(len(self.store.blocks)):
+                self.renew(index)
+        if outcome_update < 0:
+            self.learn_perception(self.store.sample(t.batch, self.sampler))
+        elif main_update < 0:
+            self.learn_outcomes(outcome_update)
+        else:
+            self._adapt(main_update)
+        self.update += 1
+
+    def _adapt(self, update: int) -> None:
+        t = self.settings.training
+        if update >= t.plan_from and update % t.collect_every == 0:
+            done = (update - t.plan_from) / max(1, t.updates - t.plan_from)
+            self.collect(t.exploration + (t.exploration_end - t.exploration) * min(1.0, done))
+            self.renew(self.store.stalest())
+        elif update % (4 * t.collect_every) == 0:
+            self.collect(exploration=1.0)
+            self.renew(self.store.stalest())
+        if update % t.outcome_every == 0:
+            self.learn_outcomes(t.outcome_updates + update)
+        rows = self.store.sample(t.batch, self.sampler)
+        experience = self.store.experience.rows(rows.to(self.device))
+        beliefs = self.learn_context(experience)
+        if update % t.perception_every == 0:
+            self.learn_perception(rows, beliefs)
+        if update >= t.value_from:
+            few = slice(t.value_batch)
+            self.learn_value(experience.rows(few), beliefs[few])
+
+    def collect(self, exploration: float) -> None:
+        """Live new lifetimes in training tasks, with `exploration` of the actions at random, and store them."""
+        s = self.settings
+        seed = s.seed * 10**6 + 2 * self.collections  # worlds use seed and seed + 1
+        with self.timed("collect"):
+            world = HiddenRulesWorld(s.world, s.training.worlds, self.tasks, seed, self.device)
+            agent = self.system.controller(keep_pictures=True)
+            agent.explore(exploration, self.generator)
+            lifetimes = play(world, agent)
+            self.store.add(agent.memory, world.task, self.update)
+        self.collections += 1
+        self.env_steps += lifetimes.reward.numel()
+        self.metrics["return"] = lifetimes.reward.sum(1).mean()
+
+    @torch.no_grad()
+    def renew(self, index: int, rows_at_once: int = 8) -> None:
+        """Let the present models see a block of the store again: its codes and effect posteriors."""
+        system, block = self.system, self.store.blocks[index]
+        with self.timed("renew"):
+            experience = self.store.experience.rows(self.store.rows_of(index))
+            vision = system.engine.context(system.engine.sequence(experience)[:, :-1])[:, :, -1]  # (n, T, D)
+            made = []
+            for frames, arrivals, seen in zip(*(x.split(rows_at_once) for x in (block.frames, block.arrivals(), vision))):
+                before, after = (
+                    system.vae.encode(pictures.flatten(0, 1).to(self.device), seen.flatten(0, 1)) for pictures in (frames, arrivals)
+                )
+                likelihood = system.transition.outcome_network.log_likelihood(before, after)
+                made.append((before, after, system.transition.effect_posterior(likelihood)))
+            shape = experience.action.shape
+            self.store.renew(index, *(torch.cat(parts).view(*shape, -1) for parts in zip(*made)), self.update)
+
+    def learn_perception(self, rows: Tensor, beliefs: Tensor | None = None) -> None:
+        """One update of the VAE on pictures of lifetimes `rows`; without beliefs (B, T + 1, A + 1, H) under no context."""
+        size, system = self.settings.training.picture_batch, self.system
+        with self.timed("vae"):
+            which = torch.randint(len(rows), (size,), generator=self.sampler)
+            step = torch.randint(self.settings.world.lifetime, (size,), generator=self.sampler)
+            frames = self.store.frames_at(rows[which], step).to(self.device)
+            vision = torch.zeros(size, self.settings.context.context, device=self.device)
+            if beliefs is not None:
+                vision = system.engine.context(beliefs[which, step])[:, -1].detach()
+            if self.update == 0:
+                system.vae.seed_codes(frames, vision)
+            self._descend("vae", system.vae.loss(frames, vision, self.generator), clip=1e4)
+
+    def learn_outcomes(self, number: int) -> None:
+        """Outcome update `number`: its phase follows from it."""
+        t, transition = self.settings.training, self.system.transition
+        with self.timed("outcomes"):
+            if transition.settings.splits_at(number):
+                sample = self.store.experience.rows(self.store.sample(4 * t.outcome_batch, self.sampler))
+                codes, next_codes = sample.codes.flatten(0, 1), sample.next_codes.flatten(0, 1)
+                transition.outcome_network.split(codes, next_codes, self.generator)
+            experience = self.store.experience.rows(self.store.sample(t.outcome_batch, self.sampler).to(self.device))
+            temper = transition.settings.temper(number)
+            self._descend("outcomes", transition.outcome_loss(experience, N_ACTIONS, temper), clip=20)
+
+    def learn_context(self, experience: Experience) -> Tensor:
+        """One update of context engine, prior and consequences; the beliefs (B, T + 1, A + 1, H) on the way."""
+        with self.timed("context"):
+            losses, beliefs = self.system.engine.loss(experience, self.system.transition, self.generator)
+            self._descend("context", losses, clip=20)
+            self.metrics["effect_entropy"] = entropy(experience.posterior.float()).mean()
+        return beliefs
+
+    def learn_value(self, experience: Experience, beliefs: Tensor) -> None:
+        """One update of the value, and a step of the slow value towards it."""
+        system = self.system
+        with self.timed("value"):
+            self._descend("value", value_loss(system.value, system.planner, experience, beliefs), clip=10)
+            with torch.no_grad():
+                for slow, fast in zip(system.slow_value.parameters(), system.value.parameters()):
+                    slow.lerp_(fast, self.settings.planner.slow)
+
+    def _descend(self, name: str, losses: dict[str, Tensor], clip: float) -> None:
+        optimiser = self.optimisers[name]
+        optimiser.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+        optimiser.step()
+        self.metrics |= {f"{name}/{key}": loss.detach() for key, loss in losses.items()}
+
+    def _set_rates(self, main_update: int) -> None:
+        s, late = self.settings, main_update >= 0
+        done = max(0, main_update) / s.training.updates
+        share = 1 - (1 - s.training.final_rate) * min(1.0, done)
+        rates = {
+            "vae": [s.vae.late_rate] * 2 if late else [s.vae.encoder_rate, s.vae.decoder_rate],
+            "outcomes": [s.transition.learning_rate * share],
+            "context": [s.context.learning_rate * share],
+            "value": [s.planner.learning_rate * share],
+        }
+        for name, optimiser in self.optimisers.items():
+            for group, rate in zip(optimiser.param_groups, rates[name]):
+                group["lr"] = rate
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time inside to `seconds[part]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def state_dict(self) -> dict:
+        """Everything that decides the future of the run, but the pictures of the store."""
+        return {
+            "modules": {name: module.state_dict() for name, module in self.system.modules().items()},
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "generators": [self.generator.get_state(), self.sampler.get_state()],
+            "counters": [self.update, self.collections, self.env_steps],
+            "metrics": {name: float(value) for name, value in self.metrics.items()},
+            "seconds": dict(self.seconds),
+            "store": self.store.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict, blocks: Path) -> None:
+        """Restore from `state_dict` and the folder of the store's blocks."""
+        for name, module in self.system.modules().items():
+            module.load_state_dict(state["modules"][name])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        self.generator.set_state(state["generators"][0].cpu())
+        self.sampler.set_state(state["generators"][1].cpu())
+        self.update, self.collections, self.env_steps = state["counters"]
+        self.metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
+        self.seconds = dict(state["seconds"])
+        self.store.load_state_dict(state["store"], blocks)
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    system: System, split: str, lifetimes: int, ablate: str | None = None, env_steps: int = 0
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the agent with the references on held-out tasks, in worlds of their own; see README for the fields.
+
+    Args:
+        system: the agent's parts; split: validation, test or permutations; lifetimes: at least 2.
+        ablate: "belief" freezes the belief at its initial value.
+        env_steps: of the training so far, for the record.
+
+    Raises:
+        UserError: the split asks for held-out permutations that this run has trained on.
+    """
+    settings = system.settings
+    if split == "permutations" and settings.world.holdout != "permutations":
+        raise UserError(
+            "this run has trained on all action maps, so none is held out: train with --world.holdout permutations."
+        )
+    tasks = task_split(settings.world.holdout, "test" if split == "permutations" else split)
+    seed = EVALUATION_SEED + 10 * ("validation", "test", "permutations").index(split)
+    world = HiddenRulesWorld(settings.world, lifetimes, tasks, seed, system.device)
+    agent, exact = system.controller(freeze_belief=ablate == "belief"), ExactFilter(world)
+    lived = {"agent": play(world, agent, [exact])} | references(settings.world, settings.planner.discount, lifetimes, tasks, seed, system.device)
+    better = max(("thompson_step", "thompson_episode"), key=lambda name: lived[name].reward.sum())
+    lived["thompson"] = lived[better]
+    returns = {name: one.reward.double().sum(1).numpy() for name, one in lived.items()}
+
+    def normalised(agent, random, known, axis=-1):
+        return (agent.mean(axis) - random.mean(axis)) / (known.mean(axis) - random.mean(axis))
+
+    def ratio(agent, thompson, axis=-1):
+        return agent.mean(axis) / thompson.mean(axis)
+
+    scale = [returns[name] for name in ("agent", "random", "known_rule")]
+    pair = [returns[name] for name in ("agent", "thompson")]
+    nats = {name: torch.stack(seen).double().mean(1).tolist() for name, seen in (("agent", agent.nats), ("exact", exact.nats))}
+    late = min(16, settings.world.lifetime // 2)
+    excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:]))
+    return {
+        "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": ablate, "lifetimes": lifetimes,
+        "env_steps": env_steps,
+        **{name: summary(lived[name]) for name in ("agent", "random", "thompson", "known_rule")},
+        "thompson_draws_each": better.removeprefix("thompson_"),
+        "normalised": float(normalised(*scale)), "normalised_ci95": interval(normalised, *scale),
+        "of_thompson": float(ratio(*pair)), "of_thompson_ci95": interval(ratio, *pair),
+        "belief_nats": {**nats, "late": late, "late_excess": excess},
+    }  # fmt: skip
+
+
+def film(system: System, path: Path, seed: int, split: str) -> None:
+    """Let the agent live one held-out lifetime, chosen by `seed`, and draw it to `path` (GIF)."""
+    settings, seed = system.settings, EVALUATION_SEED + 100 + 2 * seed
+    world = HiddenRulesWorld(settings.world, 1, task_split(settings.world.holdout, split), seed, system.device)
+    agent, moments, earned = system.controller(), [], 0.0
+    agent.begin(world.reset())
+    for step in range(settings.world.lifetime):
+        action = agent.act()
+        with torch.no_grad():
+            rebuilt = system.vae.decode(agent.codes, agent.vision)[0].clamp(0, 1)
+            belief = system.transition.log_prior(system.engine.context(agent.belief)[:, :-1])[0].exp()
+        seen = (x.cpu().numpy() for x in (agent.frame[0], rebuilt, belief))
+        moments.append((*seen, f"step {step}   action {int(action)}   return {earned:+.0f}"))
+        happened = world.step(action)
+        agent.observe(action, happened)
+        earned += float(happened.reward)
+    draw_lifetime(moments, "hidden rule: " + world.rule.words(0).replace("\n", "; "), path)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def train(run: RunFolder, learner: Learner) -> bool:
+    """Advance to the planned end, logging and saving; False if Ctrl-C stopped it (and saved) before.
+
+    The first Ctrl-C ends the present update and saves; a second one stops at once.
+    """
+    t, stopped = learner.settings.training, []
+
+    def stop(*_: Any) -> None:
+        stopped.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update)
+    started = time.perf_counter() - learner.seconds.get("total", 0.0)
+    bar = tqdm(total=learner.total, initial=learner.update, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    try:
+        while learner.update < learner.total and not stopped:
+            learner.advance()
+            bar.update()
+            over = learner.update == learner.total
+            if over or learner.update % t.log_every == 0:
+                log(run, board, bar, learner)
+            if over or stopped or learner.update % t.checkpoint_every == 0:
+                learner.seconds["total"] = time.perf_counter() - started
+                run.save(learner)
+    finally:
+        bar.close()
+        board.close()
+        signal.signal(signal.SIGINT, previous)
+    return learner.update >= learner.total
+
+
+def log(run: RunFolder, board: SummaryWriter, bar: tqdm, learner: Learner) -> None:
+    """One line to metrics.jsonl, the same to TensorBoard, the gist to the progress bar."""
+    values = {name: float(value) for name, value in learner.metrics.items()}
+    with open(run.metrics, "a") as file:
+        file.write(json.dumps({"update": learner.update, "env_steps": learner.env_steps} | values) + "\n")
+    for name, value in values.items():
+        board.add_scalar(f"losses/{name}" if "/" in name else f"charts/{name}", value, learner.update)
+    shown = ("return", "vae/reconstruction", "outcomes/free", "context/filter", "value/value")
+    bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values})
+
+
+def train_and_evaluate(run: RunFolder, learner: Learner) -> None:
+    """Train to the end, then write the final evaluation and the pictures."""
+    print(f"training {run.folder}", flush=True)
+    if not train(run, learner):
+        print(f"stopped at update {learner.update} and saved: python3 main.py resume {run.folder} goes on.")
+        sys.exit(130)
+    write_json(learner.seconds, run.folder / "timing.json")
+    result = evaluate(learner.system, "test", learner.settings.training.evaluation_lifetimes, env_steps=learner.env_steps)
+    write_json(result, run.folder / "evaluation.json")
+    draw_adaptation(result, run.folder / "adaptation.png")
+    film(learner.system, run.folder / "lifetime.gif", seed=0, split="validation")
+    print(report(result) + f"\ntrained for {learner.seconds['total']:.0f} s; results and pictures are in {run.folder}")
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+@dataclass(frozen=True)
+class TrainArguments(Settings):
+    """Meta-train, then evaluate on held-out tasks. Precedence: default < preset < --config < flags."""
+
+    config: Path | None = None
+    """A JSON file of settings, such as a run's config.json or a tuned best.json; it may be partial."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Evaluate a trained run on held-out tasks again."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    lifetimes: int = 1024
+    """Held-out lifetimes, at least 2."""
+    split: Literal["validation", "test", "permutations"] = "test"
+    """Which tasks; permutations are those of a run with --world.holdout permutations."""
+    ablate: Literal["belief"] | None = None
+    """Freeze the belief at its initial value."""
+    device: str = "cpu"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    """Go on with a run as if it had never stopped."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    updates: int | None = None
+    """Planned end in updates of context engine and value; the run's own if not given."""
+    device: str = "cpu"
+    """Where to compute."""
+
+
+@dataclass(frozen=True)
+class WatchArguments:
+    """Make an animation of a held-out lifetime."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    seed: int = 0
+    """Which lifetime, at least 0."""
+    split: Literal["validation", "test"] = "validation"
+    """Which tasks."""
+
+
+def train_command(arguments: list[str]) -> None:
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--preset", default=None)
+    early.add_argument("--config", type=Path, default=None)
+    chosen, _ = early.parse_known_args(arguments)
+    try:
+        base, changes = TrainArguments(), {}
+        if chosen.config is not None:
+            changes = json.loads(chosen.config.read_text())
+        preset = chosen.preset or (changes.get("preset") if isinstance(changes, dict) else None) or "default"
+        if preset in PRESETS:  # an unknown one is refused below, with the names that exist
+            base = merge(merge(base, {"preset": preset}), PRESETS[preset])
+        base = merge(base, changes)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{chosen.config}: {error}") from error
+    parsed = tyro.cli(TrainArguments, args=arguments, default=base, prog="main.py")
+    settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
+    learner = Learner(settings, device_of(settings.device))  # refuses what does not fit, before anything is written
+    run = RunFolder.create(settings)
+    with run.locked():
+        train_and_evaluate(run, learner)
+
+
+def resume_command(arguments: list[str]) -> None:
+    chosen = tyro.cli(ResumeArguments, args=arguments, prog="main.py resume")
+    changes = {"training": {"updates": chosen.updates}} if chosen.updates is not None else {}
+    run = RunFolder(chosen.run)
+    settings = run.settings(Settings(), **changes, device=chosen.device)
+    with run.locked():
+        state, logged = run.load()
+        learner = Learner(settings, device_of(settings.device))
+        learner.load_state_dict(state, run.blocks)
+        if learner.update > learner.total:
+            raise UserError(f"{run.folder} is already past {settings.training.updates} updates: give a higher --updates.")
+        if run.metrics.exists():
+            os.truncate(run.metrics, logged)  # the lines after the checkpoint will be written again
+        write_json(dataclasses.asdict(settings), run.folder / "config.json")
+        train_and_evaluate(run, learner)
+
+
+def load_system(folder: Path, device: str) -> tuple[System, dict]:
+    """The trained agent's parts from a run's checkpoint, and the learner's state."""
+    run = RunFolder(folder)
+    settings = run.settings(Settings(), device=device)
+    state, _ = run.load()
+    system = System(settings, device_of(settings.device))
+    for name, module in system.modules().items():
+        module.load_state_dict(state["modules"][name])
+    return system, state
+
+
+def evaluate_command(arguments: list[str]) -> None:
+    chosen = tyro.cli(EvaluateArguments, args=arguments, prog="main.py evaluate")
+    require("lifetimes", chosen.lifetimes, 2, 10**7)
+    system, state = load_system(chosen.run, chosen.device)
+    result = evaluate(system, chosen.split, chosen.lifetimes, chosen.ablate, env_steps=state["counters"][2])
+    parts = ["evaluation", chosen.split, str(chosen.lifetimes), chosen.ablate and f"no-{chosen.ablate}"]
+    path = chosen.run / ("-".join(filter(None, parts)) + ".json")
+    write_json(result, path)
+    print(report(result) + f"\nwritten to {path}")
+
+
+def watch_command(arguments: list[str]) -> None:
+    chosen = tyro.cli(WatchArguments, args=arguments, prog="main.py watch")
+    require("seed", chosen.seed, 0, 10**9)
+    path = chosen.run / f"lifetime-{chosen.split}-{chosen.seed}.gif"
+    film(load_system(chosen.run, "cpu")[0], path, chosen.seed, chosen.split)
+    print(f"written to {path}")
+
+
+COMMANDS = {"train": train_command, "evaluate": evaluate_command, "resume": resume_command, "watch": watch_command}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; exit code 2 and one sentence for what the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = COMMANDS[arguments[0]] if arguments and arguments[0] in COMMANDS else train_command
+    try:
+        command(arguments[1:] if arguments and arguments[0] in COMMANDS else arguments)
+    except (UserError, ValueError, OSError) as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""Memory: the experience of the present lifetime, the store of past lifetimes, and the folder that keeps a run.
+
+Time alignment (see environment.py): step t holds the codes seen before action t, the action, the reward that followed,
+and the codes of the arrival. Both codes of a step are made under the belief held *before* the action, so a pair differs
+by what happened and not by what was inferred meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple
+
+import filelock
+import torch
+from torch import Tensor
+
+from environment import WorldStep, require
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The store of past lifetimes."""
+
+    budget_mb: float = 256.0
+    """Megabytes (2**20 bytes) that pictures, codes and posteriors of past lifetimes may take, at least 1."""
+
+    def __post_init__(self) -> None:
+        require("memory.budget_mb", self.budget_mb, 1, 10**7)
+
+
+class Experience(NamedTuple):
+    """Steps of B lifetimes, T each; what the context engine reads and the losses are made of."""
+
+    codes: Tensor
+    """(B, T, S) uint8: the grid of codes before the action."""
+    next_codes: Tensor
+    """(B, T, S) uint8: the grid of codes that the action led to, before any restart."""
+    posterior: Tensor
+    """(B, T, K) float: q(k|z, z'), which outcome happened."""
+    action: Tensor
+    """(B, T) int64."""
+    reward: Tensor
+    """(B, T) float32."""
+    terminated: Tensor
+    """(B, T) bool: the episode ended by the rules."""
+    truncated: Tensor
+    """(B, T) bool: the episode ended by its time limit."""
+    segment: Tensor
+    """(B, T) uint8: number of the stretch under one rule; constant as long as rules never change in mid-life."""
+
+    def rows(self, index: Tensor | slice) -> Experience:
+        """The same for some of the lifetimes."""
+        return Experience(*(part[index] for part in self))
+
+
+def empty_experience(batch: int, steps: int, patches: int, outcomes: int, device: torch.device | str) -> Experience:
+    """Zeros in the shapes of `Experience`; posteriors as float16, to save memory."""
+    kinds = ((patches, torch.uint8), (patches, torch.uint8), (outcomes, torch.float16), (0, torch.int64)) + (
+        (0, torch.float32), (0, torch.bool), (0, torch.bool), (0, torch.uint8),
+    )  # fmt: skip
+    return Experience(
+        *(torch.zeros((batch, steps, n) if n else (batch, steps), dtype=kind, device=device) for n, kind in kinds)
+    )
+
+
+class EpisodicMemory:
+    """The experience of the present lifetime of B worlds; cleared when the task ends.
+
+    The context engine consumes it: `engine(memory)` is the belief after everything in it.
+
+    Args:
+        batch: B.
+        capacity: steps of a lifetime.
+        patches, outcomes: S and K.
+        device: where the tensors live.
+        keep_pictures: keep the pictures too, for the store of past lifetimes.
+    """
+
+    def __init__(
+        self, batch: int, capacity: int, patches: int, outcomes: int, device: torch.device | str = "cpu", keep_pictures: bool = False
+    ) -> None:  # fmt: skip
+        self.capacity, self.keep_pictures = capacity, keep_pictures
+        self._all = empty_experience(batch, capacity, patches, outcomes, device)
+        self.clear()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def clear(self) -> None:
+        """Forget everything: a new task begins, and nothing of the old one says anything about it."""
+        self.steps = 0
+        self.frames: list[Tensor] = []
+        self.arrivals: list[Tensor] = []
+
+    def append(
+        self, codes: Tensor, next_codes: Tensor, posterior: Tensor, action: Tensor, frame: Tensor, step: WorldStep
+    ) -> None:  # fmt: skip
+        """Remember one step.
+
+        Args:
+            codes, next_codes: (B, S) uint8 before and after; posterior: (B, K).
+            action: (B,) int64; frame: (B, H, W, 3) uint8, what it was chosen on; step: what the world answered.
+
+        Raises:
+            IndexError: the lifetime is already full.
+        """
+        if self.steps >= self.capacity:
+            raise IndexError(f"the memory holds a lifetime of {self.capacity} steps and is full: clear() begins the next.")
+        now = (codes, next_codes, posterior, action, step.reward, step.terminated, step.truncated)
+        for kept, value in zip(self._all, now):  # the segment stays 0
+            kept[:, self.steps] = value
+        self.steps += 1
+        if self.keep_pictures:
+            self.frames.append(frame)
+            self.arrivals.append(step.arrival)
+
+    def latest(self) -> Experience:
+        """The last step, (B, 1, ...); views."""
+        return Experience(*(part[:, self.steps - 1 : self.steps] for part in self._all))
+
+    def experience(self) -> Experience:
+        """Everything remembered, (B, steps, ...); views, not copies."""
+        return Experience(*(part[:, : self.steps] for part in self._all))
+
+
+@dataclass
+class Pictures:
+    """The pictures of n finished lifetimes, each stored once; never changed after it was made.
+
+    `frames` (n, T, H, W, 3) uint8 are what actions were chosen on. The arrival of step t is `frames[:, t + 1]`, except
+    where an episode or the lifetime ended: those are in `finals` (m, H, W, 3), at `final_index` (n, T) int32 (else -1).
+    """
+
+    number: int
+    frames: Tensor
+    finals: Tensor
+    final_index: Tensor
+    task: Tensor
+    """(n,) int64, the hidden tasks: for audits of what was trained on; no model ever reads it."""
+
+    @classmethod
+    def of(cls, number: int, memory: EpisodicMemory, task: Tensor) -> Pictures:
+        """Those of a finished lifetime in `memory`, on the CPU."""
+        experience = memory.experience()
+        ended = (experience.terminated | experience.truncated).cpu().clone()
+        ended[:, -1] = True
+        final_index = torch.full(ended.shape, -1, dtype=torch.int32)
+        final_index[ended] = torch.arange(int(ended.sum()), dtype=torch.int32)
+        frames, arrivals = torch.stack(memory.frames, 1).cpu(), torch.stack(memory.arrivals, 1).cpu()
+        return cls(number, frames, arrivals[ended], final_index, task.cpu().clone())
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pictures."""
+        return sum(part.nbytes for part in (self.frames, self.finals, self.final_index, self.task))
+
+    def arrivals(self) -> Tensor:
+        """The pictures that every step led to, (n, T, H, W, 3) uint8."""
+        following = torch.cat([self.frames[:, 1:], self.frames[:, -1:]], 1)
+        ended = self.final_index >= 0
+        following[ended] = self.finals[self.final_index[ended].long()]
+        return following
+
+
+class LifetimeStore:
+    """Past lifetimes in blocks, oldest first, within a budget of bytes.
+
+    Pictures are immutable blocks; what the models made of them (codes, effect posteriors) and the actions and rewards
+    lie beside them in one `Experience` over all lifetimes, so that sampling is one index. Both live and die together.
+    `version` says for each block which version of the models made its codes; see `stalest`.
+
+    Args:
+        settings: see `MemorySettings`.
+        device: where `experience` lives; pictures stay in main memory.
+    """
+
+    def __init__(self, settings: MemorySettings, device: torch.device | str = "cpu") -> None:
+        self.budget, self.device = int(settings.budget_mb * 2**20), torch.device(device)
+        self.blocks: list[Pictures] = []
+        self.version: list[int] = []
+        self.experience: Experience | None = None
+        self.added = 0  # blocks ever added: the next block's number
+
+    def __len__(self) -> int:
+        return sum(map(len, self.blocks))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held: pictures and everything cached beside them."""
+        cached = sum(part.nbytes for part in self.experience) if self.experience else 0
+        return cached + sum(block.bytes for block in self.blocks)
+
+    def add(self, memory: EpisodicMemory, task: Tensor, version: int) -> None:
+        """Store the finished lifetimes of `memory`; the oldest blocks leave until the budget holds.
+
+        Raises:
+            ValueError: this block alone is larger than the budget.
+        """
+        block, new = Pictures.of(self.added, memory, task), memory.experience()
+        size = block.bytes + sum(part.nbytes for part in new)
+        if size > self.budget:
+            raise ValueError(
+                f"memory.budget_mb is {self.budget / 2**20:g}, but {len(block)} lifetimes take {size / 2**20:.1f} MB: "
+                "raise memory.budget_mb or lower training.worlds."
+            )
+        drop = 0
+        while self.bytes - sum(b.bytes for b in self.blocks[:drop]) - self._cached_bytes(drop) + size > self.budget:
+            drop += 1
+        gone = sum(map(len, self.blocks[:drop]))
+        parts = [new] if self.experience is None else [self.experience.rows(slice(gone, None)), new]
+        self.experience = Experience(*(torch.cat([p.to(self.device) for p in pair]) for pair in zip(*parts)))
+        self.blocks, self.version = self.blocks[drop:] + [block], self.version[drop:] + [version]
+        self.added += 1
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Row numbers (n,) int64 of lifetimes drawn with equal probability, on the CPU."""
+        return torch.randint(len(self), (n,), generator=generator)
+
+    def frames_at(self, row: Tensor, step: Tensor) -> Tensor:
+        """Pictures (n, H, W, 3) uint8 that the actions of `step` (n,) in lifetimes `row` (n,) were chosen on."""
+        sizes = torch.tensor([len(block) for block in self.blocks])
+        start = sizes.cumsum(0) - sizes
+        owner = torch.searchsorted(start, row, right=True) - 1
+        found = torch.empty((len(row), *self.blocks[0].frames.shape[2:]), dtype=torch.uint8)
+        for number in owner.unique().tolist():
+            mine = owner == number
+            found[mine] = self.blocks[number].frames[row[mine] - start[number], step[mine]]
+        return found
+
+    def rows_of(self, index: int) -> slice:
+        """Where block number `index` of `blocks` lies in `experience`."""
+        start = sum(map(len, self.blocks[:index]))
+        return slice(start, start + len(self.blocks[index]))
+
+    def stalest(self) -> int:
+        """Index of the block whose codes and posteriors were made by the oldest version of the models."""
+        return min(range(len(self.blocks)), key=self.version.__getitem__)
+
+    def renew(self, index: int, codes: Tensor, next_codes: Tensor, posterior: Tensor, version: int) -> None:
+        """Replace what the models made of a block: codes (n, T, S) uint8 and posteriors (n, T, K) of `version`."""
+        rows = self.rows_of(index)
+        for kept, value in zip(self.experience, (codes, next_codes, posterior)):
+            kept[rows] = value
+        self.version[index] = version
+
+    # ------------------------------------------------------------------------------------------ checkpoint
+
+    def save_blocks(self, folder: Path) -> None:
+        """Write the blocks that `folder` lacks, each under its number; a block never changes, so never twice."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for block in self.blocks:
+            path = folder / f"block-{block.number:06d}.pt"
+            if not path.exists():
+                save_atomically(vars(block), path)
+
+    def forget_blocks(self, folder: Path) -> None:
+        """Delete from `folder` the blocks that have left the store; call it after the checkpoint is on disk."""
+        kept = {block.number for block in self.blocks}
+        for path in folder.glob("block-*.pt"):
+            if int(path.stem.split("-")[1]) < min(kept):
+                path.unlink()
+
+    def state_dict(self) -> dict:
+        """Everything but the pictures, which `save_blocks` writes."""
+        numbers = [block.number for block in self.blocks]
+        return {"numbers": numbers, "version": self.version, "added": self.added, "experience": tuple(self.experience)}
+
+    def load_state_dict(self, state: dict, folder: Path) -> None:
+        """Restore from `state_dict` and the blocks in `folder`."""
+        self.blocks = [
+            Pictures(**torch.load(folder / f"block-{number:06d}.pt", weights_only=True)) for number in state["numbers"]
+        ]
+        self.version, self.added = list(state["version"]), state["added"]
+        self.experience = Experience(*(part.to(self.device) for part in state["experience"]))
+
+    def _cached_bytes(self, blocks: int) -> int:
+        if not self.experience:
+            return 0
+        gone = sum(map(len, self.blocks[:blocks]))
+        return sum(part[:gone].nbytes for part in self.experience)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """`torch.save` that leaves either the old file or the whole new one, also after a crash or on a full disk.
+
+    Raises:
+        OSError: the file could not be written; the old one is untouched.
+    """
+    temporary = path.with_name(f"{path.name}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's word for a full disk
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------ runs
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one sentence, exit code 2."""
+
+
+def merge(settings: Any, changes: Any, where: str = "") -> Any:
+    """A copy of a settings dataclass with the nested mapping `changes` applied; every name and type is checked.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type or out of range; the message names them.
+    """
+    if not isinstance(changes, dict):
+        raise ValueError(f"{where or 'the configuration'} is {changes!r}, but must be a JSON object of settings.")
+    new = {}
+    for name, value in changes.items():
+        if name not in (known := [f.name for f in dataclasses.fields(settings)]):
+            raise ValueError(f"unknown setting {where}{name}: the names here are {', '.join(known)}.")
+        old = getattr(settings, name)
+        if dataclasses.is_dataclass(old):
+            new[name] = merge(old, value, f"{where}{name}.")
+            continue
+        if isinstance(old, tuple) and isinstance(value, (list, tuple)):
+            value = tuple(map(float, value))
+        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not type(old):
+            raise ValueError(f"{where}{name} is {value!r}, but must be of type {type(old).__name__}, such as {old!r}.")
+        new[name] = value
+    return dataclasses.replace(settings, **new)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write JSON atomically; the same content gives the same bytes."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """A run's folder: configuration, metrics, checkpoint, and the lock that keeps two processes apart.
+
+    `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoint.pt` and `store/` (the pictures, each block written once),
+    `evaluation.json`, `timing.json`, `adaptation.png`, `lifetime.gif`.
+    """
+
+    FORMAT = 1  # of checkpoints; raised when they change
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint, self.blocks, self.metrics = folder / "checkpoint.pt", folder / "store", folder / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, settings: Any) -> RunFolder:
+        """A new folder under runs/, never an existing one, with the configuration of a settings dataclass."""
+        name = f"{settings.preset}-{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for attempt in range(1000):
+            folder = Path("runs") / (name if attempt == 0 else f"{name}-{attempt}")
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            write_json(dataclasses.asdict(settings), folder / "config.json")
+            return cls(folder)
+        raise UserError(f"runs/{name} and a thousand names after it are taken: clear runs/.")
+
+    def settings(self, default: Any, **changes: Any) -> Any:
+        """The run's configuration in a copy of the settings dataclass `default`, with `changes` on top.
+
+        Raises:
+            UserError: not a run folder, or its configuration cannot be read.
+        """
+        try:
+            return merge(merge(default, json.loads((self.folder / "config.json").read_text())), changes)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder} is not a run that can be read: {error}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run alone; UserError if another process trains it. The lock ends with the process, however it ends."""
+        try:
+            with filelock.FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except filelock.Timeout:
+            raise UserError(f"{self.folder} is being trained by another process: wait for it or stop it.") from None
+
+    def save(self, learner: Any) -> None:
+        """Write the checkpoint of a learner (with a `store` and a `state_dict`): the blocks first, then the file that
+        names them, so that a crash at any moment leaves a whole one."""
+        learner.store.save_blocks(self.blocks)
+        logged = self.metrics.stat().st_size if self.metrics.exists() else 0
+        save_atomically({"format": self.FORMAT, "logged": logged, "learner": learner.state_dict()}, self.checkpoint)
+        learner.store.forget_blocks(self.blocks)
+
+    def load(self) -> tuple[dict, int]:
+        """The learner's state and how many bytes of metrics were logged by then.
+
+        Raises:
+            UserError: there is no checkpoint, or it cannot be read.
+        """
+        try:
+            content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            if content["format"] != self.FORMAT:
+                raise ValueError(f"it has format {content['format']}, this program reads {self.FORMAT}")
+            return content["learner"], content["logged"]
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} has no checkpoint yet: train it again with python3 main.py.") from None
+        except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.checkpoint} cannot be read ({reason}): it is damaged or foreign.") from error

@@ -1,0 +1,197 @@
+"""Agents: the order of the references, the exact filter, the value, the planner, and that the rule never reaches the agent."""
+
+import unittest
+
+import torch
+
+from agent import ExactFilter, KnownRuleAgent, PlannerSettings, RandomAgent, ThompsonAgent, branch, value_loss
+from environment import HiddenRulesWorld, Rule, WorldSettings, play, rule_of, task_split, value_iteration
+from main import System
+from tests.shared import seeded, tiny
+from transition_model import pairs_present
+
+VALIDATION = task_split("combinations", "validation")
+
+
+class TestReferences(unittest.TestCase):
+    def test_known_rule_beats_thompson_beats_random(self):
+        settings = WorldSettings()
+        q = value_iteration(settings)
+
+        def mean(make):
+            world = HiddenRulesWorld(settings, 256, VALIDATION, 0)
+            return float(play(world, make(world)).reward.sum(1).mean())
+
+        known, random = mean(lambda w: KnownRuleAgent(w, q)), mean(lambda w: RandomAgent(0))
+        thompson = [mean(lambda w: ThompsonAgent(w, q, each, 0)) for each in ("step", "episode")]
+        self.assertGreater(known, max(thompson) + 1)
+        self.assertGreater(min(thompson), random + 5)
+        self.assertAlmostEqual(known, 13.15, delta=0.7)
+        self.assertAlmostEqual(thompson[0], 10.79, delta=0.8)
+
+    def test_the_filter_finds_the_rule_of_a_clear_world(self):
+        world = HiddenRulesWorld(WorldSettings(noise=0, slip=0), 128, torch.arange(144), 0)
+        exact = ExactFilter(world)
+        play(world, RandomAgent(0), [exact])
+        certain = exact.log_posterior.exp()[torch.arange(128), world.task]
+        self.assertGreater(float((certain > 0.999).float().mean()), 0.8)  # the rest never touched goal nor hazard
+        self.assertGreater(float(certain.min()), 0.15)  # and knows all but which is which
+        self.assertLess(float(torch.stack(exact.nats[32:]).mean()), 0.05)
+
+    def test_unknown_draws_are_refused(self):
+        world = HiddenRulesWorld(WorldSettings(), 1, VALIDATION, 0)
+        with self.assertRaisesRegex(ValueError, "'day'"):
+            ThompsonAgent(world, torch.zeros(1), "day", 0)
+
+
+class TestValueAndPlanner(unittest.TestCase):
+    def setUp(self):
+        self.system = System(tiny(), torch.device("cpu"))
+        torch.nn.init.normal_(self.system.slow_value.state_out.weight)
+        torch.nn.init.normal_(self.system.slow_value.fresh_out[-1].weight)
+        self.codes = torch.randint(6, (9, 16), generator=seeded(), dtype=torch.uint8)
+        self.belief = torch.randn(9, 5, 8, generator=seeded())
+
+    def test_branches_keep_the_likeliest_and_sum_to_one(self):
+        kept, weight = branch(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.05)
+        self.assertEqual(kept.tolist(), [[True, True, False], [False, True, True]])
+        torch.testing.assert_close(weight.sum(-1), torch.ones(2))
+        self.assertEqual(branch(torch.full((1, 4), 0.25), 0.4)[0].tolist(), [[True] * 4])
+
+    def test_statistics_are_share_and_centre_of_every_code(self):
+        codes = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 2]], dtype=torch.uint8)
+        share, y, x = self.system.value.statistics(codes)[0].unbind(-1)
+        torch.testing.assert_close(share[:4], torch.tensor([13, 1, 2, 0]) / 16)
+        torch.testing.assert_close((y[1], x[1], y[2], x[2]), tuple(map(torch.tensor, (-1.0, -1 / 3, 2 / 3, 1.0))))
+
+    def test_codes_that_are_absent_change_nothing(self):
+        value, present = self.system.slow_value, torch.randint(4, (9, 16), generator=seeded(), dtype=torch.uint8)
+        pooled = value.pool(torch.randn(9, 5, 32, generator=seeded()))
+        before = value(value.statistics(present), pooled)
+        with torch.no_grad():
+            value.code_features[:, 4:] += 1
+        torch.testing.assert_close(value(value.statistics(present), pooled), before)
+
+    def test_relabelling_the_actions_relabels_the_plan(self):
+        planner, order = self.system.planner, torch.tensor([2, 0, 3, 1, 4])
+        plan, relabelled = (planner.action_values(self.codes, belief) for belief in (self.belief, self.belief[:, order]))
+        torch.testing.assert_close(relabelled, plan[:, order[:4]])
+        self.assertGreater(float(plan.std(1).min()), 0)
+
+    def test_the_plan_by_hand(self):
+        """One state, every branch in a loop, no cut and no merging."""
+        system, planner = self.system, self.system.planner
+        planner.settings = PlannerSettings(branch=1e-6)
+        codes, belief = self.codes[:1], self.belief[:1]
+        transition, engine, value = system.transition, system.engine, system.slow_value
+        context = engine.context(belief)
+        grids, alike = transition.outcome_network.modes(codes)
+        expected = torch.zeros(4)
+        with torch.no_grad():
+            for action in range(4):
+                for k in range(grids.shape[1]):
+                    first = int(alike[0, k].argmax())
+                    present = pairs_present(codes, grids[:, first], 6)
+                    log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1]))
+                    for bin_, reward in enumerate(transition.reward_bins):
+                        effect = transition.effect_of_alike(alike[:, :, first])
+                        zero = torch.zeros(1, dtype=torch.int64)
+                        after = engine.imagine(belief, zero, zero + action, effect, reward[None], present)
+                        pooled = value.pool(engine.context(after))
+                        onward, fresh = value(value.statistics(grids[:, first]), pooled), value.fresh(pooled)
+                        e = torch.sigmoid(end)
+                        worth = reward + 0.95 * ((1 - e) * onward + e * fresh)
+                        chance = transition.log_prior(context[:, :-1])[0, action, k].exp() * log_reward[0, bin_].exp()
+                        expected[action] += float(chance * worth)
+        torch.testing.assert_close(planner.action_values(codes, belief)[0], expected, atol=1e-4, rtol=1e-4)
+
+    def test_chunks_change_nothing(self):
+        whole = self.system.planner.action_values(self.codes, self.belief)
+        self.system.planner.STATES_AT_ONCE = 4
+        torch.testing.assert_close(self.system.planner.action_values(self.codes, self.belief), whole)
+
+    def test_value_learns_and_the_slow_value_and_the_belief_do_not(self):
+        system = self.system
+        world = HiddenRulesWorld(system.settings.world, 6, VALIDATION, 0)
+        agent = system.controller()
+        play(world, agent)
+        experience = agent.memory.experience()
+        losses = value_loss(system.value, system.planner, experience, system.engine.sequence(experience).detach())
+        self.assertEqual(set(losses), {"value", "fresh"})
+        sum(losses.values()).backward()
+        self.assertTrue(all(p.grad is not None for p in system.value.parameters()))
+        self.assertTrue(all(p.grad is None for p in [*system.slow_value.parameters(), *system.engine.parameters()]))
+
+    def test_returns_of_a_lifetime_by_hand(self):
+        """With trace 1 and the planner's choice never taken as correction, targets are the planner's maxima."""
+        system = self.system
+        world = HiddenRulesWorld(system.settings.world, 6, VALIDATION, 0)
+        agent = system.controller()
+        play(world, agent)
+        experience = agent.memory.experience()
+        beliefs = system.engine.sequence(experience).detach()
+        values = system.planner.action_values(experience.codes.flatten(0, 1), beliefs[:, :-1].flatten(0, 1)).view(6, 12, 4)
+        never = experience._replace(action=(values.argmax(-1) + 1) % 4)
+        pooled = system.value.pool(system.engine.context(beliefs)[:, :-1].flatten(0, 1))
+        predicted = system.value(system.value.statistics(experience.codes.flatten(0, 1)), pooled)
+        expected = (predicted - values.amax(-1).flatten()).square().mean()
+        torch.testing.assert_close(value_loss(system.value, system.planner, never, beliefs)["value"], expected)
+
+
+class TestController(unittest.TestCase):
+    def test_it_acts_and_remembers_in_one_world_or_many(self):
+        system = System(tiny(), torch.device("cpu"))
+        for batch in (1, 7):
+            agent = system.controller()
+            lifetimes = play(HiddenRulesWorld(system.settings.world, batch, VALIDATION, 0), agent)
+            self.assertEqual(lifetimes.reward.shape, (batch, 12))
+            self.assertEqual(len(agent.memory), 12)
+            torch.testing.assert_close(system.engine(agent.memory), agent.belief, atol=1e-3, rtol=1e-3)  # float16 posteriors
+
+    def test_a_new_lifetime_begins_with_an_empty_memory_and_the_initial_belief(self):
+        system = System(tiny(), torch.device("cpu"))
+        agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
+        play(world, agent)
+        agent.begin(world.reset())
+        self.assertEqual(len(agent.memory), 0)
+        torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
+
+    def test_a_frozen_belief_stays(self):
+        system = System(tiny(), torch.device("cpu"))
+        agent = system.controller(freeze_belief=True)
+        play(HiddenRulesWorld(tiny().world, 3, VALIDATION, 0), agent)
+        torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
+
+    def test_the_rule_never_reaches_the_agent(self):
+        """Everything the agent is given is recorded; swapping the hidden rule behind equal pictures changes none of it."""
+        settings = tiny(world={"slip": 0.0}).world
+        system, told = System(tiny(), torch.device("cpu")), []
+        for another in (False, True):
+            world = HiddenRulesWorld(settings, 5, VALIDATION, 0)
+            frames = world.reset()
+            world.position[:] = torch.tensor([[0, 0], [3, 3], [3, 2]])  # a corner: two moves change nothing there
+            frames = world.draw()
+            still = 0
+            rule = rule_of(world.task)
+            action = (rule.action_map == still).float().argmax(1)  # up: stands still in the corner
+            if another:  # exchange what the two unused actions do
+                swapped = rule.action_map.clone()
+                others = [a for a in range(4)]
+                for row in range(5):
+                    down, right = ((rule.action_map[row] == move).nonzero().item() for move in (1, 3))
+                    swapped[row, down], swapped[row, right] = 3, 1
+                world.rule = Rule(swapped, world.rule.colours)
+                self.assertEqual(len(others), 4)
+            agent = system.controller()
+            agent.begin(frames)
+            agent.act()
+            step = world.step(action)
+            agent.observe(action, step)
+            told.append((agent.act(), agent.belief, *step))
+        for one, other in zip(*told):
+            self.assertTrue(torch.equal(one, other))
+        self.assertFalse(any("rule" in name or "task" in name for name in vars(agent) | agent.memory.experience()._asdict()))
+
+
+if __name__ == "__main__":
+    unittest.main()

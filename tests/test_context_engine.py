@@ -1,0 +1,127 @@
+"""The context engine: sequence equals steps, memory decides the belief, symmetry of the actions, imagination, losses."""
+
+import unittest
+
+import torch
+
+from context_engine import ContextInferenceEngine, ContextSettings
+from environment import WorldStep
+from memory import EpisodicMemory, Experience
+from tests.shared import seeded
+from transition_model import TransitionModel, TransitionSettings, pairs_present
+
+A, K, C, S, B, T = 4, 6, 3, 16, 5, 9
+
+
+def engine_of():
+    torch.manual_seed(0)
+    engine = ContextInferenceEngine(ContextSettings(hidden=8, context=5), A, K, C)
+    torch.nn.init.normal_(engine.first)
+    return engine
+
+
+def experience_of(seed=0, segments=1):
+    draw = seeded(seed)
+    codes = torch.randint(C, (2, B, T, S), generator=draw, dtype=torch.uint8)
+    posterior = torch.rand(B, T, K, generator=draw).softmax(-1)
+    action = torch.randint(A, (B, T), generator=draw)
+    reward = torch.randint(-1, 2, (B, T), generator=draw).float()
+    segment = (torch.arange(T) * segments // T).to(torch.uint8).expand(B, T)
+    return Experience(*codes, posterior, action, reward, reward != 0, torch.zeros(B, T, dtype=torch.bool), segment)
+
+
+class TestBelief(unittest.TestCase):
+    def test_step_by_step_equals_the_sequence(self):
+        engine, experience = engine_of(), experience_of()
+        beliefs = engine.sequence(experience)
+        self.assertEqual(beliefs.shape, (B, T + 1, A + 1, 8))
+        belief = engine.initial_belief(B)
+        torch.testing.assert_close(beliefs[:, 0], belief)
+        for t in range(T):
+            belief = engine.step(belief, Experience(*(part[:, t : t + 1] for part in experience)))
+            torch.testing.assert_close(beliefs[:, t + 1], belief)
+
+    def test_engine_of_memory_is_the_belief_carried(self):
+        engine, experience = engine_of(), experience_of()
+        memory = EpisodicMemory(B, T, S, K)
+        belief, none = engine.initial_belief(B), torch.zeros(B, dtype=torch.bool)
+        for t in range(5):
+            now = Experience(*(part[:, t] for part in experience))
+            memory.append(*now[:4], None, WorldStep(None, now.reward, now.terminated, none, None))
+            belief = engine.step(belief, memory.latest())
+        torch.testing.assert_close(engine(memory), belief)
+
+    def test_the_belief_never_sees_the_future(self):
+        engine, one, other = engine_of(), experience_of(0), experience_of(1)
+        mixed = Experience(*(torch.cat([a[:, :4], b[:, 4:]], 1) for a, b in zip(one, other)))
+        torch.testing.assert_close(engine.sequence(one)[:, :5], engine.sequence(mixed)[:, :5])
+        self.assertFalse(torch.allclose(engine.sequence(one)[:, 5], engine.sequence(mixed)[:, 5]))
+
+    def test_relabelling_the_actions_relabels_the_belief(self):
+        engine, experience = engine_of(), experience_of()
+        relabel = torch.tensor([2, 0, 3, 1])
+        beliefs = engine.sequence(experience)
+        relabelled = engine.sequence(experience._replace(action=relabel[experience.action]))
+        torch.testing.assert_close(relabelled[:, :, relabel], beliefs[:, :, :A])
+        torch.testing.assert_close(relabelled[:, :, A], beliefs[:, :, A])
+
+    def test_imagined_steps_equal_lived_ones(self):
+        engine, experience = engine_of(), experience_of()
+        belief = engine.sequence(experience)[:, 3]
+        now = Experience(*(part[:, 3] for part in experience))
+        row = torch.tensor([4, 0, 0, 2])
+        present = pairs_present(now.codes, now.next_codes, C)[row]
+        imagined = engine.imagine(belief, row, now.action[row], now.posterior[row], now.reward[row], present)
+        lived = engine.step(belief, Experience(*(part[:, 3:4] for part in experience)))
+        torch.testing.assert_close(imagined, lived[row])
+
+    def test_without_reward_what_was_touched_says_nothing_about_worth(self):
+        engine, experience = engine_of(), experience_of()
+        quiet = experience._replace(reward=torch.zeros(B, T))
+        elsewhere = quiet._replace(next_codes=quiet.codes)
+        torch.testing.assert_close(engine.sequence(quiet), engine.sequence(elsewhere))
+        loud = experience._replace(reward=torch.ones(B, T))
+        self.assertFalse(torch.allclose(engine.sequence(loud), engine.sequence(loud._replace(next_codes=loud.codes))))
+
+
+class TestLoss(unittest.TestCase):
+    def test_terms_are_named_and_reach_what_they_teach(self):
+        engine, experience = engine_of(), experience_of()
+        transition = TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5)
+        losses, beliefs = engine.loss(experience, transition, seeded())
+        self.assertEqual(set(losses), {"filter", "hindsight", "reward", "termination"})
+        self.assertFalse(beliefs.requires_grad)
+        sum(losses.values()).backward()
+        for parameter in [*engine.parameters(), *transition.contextual_parameters()]:
+            self.assertIsNotNone(parameter.grad)
+        self.assertTrue(all(p.grad is None for p in transition.outcome_network.parameters()))
+
+    def test_the_filter_term_by_hand(self):
+        engine, experience = engine_of(), experience_of()
+        transition = TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5)
+        context = engine.context(engine.sequence(experience))
+        total = 0.0
+        for row in range(B):
+            for t in range(T):
+                log_prior = transition.log_prior(context[row : row + 1, t])[0, experience.action[row, t]]
+                total -= float((experience.posterior[row, t] * log_prior.detach()).sum())
+        losses, _ = engine.loss(experience, transition, seeded())
+        self.assertAlmostEqual(losses["filter"].item(), total / (B * T), places=4)
+
+    def test_targets_stay_within_their_segment(self):
+        experience = experience_of(segments=3)
+        row = torch.arange(B).repeat_interleave(T)
+        elsewhen, same = ContextInferenceEngine._other_times(experience.segment, row, seeded())
+        step = torch.arange(B * T) % T
+        self.assertTrue(torch.equal(same.bool(), elsewhen // 3 == step // 3))
+        self.assertTrue(same.bool().any() and not same.bool().all())
+
+    def test_a_lifetime_without_events_has_a_loss(self):
+        engine, experience = engine_of(), experience_of()
+        quiet = experience._replace(reward=torch.zeros(B, T), terminated=torch.zeros(B, T, dtype=torch.bool))
+        losses, _ = engine.loss(quiet, TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5), seeded())
+        self.assertTrue(torch.isfinite(sum(losses.values())))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,234 @@
+"""The world: rules, alignment in time, splits, noise, pairing, the exact solution and the Gymnasium faces."""
+
+import unittest
+import unittest.mock
+import warnings
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import environment
+from environment import (
+    MOVES, N_TASKS, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, WorldSettings, log_likelihood, reward_consistent,
+    rule_of, task_split, value_iteration,
+)  # fmt: skip
+from tests.shared import seeded
+
+CLEAR = WorldSettings(noise=0, slip=0)
+
+
+def world_of(settings=CLEAR, batch=64, split="train", seed=0):
+    world = HiddenRulesWorld(settings, batch, task_split("combinations", split), seed)
+    return world, world.reset()
+
+
+class TestRules(unittest.TestCase):
+    def test_splits_are_disjoint_and_complete(self):
+        for holdout, sizes in (("combinations", (100, 16, 28)), ("permutations", (92, 16, 36))):
+            parts = [task_split(holdout, split).tolist() for split in ("train", "validation", "test")]
+            self.assertEqual(tuple(map(len, parts)), sizes)
+            self.assertEqual(sorted(sum(parts, [])), list(range(N_TASKS)))
+
+    def test_held_out_permutations_never_occur_in_training(self):
+        maps = {split: set((task_split("permutations", split) // 6).tolist()) for split in ("train", "validation", "test")}
+        self.assertEqual(len(maps["test"]), 6)
+        self.assertFalse(maps["test"] & (maps["train"] | maps["validation"]))
+
+    def test_the_test_split_is_that_of_the_benchmark(self):
+        expected = torch.randperm(144, generator=seeded(7))[:28].sort().values
+        self.assertTrue(torch.equal(task_split("combinations", "test"), expected))
+
+    def test_every_task_is_another_rule(self):
+        rule = rule_of(torch.arange(N_TASKS))
+        self.assertEqual(len(torch.cat([rule.action_map, rule.colours], 1).unique(dim=0)), N_TASKS)
+
+    def test_unknown_names_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "'exam'.*train, validation, test"):
+            task_split("combinations", "exam")
+        with self.assertRaisesRegex(ValueError, "world.slip is nan.*between 0 and 1"):
+            WorldSettings(slip=float("nan"))
+
+
+class TestWorld(unittest.TestCase):
+    def test_actions_move_the_body_by_the_hidden_rule(self):
+        world, _ = world_of()
+        for action in range(4):
+            before = world.position.clone()
+            world.step(torch.full((64,), action))
+            expected = (before[:, 0] + MOVES[world.rule.action_map[:, action]]).clamp(0, 5)
+            self.assertTrue(torch.equal(world.arrived_at[:, 0], expected))
+            self.assertTrue(torch.equal(world.arrived_at[:, 1:], before[:, 1:]))
+
+    def test_rewards_and_ends_follow_from_the_arrival(self):
+        world, _ = world_of(batch=512)
+        generator, age = seeded(), torch.zeros(512)
+        for _ in range(40):
+            step = world.step(torch.randint(4, (512,), generator=generator))
+            age += 1
+            goal = (world.arrived_at[:, 0] == world.arrived_at[:, 1]).all(-1)
+            hazard = (world.arrived_at[:, 0] == world.arrived_at[:, 2]).all(-1)
+            self.assertTrue(torch.equal(step.reward, goal.float() - hazard.float()))
+            self.assertTrue(torch.equal(step.terminated, goal | hazard))
+            self.assertTrue(torch.equal(step.truncated, (age == 18) & ~step.terminated))
+            ended = step.terminated | step.truncated
+            self.assertTrue(torch.equal(step.frame[~ended], step.arrival[~ended]))
+            age[ended] = 0
+        self.assertTrue((world.position[:, 0] != world.position[:, 1]).any(-1)[ended].all())
+
+    def test_pictures_show_body_goal_and_hazard_in_their_colours(self):
+        world, frames = world_of()
+        for role in range(3):
+            row, column = (4 * world.position[:, role] + 1).unbind(1)
+            seen = frames[torch.arange(64), row, column]
+            self.assertTrue(torch.equal(seen, PALETTE[world.rule.colours[:, role]]))
+        self.assertEqual(int((frames != environment.BACKGROUND).any(-1).sum()), 64 * 3 * 16)
+
+    def test_slips_have_their_rates(self):
+        world, _ = world_of(WorldSettings(noise=0, slip=0.4, slip_random=0.25, grid=20), batch=4000)
+        intended = MOVES[world.rule.action_map[:, 0]]
+        before = world.position[:, 0].clone()
+        world.step(torch.zeros(4000, dtype=torch.int64))
+        moved = world.arrived_at[:, 0] - before
+        free = ((before > 0) & (before < 19)).all(-1)
+        self.assertAlmostEqual(float((moved == 0).all(-1)[free].float().mean()), 0.3, delta=0.03)
+        self.assertAlmostEqual(float((moved == intended).all(-1)[free].float().mean()), 0.6 + 0.1 / 4, delta=0.03)
+
+    def test_noise_has_its_mean_and_deviation_and_does_not_repeat(self):
+        settings = WorldSettings(noise=0.05, grid=20)
+        world, _ = world_of(settings, batch=64)
+        with unittest.mock.patch.object(environment, "BACKGROUND", 128):  # far from both ends: nothing is clipped
+            first, second = world.draw().float(), world.draw().float()
+            world._noise = None
+            grey = world.draw() == 128
+        self.assertAlmostEqual(float(first[grey].mean()), 128, delta=0.02 * 128)
+        self.assertAlmostEqual(float(first[grey].std()), 12.75, delta=0.02 * 12.75)
+        both = torch.stack([first[grey], second[grey]])
+        self.assertLess(abs(float(torch.corrcoef(both)[0, 1])), 0.01)
+
+    def test_same_seed_same_luck_whatever_the_agent_does(self):
+        worlds = [world_of(WorldSettings(), split="validation", seed=3)[0] for _ in range(2)]
+        self.assertTrue(torch.equal(worlds[0].task, worlds[1].task))
+        for step in range(20):
+            for world, action in zip(worlds, (step % 4, (step + 1) % 4)):
+                world.step(torch.full((64,), action))
+        self.assertTrue(torch.equal(worlds[0]._starts(), worlds[1]._starts()))
+
+    def test_starts_are_uniform_over_distinct_cells(self):
+        world, _ = world_of(WorldSettings(grid=3), batch=30_000)
+        cell = world._starts() @ torch.tensor([3, 1])
+        self.assertTrue((cell[:, 0] != cell[:, 1]).all() and (cell[:, 0] != cell[:, 2]).all() and (cell[:, 1] != cell[:, 2]).all())
+        counts = torch.bincount(cell @ torch.tensor([81, 9, 1]), minlength=729)
+        self.assertEqual(int((counts > 0).sum()), 9 * 8 * 7)
+        self.assertLess(float(counts[counts > 0].float().std() / counts[counts > 0].float().mean()), 0.2)
+
+    def test_wrong_shapes_are_refused(self):
+        world, _ = world_of()
+        with self.assertRaisesRegex(ValueError, r"\(63,\).*\(64,\)"):
+            world.step(torch.zeros(63, dtype=torch.int64))
+
+
+class TestExactSolution(unittest.TestCase):
+    def test_likelihoods_of_all_arrivals_sum_to_one(self):
+        world, _ = world_of(WorldSettings(noise=0), batch=32)
+        before = world.by_colour(world.position)
+        total = torch.zeros(32)
+        rows, body = torch.arange(32), world.rule.colours[:, 0]
+        for move in [*MOVES, None]:
+            after = before.clone()
+            end = before[rows, body] + (0 if move is None else move)
+            after[rows, body] = end
+            inside = ((end >= 0) & (end < 6)).all(-1)
+            likelihood = log_likelihood(world, before, torch.zeros(32, dtype=torch.int64), after).exp()
+            total += likelihood[rows, world.task] * inside
+        torch.testing.assert_close(total, torch.ones(32))
+
+    def test_rewards_rule_out_the_wrong_roles(self):
+        world, generator = world_of(batch=256)[0], seeded()
+        for _ in range(10):
+            step = world.step(torch.randint(4, (256,), generator=generator))
+            consistent = reward_consistent(world.by_colour(world.arrived_at), step.reward)
+            self.assertTrue(consistent[torch.arange(256), world.task].all())
+            self.assertTrue((consistent.sum(1)[step.reward != 0] < N_TASKS).all())
+
+    def test_values_without_slip_are_discounted_distances(self):
+        q = value_iteration(CLEAR, discount=0.5)
+        goal, hazard = 0, 35
+        near, far = q[1, goal, hazard].max(), q[2, goal, hazard].max()
+        self.assertAlmostEqual(float(far / near), 0.5, places=4)
+        self.assertEqual(int(q[1, goal, hazard].argmax()), 2)  # left
+        self.assertGreater(float(near), 1)  # the reward, and what the next episode is worth
+
+
+class TestFaces(unittest.TestCase):
+    def test_check_env_is_silent(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            check_env(gymnasium.make("HiddenRules-v0", render_mode="rgb_array").unwrapped)
+
+    def test_an_outer_episode_is_one_lifetime(self):
+        env = gymnasium.make("HiddenRules-v0")
+        picture, _ = env.reset(seed=1)
+        self.assertEqual((picture.shape, picture.dtype), ((48, 48, 3), np.uint8))
+        ends = 0
+        for step in range(64):
+            picture, reward, terminated, truncated, info = env.step(step % 4)
+            self.assertFalse(terminated)
+            self.assertEqual(truncated, step == 63)
+            ended = info["episode_terminated"] or info["episode_truncated"]
+            self.assertEqual("final_frame" in info, ended)
+            self.assertEqual(abs(reward) == 1, info["episode_terminated"])
+            ends += ended
+        self.assertGreaterEqual(ends, 3)
+
+    def test_one_seed_gives_one_stream(self):
+        streams = []
+        for _ in range(2):
+            env = PixelEnv()
+            env.reset(seed=5)
+            for _ in range(64):
+                last = env.step(1)[0]
+            streams.append((last, env.reset()[0]))
+        self.assertTrue(np.array_equal(streams[0][0], streams[1][0]) and np.array_equal(streams[0][1], streams[1][1]))
+
+    def test_info_never_holds_the_rule(self):
+        env = PixelEnv()
+        env.reset(seed=0)
+        for step in range(64):
+            self.assertLessEqual(set(env.step(step % 4)[4]), {"episode_terminated", "episode_truncated", "final_frame"})
+
+    def test_render_is_large_and_the_caption_optional(self):
+        for caption in (False, True):
+            env = PixelEnv(render_mode="rgb_array", caption=caption)
+            env.reset(seed=0)
+            height, width, _ = env.render().shape
+            self.assertGreaterEqual(width, 384)
+            self.assertEqual(height > width, caption)
+
+    def test_vector_env_agrees_with_its_world_and_resets_in_the_same_step(self):
+        env = gymnasium.make_vec("HiddenRules-v0", num_envs=5, vectorization_mode="vector_entry_point")
+        self.assertEqual(env.metadata["autoreset_mode"], gymnasium.vector.AutoresetMode.SAME_STEP)
+        pictures, _ = env.reset(seed=2)
+        self.assertTrue(env.observation_space.contains(pictures))
+        for step in range(64):
+            pictures, reward, terminated, truncated, info = env.step(np.full(5, step % 4))
+            self.assertTrue(np.array_equal(info["episode_terminated"], reward != 0))
+            self.assertTrue((truncated == (step == 63)).all() and not terminated.any())
+        self.assertEqual(info["final_obs"].shape, pictures.shape)
+        self.assertFalse(np.array_equal(info["final_obs"], pictures))
+        self.assertFalse(env.step(np.zeros(5, int))[3].any())
+
+    def test_bad_actions_are_refused(self):
+        env, vector = PixelEnv(), PixelVectorEnv(3)
+        with self.assertRaises(gymnasium.error.ResetNeeded):
+            env.step(0)
+        env.reset(seed=0), vector.reset(seed=0)
+        with self.assertRaisesRegex(ValueError, "action is 4"):
+            env.step(4)
+        with self.assertRaisesRegex(ValueError, "3 integers"):
+            vector.step(np.array([0, 1]))
+
+
+if __name__ == "__main__":
+    unittest.main()

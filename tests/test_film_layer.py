@@ -1,0 +1,50 @@
+"""FiLM: identity at the start, the equation, and shapes."""
+
+import unittest
+
+import torch
+
+from film_layer import FiLMLayer
+
+
+class TestFiLMLayer(unittest.TestCase):
+    def test_zero_scale_is_the_identity_for_every_context(self):
+        layer = FiLMLayer(5, 3, scale=0)
+        for shape in ((2, 3), (2, 7, 3), (2, 3, 4, 4)):
+            features = torch.randn(shape)
+            self.assertTrue(torch.equal(layer(features, torch.randn(2, 5)), features))
+
+    def test_equation_in_every_layout(self):
+        layer, context = FiLMLayer(5, 3), torch.randn(2, 5)
+        gamma, beta = layer.generator(context).chunk(2, -1)
+        flat = torch.randn(2, 3)
+        torch.testing.assert_close(layer(flat, context), (1 + gamma) * flat + beta)
+        sequence = torch.randn(2, 7, 3)
+        torch.testing.assert_close(layer(sequence, context)[:, 4], layer(sequence[:, 4], context))
+        image = torch.randn(2, 3, 4, 6)
+        torch.testing.assert_close(layer(image, context)[:, :, 2, 5], layer(image[:, :, 2, 5], context))
+
+    def test_one_context_for_each_feature_vector(self):
+        layer, features, context = FiLMLayer(5, 3), torch.randn(2, 7, 3), torch.randn(2, 7, 5)
+        torch.testing.assert_close(layer(features, context)[1, 6], layer(features[1:, 6], context[1:, 6])[0])
+
+    def test_scale_multiplies_the_generator(self):
+        torch.manual_seed(0)
+        plain = FiLMLayer(5, 3)
+        torch.manual_seed(0)
+        torch.testing.assert_close(FiLMLayer(5, 3, scale=3).generator.weight, 3 * plain.generator.weight)
+
+    def test_context_changes_the_output_and_gets_a_gradient(self):
+        layer, context = FiLMLayer(5, 3), torch.randn(2, 5, requires_grad=True)
+        layer(torch.randn(2, 3), context).sum().backward()
+        self.assertGreater(context.grad.abs().sum(), 0)
+
+    def test_errors_name_the_values(self):
+        with self.assertRaisesRegex(ValueError, "context_dim >= 1.*not 0"):
+            FiLMLayer(0, 3)
+        with self.assertRaisesRegex(ValueError, r"\(B, 3\)"):
+            FiLMLayer(5, 3)(torch.randn(2, 4), torch.randn(2, 5))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,141 @@
+"""Memory: the order of the stream, every restart, blocks that are stored once, the budget, and files."""
+
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from environment import WorldStep
+from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, save_atomically
+from tests.shared import seeded
+
+T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends
+
+
+def counted(lifetime: int = 0) -> EpisodicMemory:
+    """A lifetime of a counting world: every picture is filled with its number, restarts begin at 100."""
+    memory = EpisodicMemory(BATCH, T, patches=4, outcomes=3, keep_pictures=True)
+    now = torch.tensor([0, 50]) + lifetime
+    picture = lambda numbers: numbers.to(torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)  # noqa: E731
+    for step in range(T):
+        ended = torch.tensor([(row, step) in ENDS for row in range(BATCH)])
+        arrival, frame = now + 1, torch.where(ended, 100 + now, now + 1)
+        happened = WorldStep(picture(arrival), arrival.float(), ended, torch.zeros(BATCH, dtype=torch.bool), picture(frame))
+        codes = [picture(numbers)[:, 0, 0, :1].expand(-1, 4) for numbers in (now, arrival)]
+        memory.append(*codes, torch.full((BATCH, 3), step / 8), torch.full((BATCH,), step), picture(now), happened)
+        now = frame
+    return memory
+
+
+class TestEpisodicMemory(unittest.TestCase):
+    def test_index_t_holds_what_was_seen_before_action_t_and_what_followed(self):
+        experience = counted().experience()
+        for t in range(T):
+            self.assertEqual(experience.action[:, t].tolist(), [t, t])
+            torch.testing.assert_close(experience.next_codes[:, t], experience.codes[:, t] + 1)
+            torch.testing.assert_close(experience.reward[:, t], experience.next_codes[:, t, 0].float())
+            if t + 1 < T:
+                for row in range(BATCH):
+                    follows = experience.codes[row, t + 1, 0] == experience.next_codes[row, t, 0]
+                    self.assertEqual(bool(follows), (row, t) not in ENDS)
+
+    def test_latest_is_the_last_step(self):
+        memory = counted()
+        self.assertEqual(memory.latest().action.tolist(), [[T - 1]] * BATCH)
+
+    def test_clear_forgets_everything(self):
+        memory = counted()
+        memory.clear()
+        self.assertEqual((len(memory), memory.experience().action.shape, memory.frames), (0, (BATCH, 0), []))
+
+    def test_a_full_lifetime_takes_no_more(self):
+        memory = counted()
+        with self.assertRaisesRegex(IndexError, "7 steps and is full"):
+            memory.append(*[None] * 6)
+
+
+class TestStore(unittest.TestCase):
+    def store(self, lifetimes: int, budget_mb: float = 1.0) -> LifetimeStore:
+        store = LifetimeStore(MemorySettings(budget_mb))
+        for number in range(lifetimes):
+            store.add(counted(number), torch.tensor([number, number]), version=number)
+        return store
+
+    def test_pictures_are_stored_once_and_arrivals_come_back(self):
+        block = Pictures.of(0, counted(), torch.zeros(BATCH, dtype=torch.int64))
+        self.assertEqual(block.frames.shape[:2], (BATCH, T))
+        self.assertEqual(len(block.finals), len(ENDS | {(row, T - 1) for row in range(BATCH)}))
+        codes = counted().experience().next_codes
+        self.assertTrue(torch.equal(block.arrivals()[..., 0, 0, 0], codes[..., 0]))
+
+    def test_frames_at_finds_the_picture_of_every_row_and_step(self):
+        store = self.store(3)
+        row, step = torch.meshgrid(torch.arange(6), torch.arange(T), indexing="ij")
+        found = store.frames_at(row.flatten(), step.flatten())[:, 0, 0, 0]
+        self.assertTrue(torch.equal(found, store.experience.codes[..., 0].flatten()))
+
+    def test_the_oldest_blocks_leave_whole_and_the_budget_holds(self):
+        one = self.store(1)
+        store = LifetimeStore(MemorySettings(1.0))
+        store.budget = int(3.5 * one.bytes)
+        for number in range(6):
+            store.add(counted(number), torch.tensor([number, number]), version=0)
+            self.assertLessEqual(store.bytes, store.budget)
+        self.assertEqual([block.number for block in store.blocks], [3, 4, 5])
+        self.assertEqual(store.experience.codes[:, 0, 0].tolist(), [3, 53, 4, 54, 5, 55])
+        self.assertEqual(store.blocks[0].task.tolist(), [3, 3])
+        self.assertEqual(int(store.sample(1000, seeded()).max()), 5)
+
+    def test_a_block_larger_than_the_budget_is_refused(self):
+        store = LifetimeStore(MemorySettings(1.0))
+        store.budget = 100
+        with self.assertRaisesRegex(ValueError, "raise memory.budget_mb"):
+            store.add(counted(), torch.zeros(2, dtype=torch.int64), 0)
+
+    def test_renewal_replaces_what_the_models_made_and_dates_it(self):
+        store = self.store(3)
+        self.assertEqual(store.stalest(), 0)
+        store.renew(0, torch.full((2, T, 4), 9), torch.full((2, T, 4), 8), torch.full((2, T, 3), 0.5), version=7)
+        self.assertEqual((store.stalest(), store.version), (1, [7, 1, 2]))
+        self.assertEqual(store.experience.codes[:, 0, 0].tolist(), [9, 9, 1, 51, 2, 52])
+
+    def test_state_comes_back_and_blocks_are_written_once(self):
+        store, again = self.store(3), LifetimeStore(MemorySettings(1.0))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "store"
+            store.save_blocks(folder)
+            written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+            store.add(counted(3), torch.tensor([3, 3]), version=3)
+            store.save_blocks(folder)
+            for path, when in written.items():
+                self.assertEqual((folder / path).stat().st_mtime_ns, when)
+            again.load_state_dict(store.state_dict(), folder)
+            store.blocks = store.blocks[2:]
+            store.forget_blocks(folder)
+            self.assertEqual(sorted(path.name for path in folder.iterdir()), ["block-000002.pt", "block-000003.pt"])
+        self.assertEqual(len(again), 8)
+        for one, other in zip(again.experience, store.experience):
+            self.assertTrue(torch.equal(one, other))
+        self.assertTrue(torch.equal(again.blocks[2].frames, store.blocks[0].frames))
+
+
+class TestAtomicSave(unittest.TestCase):
+    def test_a_crash_in_mid_write_leaves_the_old_file(self):
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "file.pt"
+            save_atomically({"value": 1}, path)
+
+            def torn(content, file):
+                file.write(b"half")
+                raise RuntimeError("no space left on device")
+
+            with mock.patch("torch.save", torn), self.assertRaisesRegex(OSError, "no space left"):
+                save_atomically({"value": 2}, path)
+            self.assertEqual(torch.load(path, weights_only=True), {"value": 1})
+            self.assertEqual([p.name for p in Path(name).iterdir()], ["file.pt"])
+
+
+if __name__ == "__main__":
+    unittest.main()

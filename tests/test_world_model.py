@@ -1,0 +1,80 @@
+"""The VAE: shapes, the bound, seeding, and the context's place in it."""
+
+import unittest
+
+import torch
+
+from environment import HiddenRulesWorld, WorldSettings, task_split
+from tests.shared import seeded
+from world_model import VAE, VAESettings
+
+
+def frames_of(noise=0.1, batch=64):
+    return HiddenRulesWorld(WorldSettings(noise=noise), batch, task_split("combinations", "train"), 0).reset()
+
+
+def vae_of(**settings):
+    torch.manual_seed(0)
+    return VAE(VAESettings(**settings), (24, 24, 3), context_dim=5)
+
+
+class TestVAE(unittest.TestCase):
+    def test_one_code_a_patch_and_back_to_a_picture(self):
+        vae, context = vae_of(), torch.randn(64, 5)
+        codes = vae.encode(frames_of(), context)
+        self.assertEqual((codes.shape, codes.dtype, vae.grid), ((64, 36), torch.uint8, (6, 6)))
+        self.assertEqual(vae.decode(codes, context).shape, (64, 24, 24, 3))
+
+    def test_a_patch_decides_its_own_code_and_place(self):
+        vae, context = vae_of(), torch.zeros(1, 5)
+        frames = frames_of(noise=0, batch=1)
+        changed = frames.clone()
+        changed[:, 8:12, 16:20] = 200  # row 2, column 4
+        differs = (vae.logits(frames, context) != vae.logits(changed, context)).any(-1)[0]
+        self.assertEqual(differs.nonzero()[:, 0].tolist(), [2 * 6 + 4])
+        codes = torch.zeros(1, 36, dtype=torch.uint8)
+        other = codes.clone()
+        other[0, 2 * 6 + 4] = 1
+        differs = (vae.decode(codes, context) != vae.decode(other, context)).any(-1)[0].nonzero()
+        self.assertEqual((differs.amin(0).tolist(), differs.amax(0).tolist()), ([8, 16], [11, 19]))
+
+    def test_context_is_the_identity_at_first_and_can_be_learnt(self):
+        vae, frames = vae_of(), frames_of()
+        one, other = torch.randn(64, 5), torch.randn(64, 5)
+        self.assertTrue(torch.equal(vae.logits(frames, one), vae.logits(frames, other)))
+        sum(vae.loss(frames, one, seeded()).values()).backward()
+        for film in (vae.encoder_film, vae.decoder_film):
+            self.assertGreater(film.generator.weight.grad.abs().sum(), 0)
+
+    def test_the_bound_is_the_sum_of_its_terms_by_hand(self):
+        vae, frames, context = vae_of(deviation=0.5), frames_of(), torch.zeros(64, 5)
+        q = vae.logits(frames, context).softmax(-1)
+        by_hand = (q * (q / (1 / 6)).log()).sum((1, 2)).mean()  # the prior is uniform at the start
+        loss = vae.loss(frames, context, seeded())
+        torch.testing.assert_close(loss["kl"], by_hand)
+        with torch.no_grad():
+            for layer in (vae.decoder_out[-1].weight, vae.decoder_out[-1].bias):
+                layer.zero_()  # reconstructs mid-grey
+        expected = ((frames / 255.0 - 0.5) ** 2).sum((1, 2, 3)).mean() / (2 * 0.25)
+        torch.testing.assert_close(vae.loss(frames, context, seeded())["reconstruction"], expected)
+
+    def test_seeding_separates_background_and_colours_on_every_seed(self):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            vae, frames = VAE(VAESettings(), (24, 24, 3), 5), frames_of()
+            self.assertGreaterEqual(vae.seed_codes(frames, torch.zeros(64, 5)), 4)
+            codes = vae.encode(frames, torch.zeros(64, 5))
+            clear = frames_of(noise=0).view(64, 6, 4, 6, 4, 3)[:, :, 0, :, 0].flatten(1, 2)  # (64, 36, 3), same places
+            kinds = {tuple(colour): set(codes[(clear == colour).all(-1)].tolist()) for colour in clear.flatten(0, 1).unique(dim=0)}
+            self.assertEqual(len(kinds), 4)
+            self.assertEqual(len(set().union(*kinds.values())), sum(map(len, kinds.values())))
+
+    def test_bad_sizes_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "vae.patch is 5.*24x24.*such as 24"):
+            VAE(VAESettings(patch=5), (24, 24, 3), 5)
+        with self.assertRaisesRegex(ValueError, "uint8, not"):
+            vae_of().encode(torch.zeros(1, 24, 24, 3), torch.zeros(1, 5))
+
+
+if __name__ == "__main__":
+    unittest.main()

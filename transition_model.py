@@ -1,0 +1,321 @@
+"""The transition model: what can happen (outcomes), what will happen in this task (prior), and what it is worth.
+
+*Outcomes* p(z'|z, k), k = 1..K, know neither action nor context: they are what can happen anywhere ("the red thing
+moves left"). The *prior* pi(k|a, c) and the *consequences* (reward and end of the episode) are FiLM-modulated: they say
+what will happen under the rules that the context stands for. The *effect posterior* q(k|z, z') names what did happen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from environment import require
+from film_layer import FiLMLayer
+from memory import Experience
+
+ABSENT = -1e4  # stands for minus infinity in a masked maximum, without NaN gradients
+
+
+@dataclass(frozen=True)
+class TransitionSettings:
+    """Outcomes, their prior, reward and end of the episode."""
+
+    outcomes: int = 24
+    """Number K of universal outcomes, 2 to 255."""
+    width: int = 24
+    """Channels of the outcome network, at least 1."""
+    kernel: int = 3
+    """Side of the outcome network's convolutions in patches; odd."""
+    padding: str = "zeros"
+    """What lies beyond the edge: zeros, circular, reflect or replicate."""
+    prior_width: int = 64
+    """Hidden features of the prior, at least 1."""
+    pair_width: int = 16
+    """Features of a pair (code before, code after), at least 1."""
+    reward_bins: tuple[float, ...] = (-1.0, 0.0, 1.0)
+    """The rewards that the world gives, increasing."""
+    film_scale: float = 3.0
+    """Initial scale of the FiLM generators over PyTorch's default: one experience must move the prediction visibly."""
+    free_updates: int = 300
+    """Outcome updates without any consistency over the lifetime."""
+    tempered_updates: int = 200
+    """Outcome updates after those, in which labels may move to where their lifetime says they belong."""
+    split_every: int = 25
+    """Outcome updates between split moves, from a third of the free updates to the last tempered one, at least 1."""
+    learning_rate: float = 6e-3
+    """Adam's, of the outcomes; it decays with the run."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("outcomes", 2, 255), ("width", 1, 4096), ("kernel", 1, 31), ("prior_width", 1, 4096), ("pair_width", 1, 4096),
+            ("film_scale", 0, 100), ("free_updates", 0, 10**9), ("tempered_updates", 0, 10**9),
+            ("split_every", 1, 10**9), ("learning_rate", 0, 1),
+        ):  # fmt: skip
+            require(f"transition.{name}", getattr(self, name), low, high)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"transition.kernel is {self.kernel}, but must be odd: choose {self.kernel + 1}.")
+        if self.padding not in ("zeros", "circular", "reflect", "replicate"):
+            raise ValueError(f"transition.padding is {self.padding!r}: choose zeros, circular, reflect or replicate.")
+        if len(self.reward_bins) < 2 or any(a >= b for a, b in zip(self.reward_bins, self.reward_bins[1:])):
+            raise ValueError(f"transition.reward_bins is {self.reward_bins}, but needs at least two increasing numbers.")
+
+    def temper(self, update: int) -> float:
+        """Exponent of the likelihood in the label of outcome update number `update`: 0 free, 1 exact (see the loss)."""
+        if update < self.free_updates:
+            return 0.0
+        done = (update - self.free_updates) / max(1, self.tempered_updates)
+        return min(1.0, 0.1 + 0.9 * done)
+
+    def splits_at(self, update: int) -> bool:
+        """Whether outcome update number `update` begins with a split move."""
+        possible = self.free_updates // 3 <= update < self.free_updates + self.tempered_updates
+        return possible and update % self.split_every == 0
+
+
+def pairs_present(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
+    """Which pairs (code before, code after) occur at some patch: (..., n_codes**2) bool, of codes (..., S) uint8."""
+    pair = codes.long() * n_codes + next_codes.long()
+    absent = torch.zeros(*pair.shape[:-1], n_codes**2, dtype=torch.bool, device=codes.device)
+    return absent.scatter_(-1, pair, True)
+
+
+def pair_codes(n_codes: int) -> Tensor:
+    """One-hot description of every pair: (n_codes**2, 2 * n_codes) float32, before then after."""
+    eye = torch.eye(n_codes)
+    return torch.cat([eye.repeat_interleave(n_codes, 0), eye.repeat(n_codes, 1)], 1)
+
+
+class OutcomeNetwork(nn.Module):
+    """The universal outcomes: cell-wise categorical p(z'|z, k) from two convolutions over the grid of codes.
+
+    The logits start near "everything stays as it is": a learnt multiple of the present code is added to them.
+    """
+
+    def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.codes, self.grid, self.outcomes = codes, grid, settings.outcomes
+        convolution = dict(kernel_size=settings.kernel, padding=settings.kernel // 2, padding_mode=settings.padding)
+        self.features = nn.Sequential(
+            nn.Conv2d(codes, settings.width, **convolution), nn.GroupNorm(1, settings.width), nn.SiLU(),
+            nn.Conv2d(settings.width, settings.width, **convolution), nn.GroupNorm(1, settings.width), nn.SiLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(settings.width, settings.outcomes * codes)
+        self.stay = nn.Parameter(torch.tensor(4.0))
+        self.marginal = nn.Parameter(torch.zeros(settings.outcomes))  # logits of p0(k), the context-free prior
+        bits = torch.randint(2**62, (grid[0] * grid[1],), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("fingerprint", bits, persistent=False)
+
+    def hidden(self, codes: Tensor) -> Tensor:
+        """Features (B, S, width) of code grids (B, S) uint8."""
+        one_hot = F.one_hot(codes.long(), self.codes).float().view(-1, *self.grid, self.codes)
+        return self.features(one_hot.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
+    def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:
+        """log p(z'|z, k) (B, K), summed over patches, of code grids (B, S) uint8."""
+        (B, S), K, C = codes.shape, self.outcomes, self.codes
+        stay = self.stay * F.one_hot(codes.long(), C).float()
+        logits = self.head(self.hidden(codes)).view(B, S, K, C) + stay[:, :, None]
+        index = next_codes.long()[:, :, None, None].expand(B, S, K, 1)
+        return (logits.gather(3, index)[..., 0] - logits.logsumexp(-1)).sum(1)
+
+    def modes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """What every outcome would lead to from code grids (B, S) uint8.
+
+        Returns:
+            the likeliest next grids (B, K, S) uint8, and `alike` (B, K, K) float: column j sums over the outcomes that
+            lead to the same grid as j if j is the first of them, and is zero otherwise.
+        """
+        (B, S), K, C = codes.shape, self.outcomes, self.codes
+        logits = self.head(self.hidden(codes)).view(B, S, K, C) + self.stay * F.one_hot(codes.long(), C)[:, :, None]
+        grids = logits.argmax(-1).transpose(1, 2)  # (B, K, S)
+        fingerprint = (grids * self.fingerprint).sum(-1)  # 62 random bits a patch: equal sums, equal grids
+        same = fingerprint[:, :, None] == fingerprint[:, None]  # (B, K, K)
+        first = same.to(torch.uint8).argmax(1) == torch.arange(K, device=codes.device)
+        return grids.to(torch.uint8), (same & first[:, None]).float()
+
+    @torch.no_grad()
+    def split(self, codes: Tensor, next_codes: Tensor, generator: torch.Generator, unsure: float = 0.2) -> bool:
+        """Give an outcome that stands for two effects a twin, in the place of one that nothing would miss.
+
+        A mixture trained by gradient can end with two effects under one name and several names for another; within a
+        lifetime nothing tells them apart later. The remedy is a split move (Ueda et al., "SMEM Algorithm for Mixture
+        Models", 2000): where the steps that outcome k explains cost more than `unsure` nats each, the outcome whose
+        removal costs least becomes a copy of k, disturbed a little; the next updates tell the two apart.
+
+        Args:
+            codes, next_codes: (N, S) uint8, a sample of steps.
+            generator: of the disturbance.
+            unsure: nats.
+
+        Returns:
+            whether an outcome was split.
+        """
+        joint = self.log_likelihood(codes, next_codes) + self.marginal.log_softmax(0)
+        label = joint.softmax(-1)  # (N, K)
+        usage = label.mean(0)
+        cost = (label * -(joint - self.marginal.log_softmax(0))).mean(0) / usage.clamp_min(1e-6)
+        missed = -torch.log1p(-label.clamp_max(1 - 1e-6)).mean(0)  # what the mixture would lose without each outcome
+        worst = (cost.masked_fill(usage < 0.01, 0) * usage).argmax()
+        spare = missed.index_fill(0, worst, torch.inf).argmin()
+        if cost[worst] < unsure or missed[spare] > 0.1:
+            return False
+        for parameter in (self.head.weight, self.head.bias):
+            rows = parameter.view(self.outcomes, self.codes, -1)
+            noise = torch.randn(rows[worst].shape, generator=generator, device=rows.device)
+            rows[spare] = rows[worst] + 0.1 * rows[worst].std() * noise
+        self.marginal[worst] -= math.log(2)
+        self.marginal[spare] = self.marginal[worst]
+        return True
+
+
+class TransitionModel(nn.Module):
+    """Outcomes, effect posterior, and the FiLM-modulated prior, reward and end of the episode.
+
+    Args:
+        settings: see `TransitionSettings`.
+        codes: number of codes C.
+        grid: (rows, columns) of patches; S = rows * columns.
+        context_dim: size D of one row of the context.
+    """
+
+    def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int], context_dim: int) -> None:
+        super().__init__()
+        self.settings, self.codes = settings, codes
+        self.outcome_network = OutcomeNetwork(settings, codes, grid)
+        width, pair, outputs = settings.prior_width, settings.pair_width, len(settings.reward_bins) + 1
+        self.action_features = nn.Parameter(torch.randn(1, 1, width))
+        self.prior_film = FiLMLayer(context_dim, width, settings.film_scale)
+        self.prior_out = nn.Sequential(
+            nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, settings.outcomes)
+        )
+        self.pair_in = nn.Sequential(nn.Linear(2 * codes, pair), nn.SiLU(), nn.Linear(pair, pair))
+        self.consequence_film = FiLMLayer(context_dim, pair, settings.film_scale)
+        self.consequence_out = nn.Linear(pair, outputs)
+        self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
+        self.register_buffer("pairs", pair_codes(codes), persistent=False)
+
+    def contextual_parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn with the context engine: all but the outcome network's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("outcome_network.")]
+
+    # ------------------------------------------------------------------------------------------- answers
+
+    def effect_posterior(self, likelihood: Tensor) -> Tensor:
+        """q(k|z, z') (B, K), which outcome happened, of log p(z'|z, k) (B, K): under the context-free prior, so that
+        the name of what happened does not hang on what was believed."""
+        return (likelihood + self.outcome_network.marginal.log_softmax(0)).softmax(-1)
+
+    def effect_of_alike(self, alike: Tensor) -> Tensor:
+        """The effect posterior (N, K) of an imagined step, of which outcomes (N, K) would have looked the same."""
+        mass = alike * self.outcome_network.marginal.softmax(0)
+        return mass / mass.sum(-1, keepdim=True)
+
+    def surprise(self, likelihood: Tensor, action: Tensor, context: Tensor) -> Tensor:
+        """-log sum_k pi(k|a, c) p(z'|z, k) (B,), nats: how unexpected the step was under contexts (B, A + 1, D)."""
+        return -(self._chosen_prior(context, action) + likelihood).logsumexp(-1)
+
+    def log_prior(self, context: Tensor) -> Tensor:
+        """log pi(k|a, c) (B, A, K) of contexts (B, A, D), one row for each action asked about."""
+        features = self.prior_film(self.action_features.expand(*context.shape[:2], -1), context)
+        return self.prior_out(features).log_softmax(-1)
+
+    def consequence_table(self, context: Tensor) -> Tensor:
+        """Modulated features of every pair (B, C*C, F) under contexts (B, D); for `consequences`."""
+        features = self.pair_in(self.pairs).expand(len(context), -1, -1)
+        return F.silu(self.consequence_film(features, context))
+
+    def consequences(self, present: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Reward and end of the episode from what touched what.
+
+        Args:
+            present: (B, C*C) bool, see `pairs_present`.
+            table: (B, C*C, F), see `consequence_table`.
+
+        Returns:
+            log p(r) (B, bins) over `reward_bins`, and the logit (B,) that the episode terminates.
+        """
+        out = self.consequence_out(table.masked_fill(~present[..., None], ABSENT).amax(-2))
+        return out[..., :-1].log_softmax(-1), out[..., -1]
+
+    # -------------------------------------------------------------------------------------------- losses
+
+    def reward_bin(self, reward: Tensor) -> Tensor:
+        """The nearest bin's index (int64) for rewards of any shape."""
+        return (reward[..., None] - self.reward_bins).abs().argmin(-1)
+
+    def outcome_loss(self, experience: Experience, n_actions: int, temper: float) -> dict[str, Tensor]:
+        """Learn what can happen; nats a step, mean over (B, T) steps. Three phases by `temper`:
+
+        0 (free):      L = -log sum_k p0(k) p(z'|z, k)
+        below 1:       L = -sum_k q(k) log p(z'|z, k) + 0.1 * free,  q(k) ~ p(z'|z, k)^temper pi(k|a)
+        1 (exact):     L = -log sum_k pi(k|a) p(z'|z, k)  + 0.1 * free
+
+        pi is the leave-one-out prior of the lifetime: within one task an action has one effect, so what the *other*
+        uses of the same action did says what this one should be called,
+
+            pi(k|a_t) = (p0(k) + sum_{s != t, a_s = a_t} q_s(k)) / (1 + n_a - 1),
+
+        iterated twice, with gradients stopped. Without it an outcome's meaning drifts with the picture; with it from
+        the first update all moves of a colour collapse into one outcome; without tempering wrong labels lock in.
+
+        Args:
+            experience: (B, T, ...) steps; counts run within equal (row, segment, action).
+            n_actions: A.
+            temper: see above.
+        """
+        B, T = experience.action.shape
+        network = self.outcome_network
+        likelihood = network.log_likelihood(experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1))
+        log_marginal = network.marginal.log_softmax(0)
+        free = -(likelihood + log_marginal).logsumexp(-1).mean()
+        if temper == 0:
+            return {"free": free}
+        log_prior = self._lifetime_prior(likelihood.detach().view(B, T, -1), experience, n_actions).flatten(0, 1)
+        if temper < 1:
+            label = (temper * likelihood.detach() + log_prior).softmax(-1)
+            consistent = -(label * likelihood).sum(-1).mean()
+        else:
+            consistent = -(likelihood + log_prior).logsumexp(-1).mean()
+        return {"consistent": consistent, "free": 0.1 * free}
+
+    @torch.no_grad()
+    def _lifetime_prior(self, likelihood: Tensor, experience: Experience, n_actions: int) -> Tensor:
+        """log pi(k|a_t) (B, T, K), see `outcome_loss`; likelihood (B, T, K) in logs."""
+        marginal = self.outcome_network.marginal.softmax(0)
+        group = experience.segment.long() * n_actions + experience.action  # (B, T)
+        member = F.one_hot(group).float()  # (B, T, groups)
+        prior = marginal.expand_as(likelihood)
+        others = member.sum(1).gather(1, group)[..., None] - 1
+        for _ in range(2):
+            q = (likelihood + prior.log()).softmax(-1)
+            totals = member.transpose(1, 2) @ q  # (B, groups, K)
+            same = totals.gather(1, group[..., None].expand_as(q)) - q
+            prior = ((marginal + same) / (1 + others)).clamp_min(1e-6)
+        return prior.log()
+
+    def prior_loss(self, context: Tensor, action: Tensor, posterior: Tensor) -> Tensor:
+        """Cross-entropy (N,), nats, of effect posteriors (N, K) under the prior of actions (N,), contexts (N, A+1, D)."""
+        return -(posterior * self._chosen_prior(context, action)).sum(-1)
+
+    def _chosen_prior(self, context: Tensor, action: Tensor) -> Tensor:
+        """log pi(k|a, c) (N, K) of one action (N,) under each context (N, A + 1, D)."""
+        chosen = context.gather(1, action[:, None, None].expand(-1, 1, context.shape[-1]))  # (N, 1, D)
+        return self.log_prior(chosen)[:, 0]
+
+    def consequence_loss(self, context: Tensor, present: Tensor, reward: Tensor, terminated: Tensor) -> dict[str, Tensor]:
+        """Cross-entropies (N,), nats, of rewards (N,) and ends (N,) bool; context (N, D), present (N, C*C) bool."""
+        log_reward, end = self.consequences(present, self.consequence_table(context))
+        return {
+            "reward": F.nll_loss(log_reward, self.reward_bin(reward), reduction="none"),
+            "termination": F.binary_cross_entropy_with_logits(end, terminated.float(), reduction="none"),
+        }
+
+
+def entropy(probability: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension."""
+    return -(probability * probability.clamp_min(math.exp(-30)).log()).sum(-1)

@@ -1,0 +1,169 @@
+"""The VAE: pictures to grids of categorical codes and back, modulated by the context.
+
+Each patch of the picture becomes one categorical code, so that all later inference and planning work on small integer
+grids. Source of the parts: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014; Jang et al., "Categorical
+Reparameterization with Gumbel-Softmax", 2017.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from environment import require
+from film_layer import FiLMLayer
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """Perception."""
+
+    patch: int = 4
+    """Pixels along each side of a patch; must divide the picture."""
+    codes: int = 6
+    """Number of categories of a patch, 2 to 255."""
+    width: int = 32
+    """Hidden features of encoder and decoder, at least 1."""
+    deviation: float = 0.1
+    """Standard deviation of a pixel around its reconstruction, as a share of the range, above 0."""
+    temperature: float = 1.0
+    """Of the Gumbel-softmax sample, above 0."""
+    decoder_rate: float = 1e-2
+    """Adam's learning rate of the decoder while perception is learnt alone."""
+    encoder_rate: float = 2e-4
+    """That of the encoder: slow, because an untrained decoder would pull its well-begun codes together."""
+    late_rate: float = 3e-5
+    """Adam's learning rate of both from then on."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("patch", 1, 64), ("codes", 2, 255), ("width", 1, 4096), ("deviation", 1e-3, 10), ("temperature", 1e-2, 100),
+            ("decoder_rate", 0, 1), ("encoder_rate", 0, 1), ("late_rate", 0, 1),
+        ):  # fmt: skip
+            require(f"vae.{name}", getattr(self, name), low, high)
+
+
+class VAE(nn.Module):
+    """A variational autoencoder with one categorical code for each patch; encoder and decoder are FiLM-modulated.
+
+    Args:
+        settings: see `VAESettings`.
+        picture: (height, width, channels) of the pictures.
+        context_dim: size D of the context vector that modulates it.
+
+    Raises:
+        ValueError: the patch does not divide the picture.
+    """
+
+    def __init__(self, settings: VAESettings, picture: tuple[int, int, int], context_dim: int) -> None:
+        super().__init__()
+        height, width, channels = picture
+        patch, hidden = settings.patch, settings.width
+        if height % patch or width % patch:
+            raise ValueError(
+                f"vae.patch is {patch}, which does not divide a picture of {height}x{width}: "
+                f"choose a common divisor, such as {math.gcd(height, width)}."
+            )
+        self.settings, self.picture, self.grid = settings, picture, (height // patch, width // patch)
+        pixels = patch * patch * channels
+        self.encoder_in = nn.Linear(pixels, hidden)
+        self.encoder_film = FiLMLayer(context_dim, hidden, scale=0)
+        self.encoder_out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, settings.codes))
+        self.decoder_in = nn.Linear(settings.codes, hidden)
+        self.decoder_film = FiLMLayer(context_dim, hidden, scale=0)
+        self.decoder_out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, pixels))
+        self.code_prior = nn.Parameter(torch.zeros(settings.codes))  # uniform at the start
+
+    def logits(self, frames: Tensor, context: Tensor) -> Tensor:
+        """Code logits (B, S, codes) of pictures (B, H, W, channels) uint8 under contexts (B, D); S patches."""
+        x = self._patches(frames)
+        return self.encoder_out(self.encoder_film(self.encoder_in(x), context))
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor, context: Tensor) -> Tensor:
+        """The likeliest codes (B, S) uint8 of pictures (B, H, W, channels) uint8 under contexts (B, D)."""
+        return self.logits(frames, context).argmax(-1).to(torch.uint8)
+
+    def decode(self, codes: Tensor, context: Tensor) -> Tensor:
+        """Pictures (B, H, W, channels) float32, range 0..1, of codes (B, S) uint8 under contexts (B, D)."""
+        one_hot = F.one_hot(codes.long(), self.settings.codes).float()
+        patches = self._decode_patches(one_hot, context) + 0.5
+        (rows, columns), patch, channels = self.grid, self.settings.patch, self.picture[2]
+        patches = patches.view(-1, rows, columns, patch, patch, channels).transpose(2, 3)  # (B, rows, p, columns, p, ch)
+        return patches.reshape(-1, *self.picture)
+
+    def loss(self, frames: Tensor, context: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The negative evidence lower bound, in nats a picture, mean over the batch.
+
+            -log p(x|z, c) + KL(q(z|x, c) || p(z)),   z ~ q by straight-through Gumbel-softmax,
+
+        with p(x|z, c) Gaussian of fixed deviation (its constant left out), summed over pixels, and the KL summed over
+        patches. p(z) is one categorical for all patches: uniform at the start and learnt, because under a uniform
+        prior the bound gains by spreading the background over several codes that mean the same.
+
+        Args:
+            frames: (B, H, W, channels) uint8.
+            context: (B, D) float32; no gradient should flow into it.
+            generator: of the Gumbel noise.
+
+        Returns:
+            scalars by name: reconstruction, kl; their sum is the bound.
+        """
+        log_q = self.logits(frames, context).log_softmax(-1)  # (B, S, codes)
+        gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
+        soft = ((log_q + gumbel) / self.settings.temperature).softmax(-1)
+        hard = F.one_hot(soft.argmax(-1), self.settings.codes).float()
+        error = self._decode_patches(hard + soft - soft.detach(), context) - self._patches(frames)
+        reconstruction = error.square().sum((1, 2)) / (2 * self.settings.deviation**2)
+        kl = (log_q.exp() * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
+        return {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
+
+    @torch.no_grad()
+    def seed_codes(self, frames: Tensor, context: Tensor) -> int:
+        """Give each clearly different kind of patch a code of its own before training; returns how many were found.
+
+        Straight-through training alone often merges two kinds of patch into one code and stays there. So the encoder's
+        last layer begins as the posterior of a mixture of Gaussians around centres found by farthest-first traversal
+        and k-means in its random features (the remedy for codebook collapse in vector quantisation: k-means seeding,
+        Arthur & Vassilvitskii 2007). Codes without a centre begin improbable everywhere.
+
+        Args:
+            frames: (B, H, W, channels) uint8, a sample of what will be seen; context: (B, D).
+        """
+        hidden = self.encoder_out[:-1](self.encoder_film(self.encoder_in(self._patches(frames)), context)).flatten(0, 1)
+        centres = hidden.mean(0, keepdim=True)
+        reach = torch.cdist(hidden, centres).amax()
+        for _ in range(self.settings.codes):
+            distance, farthest = torch.cdist(hidden, centres).amin(1).max(0)
+            if len(centres) == self.settings.codes or distance < reach / 2:  # nearer than that is noise
+                break
+            centres = torch.cat([centres, hidden[farthest][None]])
+        for _ in range(10):
+            member = F.one_hot(torch.cdist(hidden, centres).argmin(1), len(centres)).float()
+            share = member.mean(0)
+            centres = torch.where(share[:, None] > 0, member.T @ hidden / member.sum(0).clamp_min(1)[:, None], centres)
+        found = len(centres)
+        spread = torch.pdist(centres).amin() ** 2 / 16 if found > 1 else torch.ones((), device=hidden.device)
+        last = self.encoder_out[-1]
+        middle = centres.mean(0).expand(self.settings.codes - found, -1)
+        everywhere = torch.cat([centres, middle])
+        last.weight.copy_(everywhere / spread)
+        last.bias.copy_(-everywhere.square().sum(1) / (2 * spread))
+        last.bias[:found] += share.clamp_min(1e-4).log()
+        last.bias[found:] -= 10
+        return found
+
+    def _decode_patches(self, one_hot: Tensor, context: Tensor) -> Tensor:
+        return self.decoder_out(self.decoder_film(self.decoder_in(one_hot), context))  # (B, S, pixels of a patch)
+
+    def _patches(self, frames: Tensor) -> Tensor:
+        """(B, H, W, channels) uint8 -> (B, S, pixels of a patch) float32, range -0.5..0.5."""
+        if frames.shape[1:] != self.picture or frames.dtype != torch.uint8:
+            raise ValueError(f"pictures must be (B, {self.picture}) uint8, not {tuple(frames.shape)} {frames.dtype}.")
+        (rows, columns), patch, channels = self.grid, self.settings.patch, self.picture[2]
+        patches = frames.view(-1, rows, patch, columns, patch, channels).transpose(2, 3)  # (B, rows, columns, p, p, ch)
+        return patches.reshape(len(frames), rows * columns, -1).float().mul_(1 / 255).sub_(0.5)
