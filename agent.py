@@ -29,8 +29,8 @@ class PlannerSettings:
 
     discount: float = 0.95
     """Of rewards, for each step, in (0, 1)."""
-    branch: float = 0.03
-    """Imagined outcomes and rewards below this probability are left out; the likeliest one never is."""
+    branch: float = 0.1
+    """Imagined outcomes and rewards less probable than this share of the likeliest one are left out."""
     keypoints: int = 8
     """Points that the value finds in the grid, at least 1."""
     width: int = 192
@@ -44,7 +44,7 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("discount", 1e-3, 0.9999), ("branch", 1e-6, 0.5), ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1),
+            ("discount", 1e-3, 0.9999), ("branch", 1e-6, 1), ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1),
             ("slow", 1e-6, 1), ("learning_rate", 0, 1),
         ):  # fmt: skip
             require(f"planner.{name}", getattr(self, name), low, high)
@@ -179,8 +179,8 @@ class Planner:
 
 
 def branch(probability: Tensor, cut: float) -> tuple[Tensor, Tensor]:
-    """Which entries (bool) of probabilities (..., n) reach `cut` or are the highest, and these renormalised to one."""
-    kept = probability >= probability.amax(-1, keepdim=True).clamp_max(cut)
+    """Which entries (bool) of probabilities (..., n) reach `cut` times the highest, and these renormalised to one."""
+    kept = probability >= cut * probability.amax(-1, keepdim=True)
     weight = probability * kept
     return kept, weight / weight.sum(-1, keepdim=True)
 

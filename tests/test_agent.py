@@ -53,10 +53,10 @@ class TestValueAndPlanner(unittest.TestCase):
         self.belief = torch.randn(9, 5, 8, generator=seeded())
 
     def test_branches_keep_the_likeliest_and_sum_to_one(self):
-        kept, weight = branch(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.05)
+        kept, weight = branch(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.1)
         self.assertEqual(kept.tolist(), [[True, True, False], [False, True, True]])
         torch.testing.assert_close(weight.sum(-1), torch.ones(2))
-        self.assertEqual(branch(torch.full((1, 4), 0.25), 0.4)[0].tolist(), [[True] * 4])
+        self.assertEqual(branch(torch.full((1, 4), 0.25), 1.0)[0].tolist(), [[True] * 4])
 
     def test_statistics_are_share_and_centre_of_every_code(self):
         codes = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 2]], dtype=torch.uint8)

@@ -1,0 +1,1 @@
+"""Benchmarks: they print figures and assert nothing; the product never imports them."""

@@ -1,0 +1,137 @@
+"""The whole system through its real commands: one trained `quick` run, judged, broken on purpose, repeated."""
+
+import json
+import re
+import unittest
+from pathlib import Path
+
+import torch
+
+from environment import HiddenRulesWorld, play, task_split
+from main import EVALUATION_SEED, evaluate, load_system
+from tests.shared import ROOT, command, quick_run
+
+LIFETIMES = 256
+
+
+class TestQuickRun(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.run_folder = quick_run()
+        cls.result = json.loads((cls.run_folder / "evaluation.json").read_text())
+
+    def score(self, **broken) -> float:
+        """Normalised return on validation tasks of the trained agent with some of its methods replaced."""
+        system, _ = load_system(self.run_folder, "cpu")
+        for name, replacement in broken.items():
+            part, method = name.split("__")
+            target = getattr(system, part)
+            setattr(target, method, replacement(getattr(target, method)))
+        return evaluate(system, "validation", LIFETIMES)["normalised"]
+
+    def test_it_learns_to_infer_rules_and_no_broken_part_does(self):
+        self.assertGreaterEqual(self.result["normalised_ci95"][0], 0.25)
+        whole = self.score()
+        self.assertGreater(whole, 0.25)
+        worst_plan = lambda plan: lambda codes, belief: -plan(codes, belief)  # noqa: E731
+        frozen = lambda step: lambda belief, experience: belief  # noqa: E731
+        blind = lambda judge: lambda present, table: (judge(present, table)[0].flip(-1), judge(present, table)[1])  # noqa: E731
+        for broken in ({"planner__action_values": worst_plan}, {"engine__step": frozen}, {"transition__consequences": blind}):
+            with self.subTest(broken=list(broken)):
+                self.assertLess(self.score(**broken), min(0.1, whole / 2))
+
+    def test_the_frozen_belief_is_an_ablation_of_the_command_line(self):
+        done = command("evaluate", self.run_folder, "--lifetimes", LIFETIMES, "--ablate", "belief", folder=self.run_folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        result = json.loads((self.run_folder / f"evaluation-test-{LIFETIMES}-no-belief.json").read_text())
+        self.assertLessEqual(result["normalised"], 0.1)
+
+    def test_the_belief_is_near_the_exact_filter(self):
+        self.assertLess(self.result["belief_nats"]["late_excess"], 0.5)
+        nats = self.result["belief_nats"]["agent"]
+        self.assertLess(sum(nats[16:]) / len(nats[16:]), nats[0] - 1)
+
+    def test_outcome_labels_are_pure(self):
+        """On a world whose true effects are known, one label means one effect (standing still at an edge aside)."""
+        system, _ = load_system(self.run_folder, "cpu")
+        world = HiddenRulesWorld(system.settings.world, 128, task_split("combinations", "validation"), 5)
+        agent = system.controller()
+        agent.explore(1.0, torch.Generator().manual_seed(0))
+        agent.begin(world.reset())
+        effects = []
+        for _ in range(world.settings.lifetime):
+            before, action = world.position[:, 0].clone(), agent.act()
+            step = world.step(action)
+            agent.observe(action, step)
+            moved = (world.arrived_at[:, 0] - before) @ torch.tensor([3, 1])  # -3, 3, -1, 1, or 0
+            effects.append(torch.where(moved == 0, -1, world.rule.colours[:, 0] * 7 + moved + 3))
+        effects, label = torch.stack(effects, 1), agent.memory.experience().posterior.float().argmax(-1)
+        moving = effects >= 0
+        table = torch.zeros(21, label.max() + 1).index_put_((effects[moving], label[moving]), torch.ones(()), accumulate=True)
+        self.assertGreater(float(table.amax(0).sum() / table.sum()), 0.97)
+
+    def test_the_evaluation_says_what_the_readme_lists(self):
+        for name in ("preset", "seed", "split", "lifetimes", "env_steps", "normalised", "of_thompson", "belief_nats"):
+            self.assertIn(name, self.result)
+        for agent in ("agent", "random", "thompson", "known_rule"):
+            self.assertEqual(len(self.result[agent]["by_step"]), 64)
+            low, high = self.result[agent]["return_ci95"]
+            self.assertTrue(low <= self.result[agent]["return_mean"] <= high)
+            total = sum(self.result[agent]["by_step"])
+            self.assertAlmostEqual(total, self.result[agent]["return_mean"], places=4)
+        order = [self.result[name]["return_mean"] for name in ("random", "agent", "known_rule")]
+        self.assertEqual(order, sorted(order))
+        self.assertEqual(self.result["split"], "test")
+
+    def test_evaluate_repeats_the_same_numbers(self):
+        lifetimes = self.result["lifetimes"]
+        done = command("evaluate", self.run_folder, "--lifetimes", lifetimes, folder=self.run_folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        repeated = self.run_folder / f"evaluation-test-{lifetimes}.json"
+        self.assertEqual(repeated.read_bytes(), (self.run_folder / "evaluation.json").read_bytes())
+
+    def test_pictures_are_made_and_watch_makes_another(self):
+        done = command("watch", self.run_folder, "--seed", 3, folder=self.run_folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for name in ("adaptation.png", "lifetime.gif", "lifetime-validation-3.gif"):
+            self.assertGreater((self.run_folder / name).stat().st_size, 10_000)
+
+    def test_permutations_are_refused_where_they_were_trained_on(self):
+        done = command("evaluate", self.run_folder, "--split", "permutations", folder=self.run_folder)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--world.holdout permutations", done.stderr)
+
+    def test_evaluation_worlds_are_their_own(self):
+        self.assertGreater(EVALUATION_SEED, 1_000_001 * 10**6 + 2 * 10**6)  # the largest seed of a training world
+
+
+class TestReadme(unittest.TestCase):
+    def test_every_command_names_what_exists(self):
+        text = (ROOT / "README.md").read_text()
+        blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+        scripts = re.findall(r"python3 (?:-m )?([\w./]+)", "\n".join(blocks))
+        self.assertIn("main.py", scripts)
+        self.assertIn("tune_hyperparams.py", scripts)
+        for script in scripts:
+            path = Path(script if script.endswith(".py") else script.replace(".", "/"))
+            self.assertTrue(script in ("venv", "pytest", "unittest") or any((ROOT / p).exists() for p in (path, f"{path}.py")), script)
+
+    def test_flags_in_the_readme_exist(self):
+        helped = "".join(command(*words, "--help", folder=ROOT, script=script).stdout for script, words in (
+            ("main.py", []), ("main.py", ["evaluate"]), ("main.py", ["resume"]), ("main.py", ["watch"]), ("tune_hyperparams.py", []),
+        ))  # fmt: skip
+        blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        for flag in re.findall(r"(?<= )--[a-z][\w.-]*", "\n".join(line for b in blocks for line in b.splitlines() if ".py" in line)):
+            self.assertIn(flag, helped)
+
+    def test_the_python_example_runs(self):
+        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        exec(compile(example, "README.md", "exec"), {})
+
+    def test_pictures_exist(self):
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):
+            self.assertTrue((ROOT / picture).exists(), picture)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,231 @@
+"""The command line and the run: settings, errors, resume after a kill, what was trained on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from environment import Lifetimes, interval, summary, task_split
+from main import PRESETS, Learner, Settings
+from memory import RunFolder, UserError, merge
+from tests.shared import ROOT, TINY, command, temporary_folder, tiny
+
+
+def tiny_file() -> Path:
+    """A folder with tiny.json in it."""
+    folder = temporary_folder()
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    return folder
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+class TestSettings(unittest.TestCase):
+    def test_merge_checks_every_name_and_type(self):
+        for changes, words in (
+            ({"wrld": {}}, "unknown setting wrld.*world"),
+            ({"world": {"gird": 5}}, "unknown setting world.gird.*grid"),
+            ({"world": {"grid": "five"}}, "world.grid is 'five'.*int"),
+            ({"world": {"grid": 5.5}}, "world.grid is 5.5.*int"),
+            ({"world": {"grid": True}}, "world.grid is True"),
+            ({"world": 3}, "world. is 3.*object"),
+            ([1], "object of settings"),
+            ({"training": {"value_batch": 99}}, "training.value_batch is 99.*between 1 and 48"),
+            ({"training": {"random_lifetimes": 100}}, "multiple of training.worlds: choose 128"),
+            ({"memory": {"budget_mb": 1}}, "raise memory.budget_mb"),
+            ({"planner": {"discount": float("nan")}}, "planner.discount is nan"),
+        ):
+            with self.subTest(changes=changes), self.assertRaisesRegex(ValueError, words):
+                merge(Settings(), changes)
+
+    def test_integers_serve_as_floats_and_lists_as_tuples(self):
+        merged = merge(Settings(), {"world": {"noise": 0}, "transition": {"reward_bins": [0, 1]}})
+        self.assertEqual((merged.world.noise, merged.transition.reward_bins), (0.0, (0.0, 1.0)))
+
+    def test_presets_are_valid_and_complete_in_the_command_line(self):
+        for name, changes in PRESETS.items():
+            self.assertIsInstance(merge(merge(Settings(), {"preset": name}), changes), Settings)
+
+
+class TestCommandLine(unittest.TestCase):
+    def test_bad_input_stops_at_once_with_code_2_and_writes_nothing(self):
+        folder = tiny_file()
+        (folder / "bad.json").write_text("{")
+        (folder / "empty").mkdir()
+        for arguments, words in (
+            (["--world.gird", "5"], "world.grid"),
+            (["--world.grid", "2"], "world.grid is 2"),
+            (["--preset", "slow"], "slow"),
+            (["--vae.patch", "5"], "does not divide"),
+            (["--device", "abacus"], "abacus"),
+            (["--config", "bad.json"], "bad.json"),
+            (["evaluate", "empty"], "not a run"),
+            (["evaluate", "nowhere"], "not a run"),
+        ):
+            with self.subTest(arguments=arguments):
+                done = command(*arguments, folder=folder)
+                self.assertEqual(done.returncode, 2, done.stderr)
+                self.assertIn(words, done.stderr.replace("\n", " "))
+                self.assertNotIn("Traceback", done.stderr)
+        self.assertFalse((folder / "runs").exists())
+
+    def test_help_explains_every_setting(self):
+        done = command("--help", folder=temporary_folder())
+        self.assertEqual(done.returncode, 0)
+        for name in ("--seed", "--world.grid", "--training.updates", "--planner.discount", "--config"):
+            self.assertIn(name, done.stdout)
+
+    def test_flags_beat_the_file_and_the_file_beats_the_preset(self):
+        folder = tiny_file()
+        content = TINY | {"preset": "quick", "world": TINY["world"] | {"slip": 0.2}}
+        (folder / "both.json").write_text(json.dumps(content))
+        done = command("--config", "both.json", "--world.lifetime", "10", folder=folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        config = json.loads((only_run(folder) / "config.json").read_text())
+        self.assertEqual(config["preset"], "quick")
+        self.assertEqual(config["world"]["noise"], PRESETS["quick"]["world"]["noise"])  # from the preset
+        self.assertEqual((config["world"]["slip"], config["world"]["grid"]), (0.2, 4))  # from the file
+        self.assertEqual(config["world"]["lifetime"], 10)  # from the flag
+
+
+class TestResume(unittest.TestCase):
+    def test_kill_and_resume_equal_no_stop_byte_for_byte(self):
+        whole, killed = tiny_file(), tiny_file()
+        done = command("--config", "tiny.json", folder=whole)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), "--config", "tiny.json"], cwd=killed, stdout=subprocess.DEVNULL
+        )
+        while not list(killed.glob("runs/*/checkpoint.pt")) and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        run = only_run(killed)
+        self.assertFalse((run / "evaluation.json").exists(), "the kill came too late to test anything")
+        done = command("resume", run, folder=killed)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for name in ("metrics.jsonl", "evaluation.json"):
+            self.assertEqual((run / name).read_bytes(), (only_run(whole) / name).read_bytes(), name)
+
+    def test_a_run_goes_on_past_its_end_and_stops_on_ctrl_c(self):
+        folder = tiny_file()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "main.py"), "--config", "tiny.json"], cwd=folder, stdout=subprocess.PIPE, text=True
+        )
+        while not list(folder.glob("runs/*/checkpoint.pt")):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate()
+        self.assertEqual(process.returncode, 130)
+        self.assertRegex(output, "python3 main.py resume .* goes on")
+        done = command("resume", only_run(folder), "--updates", "30", folder=folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        lines = [json.loads(line) for line in (only_run(folder) / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual([line["update"] for line in lines], [*range(3, 44, 3), 44])
+        done = command("resume", only_run(folder), "--updates", "5", folder=folder)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("already past 5 updates", done.stderr)
+
+    def test_a_damaged_or_unsafe_checkpoint_is_refused(self):
+        folder = temporary_folder()
+        run = RunFolder(folder)
+        with self.assertRaisesRegex(UserError, "no checkpoint yet"):
+            run.load()
+        torch.save({"format": 999}, run.checkpoint)
+        with self.assertRaisesRegex(UserError, "format 999"):
+            run.load()
+        torch.save({"format": 1, "learner": os.system}, run.checkpoint)  # a pickle that would run code
+        with self.assertRaisesRegex(UserError, "damaged or foreign"):
+            run.load()
+        run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:100])
+        with self.assertRaisesRegex(UserError, "damaged or foreign"):
+            run.load()
+
+    def test_two_processes_never_share_a_run_and_new_runs_never_a_folder(self):
+        folder = temporary_folder()
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            one, other = RunFolder.create(tiny()), RunFolder.create(tiny())
+        finally:
+            os.chdir(before)
+        self.assertNotEqual(one.folder, other.folder)
+        run = RunFolder(folder / one.folder)
+        with run.locked():
+            script = f"from pathlib import Path; from memory import RunFolder\nwith RunFolder(Path({str(run.folder)!r})).locked(): pass"
+            done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+            self.assertIn("being trained by another process", done.stderr)
+
+
+class TestLearner(unittest.TestCase):
+    def test_only_training_tasks_are_ever_stored(self):
+        for holdout in ("combinations", "permutations"):
+            learner = Learner(tiny(world={"holdout": holdout}), torch.device("cpu"))
+            while learner.update < learner.total:
+                learner.advance()
+            stored = torch.cat([block.task for block in learner.store.blocks])
+            self.assertTrue(torch.isin(stored, task_split(holdout, "train")).all())
+
+    def test_gradients_do_not_cross(self):
+        learner = Learner(tiny(), torch.device("cpu"))
+        for _ in range(20):
+            learner.advance()
+        modules = {"vae": learner.system.vae, "outcomes": learner.system.transition.outcome_network, "value": learner.system.value}
+        before = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
+        rows = learner.store.sample(8, learner.sampler)
+        learner.learn_context(learner.store.experience.rows(rows))
+        for name, module in modules.items():
+            self.assertTrue(all(torch.equal(p, old) for p, old in zip(module.parameters(), before[name])), name)
+
+    def test_codes_are_renewed_under_the_version_that_made_them(self):
+        learner = Learner(tiny(), torch.device("cpu"))
+        while learner.update < learner.total:
+            learner.advance()
+        self.assertGreater(min(learner.store.version), 0)
+        index = learner.store.stalest()
+        learner.renew(index)
+        self.assertEqual(learner.store.version[index], learner.update)
+
+
+class TestStatistics(unittest.TestCase):
+    def test_summary_of_known_lifetimes(self):
+        reward = torch.zeros(8, 4)
+        reward[:, 1] = torch.tensor([1, 1, 1, 1, 1, 1, 1, -1.0])
+        truncated = torch.zeros(8, 4, dtype=torch.bool)
+        truncated[:2, 3] = True
+        result = summary(Lifetimes(reward, reward != 0, truncated))
+        self.assertEqual((result["return_mean"], result["return_iqm"]), (0.75, 1.0))
+        self.assertEqual(result["by_step"], [0, 0.75, 0, 0])
+        self.assertEqual((result["goals"], result["hazards"], result["timeouts"]), (0.875, 0.125, 0.25))
+        low, high = result["return_ci95"]
+        self.assertTrue(-1 <= low < 0.75 < high <= 1)
+
+    def test_intervals_cover_as_often_as_they_say(self):
+        draw, covered = np.random.default_rng(0), 0
+        for _ in range(100):
+            low, high = interval(np.mean, draw.normal(3, 1, 100))
+            covered += low <= 3 <= high
+        self.assertGreaterEqual(covered, 88)
+        self.assertLessEqual(covered, 99)
+
+    def test_pairing_narrows_the_interval_of_a_ratio(self):
+        draw = np.random.default_rng(0)
+        luck = draw.normal(10, 3, 200)
+        ratio = lambda x, y, axis=-1: x.mean(axis) / y.mean(axis)  # noqa: E731
+        low, high = interval(ratio, luck + draw.normal(0, 0.1, 200), luck)
+        self.assertLess(high - low, 0.01)
+
+
+if __name__ == "__main__":
+    unittest.main()
