@@ -310,20 +310,22 @@ class AgentController:
 
 
 class RandomAgent:
-    """Acts at random in a house world."""
+    """Acts at random in a house world: the bottom of the scale."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def begin(self, frames: Tensor) -> None:
+        """Begin with the same luck in every lifetime."""
         self.batch, self.device = len(frames), frames.device
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
 
     def act(self) -> Tensor:
+        """Actions (B,) int64, all equally likely."""
         return torch.randint(N_ACTIONS, (self.batch,), generator=self.generator, device=self.device)
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
-        pass
+        """Learn nothing."""
 
 
 class ExactFilter:
@@ -337,11 +339,13 @@ class ExactFilter:
         self.world = world
 
     def begin(self, frames: Tensor) -> None:
+        """Believe every rule alike: `log_posterior` (B, N_TASKS)."""
         self.log_posterior = torch.full((len(frames), N_TASKS), -torch.tensor(N_TASKS).log().item(), device=frames.device)
         self.nats: list[Tensor] = []
         self.seen = self.world.by_colour(self.world.position)
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Bayes' rule on where everything went and on the reward; note how unexpected the former was."""
         arrived = self.world.by_colour(self.world.arrived_at)
         joint = self.log_posterior + log_likelihood(self.world, self.seen, action, arrived)
         self.nats.append(-joint.logsumexp(-1))
@@ -362,16 +366,17 @@ class KnownRuleAgent:
         self.world, self.q = world, q.to(world.device)
 
     def begin(self, frames: Tensor) -> None:
-        pass
+        """Nothing to forget."""
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
-        pass
+        """Nothing to learn."""
 
     def assumed_task(self) -> Tensor:
         """The tasks (B,) int64 to plan for."""
         return self.world.task
 
     def act(self) -> Tensor:
+        """The best actions (B,) int64 if the assumed tasks were true."""
         action_map, colours = (part.to(self.world.device) for part in rule_of(self.assumed_task()))
         seen = self.world.by_colour(self.world.position)  # (B, colour, 2)
         cell = seen[..., 0] * self.world.settings.grid + seen[..., 1]
@@ -395,15 +400,18 @@ class ThompsonAgent(KnownRuleAgent):
         self.generator = torch.Generator(world.device).manual_seed(seed)
 
     def begin(self, frames: Tensor) -> None:
+        """Draw the first assumption from the prior."""
         self.filter.begin(frames)
         self.assumed = self._draw()
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Update the posterior, and draw again where it is time."""
         self.filter.observe(action, step)
         renewed = (step.terminated | step.truncated) if self.each == "episode" else torch.ones_like(step.terminated)
         self.assumed = torch.where(renewed, self._draw(), self.assumed)
 
     def assumed_task(self) -> Tensor:
+        """The tasks (B,) int64 drawn last."""
         return self.assumed
 
     def _draw(self) -> Tensor:

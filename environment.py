@@ -431,7 +431,7 @@ def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, st
 # ------------------------------------------------------------------------------------------------------ Gymnasium faces
 
 
-def seeds_of(generator: np.random.Generator) -> int:
+def seed_from(generator: np.random.Generator) -> int:
     """A seed for a torch generator, drawn from a Gymnasium environment's own generator."""
     return int(generator.integers(2**31))
 
@@ -467,7 +467,7 @@ class PixelEnv(gymnasium.Env):
         """Begin a lifetime in a newly drawn task; a seed fixes this and all later lifetimes."""
         super().reset(seed=seed)
         if self.world is None or seed is not None:
-            self.world = HiddenRulesWorld(self.settings, 1, self.tasks, seeds_of(self.np_random))
+            self.world = HiddenRulesWorld(self.settings, 1, self.tasks, seed_from(self.np_random))
         self.steps = 0
         self._picture = self.world.reset()[0].numpy()
         return self._picture, {"episode_terminated": False, "episode_truncated": False}
@@ -524,7 +524,7 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
         """Begin a lifetime in every world; a seed fixes this and all later lifetimes."""
         super().reset(seed=seed)
         if self.world is None or seed is not None:
-            self.world = HiddenRulesWorld(self.settings, self.num_envs, self.tasks, seeds_of(self.np_random))
+            self.world = HiddenRulesWorld(self.settings, self.num_envs, self.tasks, seed_from(self.np_random))
         self.steps = 0
         return self.world.reset().numpy(), {}
 

@@ -31,6 +31,7 @@ import tyro
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tyro.conf import Positional
 
 from agent import AgentController, ExactFilter, Planner, PlannerSettings, Value, references, value_loss
 from context_engine import ContextInferenceEngine, ContextSettings
@@ -52,7 +53,7 @@ EVALUATION_SEED = 10**15  # far from every training seed: evaluation has worlds 
 class TrainingSettings:
     """The order and amount of meta-training. Perception and outcomes come first, then `updates` of the rest."""
 
-    updates: int = 800
+    updates: int = 1000
     """Updates of context engine and value, at least 1: the length of the run."""
     worlds: int = 64
     """Lifetimes collected at once, at least 1."""
@@ -114,11 +115,11 @@ PRESETS: dict[str, dict] = {
     "default": {},
     "large": {"world": {"grid": 8, "episode_limit": 24}, "training": {"updates": 1500}},
     "quick": {
-        "world": {"grid": 5, "episode_limit": 14, "noise": 0.05, "slip": 0.1},
+        "world": {"grid": 4, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
         "transition": {"free_updates": 150, "tempered_updates": 100},
         "training": {
-            "updates": 200, "random_lifetimes": 256, "perception_updates": 100, "outcome_updates": 300, "batch": 32,
-            "value_batch": 12, "value_from": 40, "plan_from": 80, "evaluation_lifetimes": 512,
+            "updates": 180, "worlds": 32, "random_lifetimes": 256, "perception_updates": 100, "outcome_updates": 300,
+            "batch": 24, "value_batch": 8, "value_from": 40, "plan_from": 80, "evaluation_lifetimes": 512,
         },
     },
 }  # fmt: skip
@@ -144,6 +145,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0, 1_000_000)
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
         picture_bytes = 6 * self.world.pixels**2 * self.world.lifetime * self.training.worlds  # frames and arrivals
         if picture_bytes > self.memory.budget_mb * 2**20:
             raise ValueError(
@@ -538,47 +541,8 @@ class TrainArguments(Settings):
     """A JSON file of settings, such as a run's config.json or a tuned best.json; it may be partial."""
 
 
-@dataclass(frozen=True)
-class EvaluateArguments:
-    """Evaluate a trained run on held-out tasks again."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    lifetimes: int = 1024
-    """Held-out lifetimes, at least 2."""
-    split: Literal["validation", "test", "permutations"] = "test"
-    """Which tasks; permutations are those of a run with --world.holdout permutations."""
-    ablate: Literal["belief"] | None = None
-    """Freeze the belief at its initial value."""
-    device: str = "cpu"
-    """Where to compute."""
-
-
-@dataclass(frozen=True)
-class ResumeArguments:
-    """Go on with a run as if it had never stopped."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    updates: int | None = None
-    """Planned end in updates of context engine and value; the run's own if not given."""
-    device: str = "cpu"
-    """Where to compute."""
-
-
-@dataclass(frozen=True)
-class WatchArguments:
-    """Make an animation of a held-out lifetime."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    seed: int = 0
-    """Which lifetime, at least 0."""
-    split: Literal["validation", "test"] = "validation"
-    """Which tasks."""
-
-
 def train_command(arguments: list[str]) -> None:
+    """Settings from preset, file and flags; a new run; training and evaluation."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default=None)
     early.add_argument("--config", type=Path, default=None)
@@ -601,21 +565,26 @@ def train_command(arguments: list[str]) -> None:
         train_and_evaluate(run, learner)
 
 
-def resume_command(arguments: list[str]) -> None:
-    chosen = tyro.cli(ResumeArguments, args=arguments, prog="main.py resume")
-    changes = {"training": {"updates": chosen.updates}} if chosen.updates is not None else {}
-    run = RunFolder(chosen.run)
-    settings = run.settings(Settings(), **changes, device=chosen.device)
-    with run.locked():
-        state, logged = run.load()
+def resume_command(run: Positional[Path], updates: int | None = None, device: str = "cpu") -> None:
+    """Go on with a run as if it had never stopped.
+
+    Args:
+        run: Folder of the run.
+        updates: Planned end in updates of context engine and value; the run's own if not given.
+        device: Where to compute.
+    """
+    folder, changes = RunFolder(run), {} if updates is None else {"training": {"updates": updates}}
+    settings = folder.settings(Settings(), **changes, device=device)
+    with folder.locked():
+        state, logged = folder.load()
         learner = Learner(settings, device_of(settings.device))
-        learner.load_state_dict(state, run.blocks)
+        learner.load_state_dict(state, folder.blocks)
         if learner.update > learner.total:
-            raise UserError(f"{run.folder} is already past {settings.training.updates} updates: give a higher --updates.")
-        if run.metrics.exists():
-            os.truncate(run.metrics, logged)  # the lines after the checkpoint will be written again
-        write_json(dataclasses.asdict(settings), run.folder / "config.json")
-        train_and_evaluate(run, learner)
+            raise UserError(f"{run} is already past {settings.training.updates} updates: give a higher --updates.")
+        if folder.metrics.exists():
+            os.truncate(folder.metrics, logged)  # the lines after the checkpoint will be written again
+        write_json(dataclasses.asdict(settings), run / "config.json")
+        train_and_evaluate(folder, learner)
 
 
 def load_system(folder: Path, device: str) -> tuple[System, dict]:
@@ -629,37 +598,58 @@ def load_system(folder: Path, device: str) -> tuple[System, dict]:
     return system, state
 
 
-def evaluate_command(arguments: list[str]) -> None:
-    chosen = tyro.cli(EvaluateArguments, args=arguments, prog="main.py evaluate")
-    require("lifetimes", chosen.lifetimes, 2, 10**7)
-    system, state = load_system(chosen.run, chosen.device)
-    result = evaluate(system, chosen.split, chosen.lifetimes, chosen.ablate, env_steps=state["counters"][2])
-    parts = ["evaluation", chosen.split, str(chosen.lifetimes), chosen.ablate and f"no-{chosen.ablate}"]
-    path = chosen.run / ("-".join(filter(None, parts)) + ".json")
+def evaluate_command(
+    run: Positional[Path], lifetimes: int = 1024, split: Literal["validation", "test", "permutations"] = "test",
+    ablate: Literal["belief"] | None = None, device: str = "cpu",
+) -> None:  # fmt: skip
+    """Evaluate a trained run on held-out tasks again; the result goes to its folder and to the screen.
+
+    Args:
+        run: Folder of the run.
+        lifetimes: Held-out lifetimes, at least 2.
+        split: Which tasks; permutations are those of a run with --world.holdout permutations.
+        ablate: Freeze the belief at its initial value.
+        device: Where to compute.
+    """
+    require("lifetimes", lifetimes, 2, 10**7)
+    system, state = load_system(run, device)
+    result = evaluate(system, split, lifetimes, ablate, env_steps=state["counters"][2])
+    parts = ["evaluation", split, str(lifetimes), ablate and f"no-{ablate}"]
+    path = run / ("-".join(filter(None, parts)) + ".json")
     write_json(result, path)
     print(report(result) + f"\nwritten to {path}")
 
 
-def watch_command(arguments: list[str]) -> None:
-    chosen = tyro.cli(WatchArguments, args=arguments, prog="main.py watch")
-    require("seed", chosen.seed, 0, 10**9)
-    path = chosen.run / f"lifetime-{chosen.split}-{chosen.seed}.gif"
-    film(load_system(chosen.run, "cpu")[0], path, chosen.seed, chosen.split)
+def watch_command(run: Positional[Path], seed: int = 0, split: Literal["validation", "test"] = "validation") -> None:
+    """Draw a held-out lifetime as an animation into a run's folder.
+
+    Args:
+        run: Folder of the run.
+        seed: Which lifetime, at least 0.
+        split: Which tasks.
+    """
+    require("seed", seed, 0, 10**9)
+    path = run / f"lifetime-{split}-{seed}.gif"
+    film(load_system(run, "cpu")[0], path, seed, split)
     print(f"written to {path}")
 
 
-COMMANDS = {"train": train_command, "evaluate": evaluate_command, "resume": resume_command, "watch": watch_command}
+COMMANDS = {"evaluate": evaluate_command, "resume": resume_command, "watch": watch_command}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """The command line; exit code 2 and one sentence for what the user can mend."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command = COMMANDS[arguments[0]] if arguments and arguments[0] in COMMANDS else train_command
+    name, *arguments = sys.argv[1:] or ["train"]
     try:
-        command(arguments[1:] if arguments and arguments[0] in COMMANDS else arguments)
+        if name in COMMANDS:
+            tyro.cli(COMMANDS[name], args=arguments, prog=f"main.py {name}")
+        else:
+            train_command(arguments if name == "train" else [name, *arguments])
     except (UserError, ValueError, OSError) as error:
         print(f"main.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

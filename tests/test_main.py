@@ -1,5 +1,6 @@
 """The command line and the run: settings, errors, resume after a kill, what was trained on."""
 
+import ast
 import json
 import os
 import signal
@@ -57,15 +58,39 @@ class TestSettings(unittest.TestCase):
             self.assertIsInstance(merge(merge(Settings(), {"preset": name}), changes), Settings)
 
 
+class TestCode(unittest.TestCase):
+    def test_every_public_name_has_a_docstring(self):
+        def undocumented(node, path):
+            for child in node.body:
+                if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
+                    if not ast.get_docstring(child):
+                        yield f"{path}{child.name}"
+                    if isinstance(child, ast.ClassDef):
+                        yield from undocumented(child, f"{path}{child.name}.")
+
+        for file in sorted(ROOT.glob("*.py")):
+            self.assertEqual(list(undocumented(ast.parse(file.read_text()), f"{file.name}: ")), [])
+
+    def test_the_top_level_holds_what_the_design_card_lists(self):
+        card = {"agent.py", "context_engine.py", "environment.py", "film_layer.py", "main.py", "memory.py", "transition_model.py"}
+        card |= {"world_model.py", "tune_hyperparams.py", "tests", "requirements.txt", "README.md"}
+        tracked = subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        if tracked.returncode:
+            self.skipTest("not a git checkout")
+        self.assertEqual({name for name in tracked.stdout.split() if not name.startswith(".")}, card)
+
+
 class TestCommandLine(unittest.TestCase):
     def test_bad_input_stops_at_once_with_code_2_and_writes_nothing(self):
         folder = tiny_file()
         (folder / "bad.json").write_text("{")
+        (folder / "slow.json").write_text('{"preset": "slow"}')
         (folder / "empty").mkdir()
         for arguments, words in (
             (["--world.gird", "5"], "world.grid"),
             (["--world.grid", "2"], "world.grid is 2"),
             (["--preset", "slow"], "slow"),
+            (["--config", "slow.json"], "preset is 'slow'"),
             (["--vae.patch", "5"], "does not divide"),
             (["--device", "abacus"], "abacus"),
             (["--config", "bad.json"], "bad.json"),
