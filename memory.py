@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -303,8 +304,9 @@ def save_atomically(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save's word for a full disk
-        raise OSError(f"could not write {path}: {error}") from error
+    except (OSError, RuntimeError) as error:  # the latter is torch.save's word for a full disk
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"could not write {path} with {free:.1f} MB of disk left; the last checkpoint is whole ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
