@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from context_engine import ContextInferenceEngine
 from environment import (
     N_ACTIONS, N_TASKS, HiddenRulesWorld, Lifetimes, WorldSettings, WorldStep, log_likelihood, play, require,
-    reward_consistent, rule_of, value_iteration,
+    reward_consistent, rule_of, seeded, value_iteration,
 )  # fmt: skip
 from film_layer import FiLMLayer
 from memory import EpisodicMemory, Experience
@@ -29,8 +29,8 @@ class PlannerSettings:
 
     discount: float = 0.95
     """Of rewards, for each step, in (0, 1)."""
-    branch: float = 0.1
-    """Imagined outcomes and rewards less probable than this share of the likeliest one are left out."""
+    mass: float = 0.85
+    """Probability, in (0, 1], of the imagined outcomes and of the rewards that are followed; the least likely are left out."""
     keypoints: int = 8
     """Points that the value finds in the grid, at least 1."""
     width: int = 192
@@ -44,7 +44,7 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("discount", 1e-3, 0.9999), ("branch", 1e-6, 1), ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1),
+            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1),
             ("slow", 1e-6, 1), ("learning_rate", 0, 1),
         ):  # fmt: skip
             require(f"planner.{name}", getattr(self, name), low, high)
@@ -145,20 +145,20 @@ class Planner:
         return torch.cat([self._action_values(*part) for part in parts])
 
     def _action_values(self, codes: Tensor, belief: Tensor) -> Tensor:
-        transition, engine, value, cut = self.transition, self.engine, self.value, self.settings.branch
+        transition, engine, value, mass = self.transition, self.engine, self.value, self.settings.mass
         B, actions = len(codes), engine.actions
         context = engine.context(belief)
 
         # Imagine what can happen: outcomes that look alike from here are one, and take the mass of all.
         grids, alike = transition.outcome_network.modes(codes)  # (B, K, S), (B, K, K)
-        kept, weight = branch(transition.log_prior(context[:, :-1]).exp() @ alike, cut)  # (B, A, K)
+        kept, weight = branch(transition.log_prior(context[:, :-1]).exp() @ alike, mass)  # (B, A, K)
         state, outcome = kept.any(1).nonzero(as_tuple=True)  # P pairs, shared by the actions
         pair = torch.zeros(B, kept.shape[-1], dtype=torch.int64, device=codes.device)
         pair[state, outcome] = torch.arange(len(state), device=codes.device)
         next_codes = grids[state, outcome]
         present = pairs_present(codes[state], next_codes, transition.codes)
         log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1])[state])
-        rewarded, reward_weight = branch(log_reward.exp(), cut)  # (P, bins)
+        rewarded, reward_weight = branch(log_reward.exp(), mass)  # (P, bins)
         effect = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
 
         # Weigh every branch (state, action, outcome, reward): what will be known then, and what it is worth.
@@ -178,9 +178,12 @@ class Planner:
         return q.view(B, actions)
 
 
-def branch(probability: Tensor, cut: float) -> tuple[Tensor, Tensor]:
-    """Which entries (bool) of probabilities (..., n) reach `cut` times the highest, and these renormalised to one."""
-    kept = probability >= cut * probability.amax(-1, keepdim=True)
+def branch(probability: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Which entries (bool) of probabilities (..., n) make up the smallest set of at least `mass`, and these
+    renormalised to one."""
+    ordered, index = probability.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(probability, dtype=torch.bool).scatter_(-1, index, (before < mass) & (ordered > 0))
     weight = probability * kept
     return kept, weight / weight.sum(-1, keepdim=True)
 
@@ -318,7 +321,7 @@ class RandomAgent:
     def begin(self, frames: Tensor) -> None:
         """Begin with the same luck in every lifetime."""
         self.batch, self.device = len(frames), frames.device
-        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+        self.generator = seeded(self.seed, stream=2, device=self.device)
 
     def act(self) -> Tensor:
         """Actions (B,) int64, all equally likely."""
@@ -397,7 +400,7 @@ class ThompsonAgent(KnownRuleAgent):
         if each not in ("step", "episode"):
             raise ValueError(f"each is {each!r}, but must be 'step' or 'episode'.")
         self.each, self.filter = each, ExactFilter(world)
-        self.generator = torch.Generator(world.device).manual_seed(seed)
+        self.generator = seeded(seed, stream=3, device=world.device)
 
     def begin(self, frames: Tensor) -> None:
         """Draw the first assumption from the prior."""
@@ -418,9 +421,9 @@ class ThompsonAgent(KnownRuleAgent):
         return torch.multinomial(self.filter.log_posterior.exp(), 1, generator=self.generator)[:, 0]
 
 
-def references(settings: WorldSettings, discount: float, lifetimes: int, tasks: Tensor, seed: int, device: torch.device) -> dict[str, Lifetimes]:
+def references(settings: WorldSettings, lifetimes: int, tasks: Tensor, seed: int, device: torch.device) -> dict[str, Lifetimes]:
     """The lifetimes of the agents to compare with, all in the same worlds: random, both Thompson samplers, known rule."""
-    q = value_iteration(settings, discount)
+    q = value_iteration(settings)
 
     def live(make: Callable) -> Lifetimes:
         world = HiddenRulesWorld(settings, lifetimes, tasks, seed, device)

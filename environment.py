@@ -45,7 +45,7 @@ class WorldSettings:
     """The world and its ladder of difficulty."""
 
     grid: int = 6
-    """Cells along each side of the square world, at least 3."""
+    """Cells along each side of the square world, 3 to 16."""
     cell: int = 4
     """Pixels along each side of a cell, at least 1."""
     lifetime: int = 64
@@ -63,7 +63,7 @@ class WorldSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("grid", 3, 64), ("cell", 1, 64), ("lifetime", 2, 10_000), ("episode_limit", 1, 10_000),
+            ("grid", 3, 16), ("cell", 1, 64), ("lifetime", 2, 10_000), ("episode_limit", 1, 10_000),
             ("slip", 0, 1), ("slip_random", 0, 1), ("noise", 0, 10),
         ):  # fmt: skip
             require(f"world.{name}", getattr(self, name), low, high)
@@ -78,6 +78,16 @@ def require(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError, naming the setting and the mend, unless `low <= value <= high` (NaN is refused)."""
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, but must lie between {low} and {high}: choose a value in that range.")
+
+
+def seeded(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each pair of a seed (any integer from 0 on) and a stream.
+
+    Seeds are hashed, because generators that merely begin at equal or neighbouring numbers can draw the same luck: an
+    agent seeded like its world would choose its first action by the hidden task.
+    """
+    hashed = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(hashed[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- rules
@@ -111,15 +121,15 @@ def task_split(holdout: str, split: str) -> Tensor:
     `combinations`: 100 / 16 / 28 pairs of action map and roles; every map and every role assignment occurs in training.
     `permutations`: the test split holds every task of 6 action maps that are never trained on: 92 / 16 / 36.
     """
-    seeded = torch.Generator().manual_seed(7)  # fixed for ever: which tasks are held out is part of the benchmark
+    fixed = torch.Generator().manual_seed(7)  # for ever: which tasks are held out is part of the benchmark
     if holdout == "combinations":
-        order = torch.randperm(N_TASKS, generator=seeded)
+        order = torch.randperm(N_TASKS, generator=fixed)
         test, rest = order[:28], order[28:]
     elif holdout == "permutations":
-        held = torch.randperm(len(ACTION_MAPS), generator=seeded)[:6]
+        held = torch.randperm(len(ACTION_MAPS), generator=fixed)[:6]
         is_test = torch.isin(torch.arange(N_TASKS) // len(ROLE_COLOURS), held)
         test, rest = is_test.nonzero()[:, 0], (~is_test).nonzero()[:, 0]
-        rest = rest[torch.randperm(len(rest), generator=seeded)]
+        rest = rest[torch.randperm(len(rest), generator=fixed)]
     else:
         raise ValueError(f"holdout is {holdout!r}, but must be 'combinations' or 'permutations'.")
     parts = {"train": rest[16:], "validation": rest[:16], "test": test}
@@ -168,8 +178,8 @@ class HiddenRulesWorld:
             raise ValueError(f"a world needs at least one row and one task, not batch={batch} and {len(tasks)} tasks.")
         self.settings, self.batch, self.device = settings, batch, torch.device(device)
         self.tasks_to_draw = tasks.to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.noise_generator = torch.Generator(self.device).manual_seed(seed + 1)
+        self.generator = seeded(seed, stream=0, device=self.device)
+        self.noise_generator = seeded(seed, stream=1, device=self.device)
         self.rows = torch.arange(batch, device=self.device)
         self._moves, self._palette = MOVES.to(self.device), PALETTE.to(self.device, torch.int16)
         self._noise: Tensor | None = None
@@ -543,7 +553,8 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
             info |= {"final_frame": arrival.numpy(), "_final_frame": ended}
         over = np.full(self.num_envs, self.steps >= self.settings.lifetime)
         if over[0]:
-            info |= {"final_obs": frame.numpy(), "_final_obs": everywhere, "final_info": dict(info)}
+            info |= {"final_info": dict(info), "_final_info": everywhere}
+            info |= {"final_obs": frame.numpy(), "_final_obs": everywhere}
             frame, self.steps = self.world.reset(), 0
         return frame.numpy(), reward.numpy(), np.zeros_like(over), over, info
 

@@ -36,14 +36,14 @@ from tyro.conf import Positional
 from agent import AgentController, ExactFilter, Planner, PlannerSettings, Value, references, value_loss
 from context_engine import ContextInferenceEngine, ContextSettings
 from environment import (
-    N_ACTIONS, HiddenRulesWorld, WorldSettings, draw_adaptation, draw_lifetime, interval, play, report, require, summary,
+    N_ACTIONS, HiddenRulesWorld, WorldSettings, draw_adaptation, draw_lifetime, interval, play, report, require, seeded, summary,
     task_split,
 )  # fmt: skip
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
 from world_model import VAE, VAESettings
 
-EVALUATION_SEED = 10**15  # far from every training seed: evaluation has worlds of its own
+EVALUATION_SEED = 10**18  # above every training seed: evaluation has worlds of its own
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -177,9 +177,10 @@ class System:
     def __init__(self, settings: Settings, device: torch.device) -> None:
         torch.manual_seed(settings.seed)
         s, pixels = settings, settings.world.pixels
+        perception = dataclasses.replace(s.vae, patch=s.vae.patch or s.world.cell)
         codes, outcomes, context = s.vae.codes, s.transition.outcomes, s.context.context
         self.settings, self.device = settings, device
-        self.vae = VAE(s.vae, picture=(pixels, pixels, 3), context_dim=context).to(device)
+        self.vae = VAE(perception, picture=(pixels, pixels, 3), context_dim=context).to(device)
         self.transition = TransitionModel(s.transition, codes, self.vae.grid, context_dim=context).to(device)
         self.engine = ContextInferenceEngine(s.context, N_ACTIONS, outcomes, codes).to(device)
         self.value = Value(s.planner, codes, self.vae.grid, context_dim=context).to(device)
@@ -208,8 +209,8 @@ class Learner:
         self.settings, self.device, self.system = settings, device, System(settings, device)
         self.store = LifetimeStore(settings.memory, device)
         self.tasks = task_split(settings.world.holdout, "train")
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
-        self.sampler = torch.Generator().manual_seed(settings.seed + 1)  # of stored lifetimes, on the CPU
+        self.generator = seeded(settings.seed, stream=4, device=device)
+        self.sampler = seeded(settings.seed, stream=5)  # of stored lifetimes, on the CPU
         encoder = [p for name, p in self.system.vae.named_parameters() if name.startswith("encoder")]
         decoder = [p for name, p in self.system.vae.named_parameters() if not name.startswith("encoder")]
         transition, engine = self.system.transition, self.system.engine
@@ -273,7 +274,7 @@ class Learner:
     def collect(self, exploration: float) -> None:
         """Live new lifetimes in training tasks, with `exploration` of the actions at random, and store them."""
         s = self.settings
-        seed = s.seed * 10**6 + 2 * self.collections  # worlds use seed and seed + 1
+        seed = (s.seed + 1) * 2**32 + self.collections  # another world for every collection of every run
         with self.timed("collect"):
             world = HiddenRulesWorld(s.world, s.training.worlds, self.tasks, seed, self.device)
             agent = self.system.controller(keep_pictures=True)
@@ -421,10 +422,10 @@ def evaluate(
             "this run has trained on all action maps, so none is held out: train with --world.holdout permutations."
         )
     tasks = task_split(settings.world.holdout, "test" if split == "permutations" else split)
-    seed = EVALUATION_SEED + 10 * ("validation", "test", "permutations").index(split)
+    seed = EVALUATION_SEED + ("validation", "test", "permutations").index(split)
     world = HiddenRulesWorld(settings.world, lifetimes, tasks, seed, system.device)
     agent, exact = system.controller(freeze_belief=ablate == "belief"), ExactFilter(world)
-    lived = {"agent": play(world, agent, [exact])} | references(settings.world, settings.planner.discount, lifetimes, tasks, seed, system.device)
+    lived = {"agent": play(world, agent, [exact])} | references(settings.world, lifetimes, tasks, seed, system.device)
     better = max(("thompson_step", "thompson_episode"), key=lambda name: lived[name].reward.sum())
     lived["thompson"] = lived[better]
     returns = {name: one.reward.double().sum(1).numpy() for name, one in lived.items()}
@@ -453,7 +454,7 @@ def evaluate(
 
 def film(system: System, path: Path, seed: int, split: str) -> None:
     """Let the agent live one held-out lifetime, chosen by `seed`, and draw it to `path` (GIF)."""
-    settings, seed = system.settings, EVALUATION_SEED + 100 + 2 * seed
+    settings, seed = system.settings, EVALUATION_SEED + 100 + seed
     world = HiddenRulesWorld(settings.world, 1, task_split(settings.world.holdout, split), seed, system.device)
     agent, moments, earned = system.controller(), [], 0.0
     agent.begin(world.reset())

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -297,7 +296,7 @@ def save_atomically(content: dict, path: Path) -> None:
     Raises:
         OSError: the file could not be written; the old one is untouched.
     """
-    temporary = path.with_name(f"{path.name}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(content, file)

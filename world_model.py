@@ -22,8 +22,8 @@ from film_layer import FiLMLayer
 class VAESettings:
     """Perception."""
 
-    patch: int = 4
-    """Pixels along each side of a patch; must divide the picture."""
+    patch: int = 0
+    """Pixels along each side of a patch, which must divide the picture; 0 stands for a cell of the world."""
     codes: int = 6
     """Number of categories of a patch, 2 to 255."""
     width: int = 32
@@ -41,7 +41,7 @@ class VAESettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("patch", 1, 64), ("codes", 2, 255), ("width", 1, 4096), ("deviation", 1e-3, 10), ("temperature", 1e-2, 100),
+            ("patch", 0, 64), ("codes", 2, 255), ("width", 1, 4096), ("deviation", 1e-3, 10), ("temperature", 1e-2, 100),
             ("decoder_rate", 0, 1), ("encoder_rate", 0, 1), ("late_rate", 0, 1),
         ):  # fmt: skip
             require(f"vae.{name}", getattr(self, name), low, high)
@@ -63,6 +63,8 @@ class VAE(nn.Module):
         super().__init__()
         height, width, channels = picture
         patch, hidden = settings.patch, settings.width
+        if patch < 1:
+            raise ValueError("vae.patch is 0, so the size of a cell must be put in its place before a VAE is built.")
         if height % patch or width % patch:
             raise ValueError(
                 f"vae.patch is {patch}, which does not divide a picture of {height}x{width}: "

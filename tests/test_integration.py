@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from environment import HiddenRulesWorld, play, task_split
-from main import EVALUATION_SEED, evaluate, load_system
+from main import EVALUATION_SEED, Settings, evaluate, load_system
+from memory import merge
 from tests.shared import ROOT, command, quick_run
 
 LIFETIMES = 256
@@ -33,10 +34,18 @@ class TestQuickRun(unittest.TestCase):
         self.assertGreaterEqual(self.result["normalised_ci95"][0], 0.25)
         whole = self.score()
         self.assertGreater(whole, 0.25)
-        worst_plan = lambda plan: lambda codes, belief: -plan(codes, belief)  # noqa: E731
-        frozen = lambda step: lambda belief, experience: belief  # noqa: E731
-        blind = lambda judge: lambda present, table: (judge(present, table)[0].flip(-1), judge(present, table)[1])  # noqa: E731
-        for broken in ({"planner__action_values": worst_plan}, {"engine__step": frozen}, {"transition__consequences": blind}):
+        dice = torch.Generator().manual_seed(0)
+
+        def careless(plan):
+            return lambda codes, belief: torch.rand(len(codes), 4, generator=dice)
+
+        def frozen(step):
+            return lambda belief, experience: belief
+
+        def confused(judge):  # goals look like hazards and hazards like goals
+            return lambda present, table: (judge(present, table)[0].flip(-1), judge(present, table)[1])
+
+        for broken in ({"planner__action_values": careless}, {"engine__step": frozen}, {"transition__consequences": confused}):
             with self.subTest(broken=list(broken)):
                 self.assertLess(self.score(**broken), min(0.1, whole / 2))
 
@@ -102,7 +111,8 @@ class TestQuickRun(unittest.TestCase):
         self.assertIn("--world.holdout permutations", done.stderr)
 
     def test_evaluation_worlds_are_their_own(self):
-        self.assertGreater(EVALUATION_SEED, 1_000_001 * 10**6 + 2 * 10**6)  # the largest seed of a training world
+        largest = merge(Settings(), {"seed": 1_000_000}).seed
+        self.assertGreater(EVALUATION_SEED, (largest + 1) * 2**32 + 2**32)  # beyond any collection of any run
 
 
 class TestReadme(unittest.TestCase):

@@ -15,7 +15,7 @@ def frames_of(noise=0.1, batch=64):
 
 def vae_of(**settings):
     torch.manual_seed(0)
-    return VAE(VAESettings(**settings), (24, 24, 3), context_dim=5)
+    return VAE(VAESettings(**({"patch": 4} | settings)), (24, 24, 3), context_dim=5)
 
 
 class TestVAE(unittest.TestCase):
@@ -61,7 +61,7 @@ class TestVAE(unittest.TestCase):
     def test_seeding_separates_background_and_colours_on_every_seed(self):
         for seed in range(5):
             torch.manual_seed(seed)
-            vae, frames = VAE(VAESettings(), (24, 24, 3), 5), frames_of()
+            vae, frames = VAE(VAESettings(patch=4), (24, 24, 3), 5), frames_of()
             self.assertGreaterEqual(vae.seed_codes(frames, torch.zeros(64, 5)), 4)
             codes = vae.encode(frames, torch.zeros(64, 5))
             clear = frames_of(noise=0).view(64, 6, 4, 6, 4, 3)[:, :, 0, :, 0].flatten(1, 2)  # (64, 36, 3), same places
