@@ -307,6 +307,12 @@ class AgentController:
             self.belief = self.engine.step(self.belief, self.memory.latest())
         self.frame = step.frame
 
+    @torch.no_grad()
+    def recall(self) -> None:
+        """Rebuild the belief from the memory: after the models have changed in mid-lifetime."""
+        if not self.freeze_belief:
+            self.belief = self.engine(self.memory)
+
     def _random(self) -> Tensor:
         shape, device = (len(self.frame),), self.frame.device
         return torch.randint(self.engine.actions, shape, generator=self.generator, device=device)

@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple, Sequence
 
 import gymnasium
-import matplotlib
 import numpy as np
 import scipy.stats
 import torch
 from gymnasium.vector.utils import batch_space
 from PIL import Image, ImageDraw
 from torch import Tensor
-
-matplotlib.use("Agg")  # pictures go to files, also without a display
-from matplotlib import animation, pyplot  # noqa: E402
 
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])  # (move, (row, column)): up, down, left, right
 MOVE_NAMES = ("up", "down", "left", "right")
@@ -391,7 +387,10 @@ def report(result: dict[str, Any]) -> str:
 
 def draw_adaptation(result: dict[str, Any], path: Path, bin_steps: int = 4) -> None:
     """Reward by step of the lifetime for every agent of an evaluation, averaged over `bin_steps`, to `path` (PNG)."""
-    figure, axes = pyplot.subplots(figsize=(7, 4), constrained_layout=True)
+    from matplotlib.figure import Figure  # here, because whoever only steps the world need not wait for it
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling"), ("agent", "agent"), ("random", "random")):
         steps = len(result[name]["by_step"]) // bin_steps * bin_steps
         mean = np.array(result[name]["by_step"][:steps]).reshape(-1, bin_steps).mean(1)
@@ -403,7 +402,6 @@ def draw_adaptation(result: dict[str, Any], path: Path, bin_steps: int = 4) -> N
     axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=f"{result['lifetimes']} lifetimes, {result['split']} tasks")
     axes.legend(title="return [95% interval]", loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], caption: str, path: Path) -> None:
@@ -414,8 +412,11 @@ def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, st
             probabilities, and a heading.
         caption: stands under all of them.
     """
-    layout = [["seen", "rebuilt"], ["belief", "belief"]]
-    figure, parts = pyplot.subplot_mosaic(layout, figsize=(6, 5.6), height_ratios=[3, 1.5])
+    from matplotlib import animation
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5.6))
+    parts = figure.subplot_mosaic([["seen", "rebuilt"], ["belief", "belief"]], height_ratios=[3, 1.5])
     figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
     for name, title in (("seen", "seen"), ("rebuilt", "reconstruction")):
         parts[name].set(title=title, xticks=[], yticks=[])
@@ -435,7 +436,6 @@ def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, st
     film = animation.FuncAnimation(figure, show, moments, init_func=lambda: None, cache_frame_data=False)
     film.save(temporary, writer=animation.PillowWriter(fps=4), dpi=70)
     temporary.replace(path)
-    pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------ Gymnasium faces

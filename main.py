@@ -17,13 +17,14 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class TrainingSettings:
     value_from: int = 100
     """First update at which the value learns."""
     plan_from: int = 200
-    """First update at which lifetimes are collected with the planner instead of at random."""
+    """First update at which lifetimes are collected with the planner; before it random ones, a quarter as often."""
     collect_every: int = 16
     """Updates between collections of new lifetimes, at least 1."""
     outcome_every: int = 4
@@ -452,10 +453,10 @@ def evaluate(
     }  # fmt: skip
 
 
-def film(system: System, path: Path, seed: int, split: str) -> None:
-    """Let the agent live one held-out lifetime, chosen by `seed`, and draw it to `path` (GIF)."""
+def film(system: System, path: Path, seed: int) -> None:
+    """Let the agent live one lifetime in a validation task, chosen by `seed`, and draw it to `path` (GIF)."""
     settings, seed = system.settings, EVALUATION_SEED + 100 + seed
-    world = HiddenRulesWorld(settings.world, 1, task_split(settings.world.holdout, split), seed, system.device)
+    world = HiddenRulesWorld(settings.world, 1, task_split(settings.world.holdout, "validation"), seed, system.device)
     agent, moments, earned = system.controller(), [], 0.0
     agent.begin(world.reset())
     for step in range(settings.world.lifetime):
@@ -486,7 +487,7 @@ def train(run: RunFolder, learner: Learner) -> bool:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = signal.signal(signal.SIGINT, stop)
-    board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update)
+    board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1)
     started = time.perf_counter() - learner.seconds.get("total", 0.0)
     bar = tqdm(total=learner.total, initial=learner.update, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
@@ -503,7 +504,7 @@ def train(run: RunFolder, learner: Learner) -> bool:
         bar.close()
         board.close()
         signal.signal(signal.SIGINT, previous)
-    return learner.update >= learner.total
+    return not stopped
 
 
 def log(run: RunFolder, board: SummaryWriter, bar: tqdm, learner: Learner) -> None:
@@ -527,7 +528,7 @@ def train_and_evaluate(run: RunFolder, learner: Learner) -> None:
     result = evaluate(learner.system, "test", learner.settings.training.evaluation_lifetimes, env_steps=learner.env_steps)
     write_json(result, run.folder / "evaluation.json")
     draw_adaptation(result, run.folder / "adaptation.png")
-    film(learner.system, run.folder / "lifetime.gif", seed=0, split="validation")
+    film(learner.system, run.folder / "lifetime.gif", seed=0)
     print(report(result) + f"\ntrained for {learner.seconds['total']:.0f} s; results and pictures are in {run.folder}")
 
 
@@ -566,54 +567,63 @@ def train_command(arguments: list[str]) -> None:
         train_and_evaluate(run, learner)
 
 
-def resume_command(run: Positional[Path], updates: int | None = None, device: str = "cpu") -> None:
+def resume_command(run: Positional[Path], updates: int | None = None) -> None:
     """Go on with a run as if it had never stopped.
 
     Args:
         run: Folder of the run.
-        updates: Planned end in updates of context engine and value; the run's own if not given.
-        device: Where to compute.
+        updates: Planned end in updates of context engine and value; the run's own if not given. Learning rates and
+            exploration then fall evenly up to the new end.
     """
     folder, changes = RunFolder(run), {} if updates is None else {"training": {"updates": updates}}
-    settings = folder.settings(Settings(), **changes, device=device)
+    settings = folder.settings(Settings(), **changes)
     with folder.locked():
         state, logged = folder.load()
         learner = Learner(settings, device_of(settings.device))
-        learner.load_state_dict(state, folder.blocks)
+        restore(lambda: learner.load_state_dict(state, folder.blocks), run)
         if learner.update > learner.total:
             raise UserError(f"{run} is already past {settings.training.updates} updates: give a higher --updates.")
         if folder.metrics.exists():
-            os.truncate(folder.metrics, logged)  # the lines after the checkpoint will be written again
+            os.truncate(folder.metrics, min(logged, folder.metrics.stat().st_size))  # the lines after the checkpoint will be written again
         write_json(dataclasses.asdict(settings), run / "config.json")
         train_and_evaluate(folder, learner)
 
 
-def load_system(folder: Path, device: str) -> tuple[System, dict]:
-    """The trained agent's parts from a run's checkpoint, and the learner's state."""
+def restore(load: Callable[[], object], folder: Path) -> None:
+    """Call `load`; UserError if what the run's folder holds does not fit its configuration or is damaged."""
+    try:
+        load()
+    except (RuntimeError, KeyError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder} does not fit together ({reason}): a file of it is damaged or was edited.") from error
+
+
+def load_system(folder: Path, device: str | None = None) -> tuple[System, dict]:
+    """The trained agent's parts from a run's checkpoint, on the run's own device if none is named; the learner's state."""
     run = RunFolder(folder)
-    settings = run.settings(Settings(), device=device)
+    settings = run.settings(Settings(), **({} if device is None else {"device": device}))
     state, _ = run.load()
     system = System(settings, device_of(settings.device))
-    for name, module in system.modules().items():
-        module.load_state_dict(state["modules"][name])
+    restore(lambda: [part.load_state_dict(state["modules"][name]) for name, part in system.modules().items()], folder)
     return system, state
 
 
 def evaluate_command(
-    run: Positional[Path], lifetimes: int = 1024, split: Literal["validation", "test", "permutations"] = "test",
-    ablate: Literal["belief"] | None = None, device: str = "cpu",
+    run: Positional[Path], lifetimes: int | None = None, split: Literal["validation", "test", "permutations"] = "test",
+    ablate: Literal["belief"] | None = None, device: str | None = None,
 ) -> None:  # fmt: skip
     """Evaluate a trained run on held-out tasks again; the result goes to its folder and to the screen.
 
     Args:
         run: Folder of the run.
-        lifetimes: Held-out lifetimes, at least 2.
+        lifetimes: Held-out lifetimes, at least 2; those of the run's final evaluation if not given.
         split: Which tasks; permutations are those of a run with --world.holdout permutations.
         ablate: Freeze the belief at its initial value.
-        device: Where to compute.
+        device: Where to compute; where the run was trained if not given.
     """
-    require("lifetimes", lifetimes, 2, 10**7)
     system, state = load_system(run, device)
+    lifetimes = system.settings.training.evaluation_lifetimes if lifetimes is None else lifetimes
+    require("lifetimes", lifetimes, 2, 10**6)
     result = evaluate(system, split, lifetimes, ablate, env_steps=state["counters"][2])
     parts = ["evaluation", split, str(lifetimes), ablate and f"no-{ablate}"]
     path = run / ("-".join(filter(None, parts)) + ".json")
@@ -621,17 +631,16 @@ def evaluate_command(
     print(report(result) + f"\nwritten to {path}")
 
 
-def watch_command(run: Positional[Path], seed: int = 0, split: Literal["validation", "test"] = "validation") -> None:
-    """Draw a held-out lifetime as an animation into a run's folder.
+def watch_command(run: Positional[Path], seed: int = 0) -> None:
+    """Draw a held-out lifetime in a validation task as an animation into a run's folder.
 
     Args:
         run: Folder of the run.
         seed: Which lifetime, at least 0.
-        split: Which tasks.
     """
     require("seed", seed, 0, 10**9)
-    path = run / f"lifetime-{split}-{seed}.gif"
-    film(load_system(run, "cpu")[0], path, seed, split)
+    path = run / f"lifetime-{seed}.gif"
+    film(load_system(run)[0], path, seed)
     print(f"written to {path}")
 
 

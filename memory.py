@@ -172,6 +172,11 @@ class Pictures:
         return following
 
 
+def block_name(number: int) -> str:
+    """File name of a block of pictures."""
+    return f"block-{number:06d}.pt"
+
+
 class LifetimeStore:
     """Past lifetimes in blocks, oldest first, within a budget of bytes.
 
@@ -259,7 +264,7 @@ class LifetimeStore:
         """Write the blocks that `folder` lacks, each under its number; a block never changes, so never twice."""
         folder.mkdir(parents=True, exist_ok=True)
         for block in self.blocks:
-            path = folder / f"block-{block.number:06d}.pt"
+            path = folder / block_name(block.number)
             if not path.exists():
                 save_atomically(vars(block), path)
 
@@ -276,9 +281,13 @@ class LifetimeStore:
         return {"numbers": numbers, "version": self.version, "added": self.added, "experience": tuple(self.experience)}
 
     def load_state_dict(self, state: dict, folder: Path) -> None:
-        """Restore from `state_dict` and the blocks in `folder`."""
+        """Restore from `state_dict` and the blocks in `folder`; blocks that a crash left unnamed are deleted, or the
+        next one of that number would be taken for written."""
+        for path in folder.glob("block-*"):
+            if path.name not in {block_name(number) for number in state["numbers"]}:
+                path.unlink()
         self.blocks = [
-            Pictures(**torch.load(folder / f"block-{number:06d}.pt", weights_only=True)) for number in state["numbers"]
+            Pictures(**torch.load(folder / block_name(number), weights_only=True)) for number in state["numbers"]
         ]
         self.version, self.added = list(state["version"]), state["added"]
         self.experience = Experience(*(part.to(self.device) for part in state["experience"]))
@@ -333,7 +342,7 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
         if dataclasses.is_dataclass(old):
             new[name] = merge(old, value, f"{where}{name}.")
             continue
-        if isinstance(old, tuple) and isinstance(value, (list, tuple)):
+        if isinstance(old, tuple) and isinstance(value, (list, tuple)) and all(type(x) in (int, float) for x in value):
             value = tuple(map(float, value))
         if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import numpy as np
 import optuna
 import tyro
@@ -66,7 +67,7 @@ def value_of(settings: Settings, name: str) -> Any:
 
 
 def nested(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dotted settings as the nested mapping that `main.merge` and --config take."""
+    """Dotted settings as the nested mapping that `memory.merge` and --config take."""
     tree: dict[str, dict[str, Any]] = {}
     for name, value in flat.items():
         section, field = name.split(".")
@@ -102,6 +103,28 @@ def objective(trial: optuna.Trial, base: Settings, arguments: TuneArguments) -> 
     return float(np.mean(scores))
 
 
+def search(arguments: TuneArguments, base: Settings, folder: Path) -> optuna.Study:
+    """Open the study in `folder` and run what is left of its trials, each on changed copies of `base`."""
+    study = optuna.create_study(
+        study_name="tune", storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))), direction="maximize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4), load_if_exists=True,
+    )  # fmt: skip
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # a study that goes on does not repeat itself
+    begun = {"preset": arguments.preset, "updates": base.training.updates, "seeds": arguments.seeds, "lifetimes": arguments.lifetimes, "space": sorted(SPACE)}
+    if study.user_attrs.get("begun", begun) != begun:
+        raise UserError(f"{folder} was begun with {study.user_attrs['begun']}: use the same or another --study.")
+    study.set_user_attr("begun", begun)
+    study.enqueue_trial({name: value_of(base, name) for name in SPACE}, skip_if_exists=True)
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # its process was stopped: try that set again
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    left = arguments.trials - len(study.get_trials(states=ended))
+    print(f"study {folder}: {max(0, left)} of {arguments.trials} trials left", flush=True)
+    study.optimize(lambda trial: objective(trial, base, arguments), n_trials=max(0, left), catch=(FloatingPointError,))
+    return study
+
+
 def tune(arguments: TuneArguments) -> Path:
     """Run the study up to `arguments.trials` and write best.json; returns its path.
 
@@ -118,22 +141,11 @@ def tune(arguments: TuneArguments) -> Path:
     base = merge(base, {"training": {"updates": updates}})
     folder = Path("runs") / f"tune-{arguments.study}"
     folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        study_name="tune", storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))), direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=0), pruner=optuna.pruners.MedianPruner(n_startup_trials=4), load_if_exists=True,
-    )  # fmt: skip
-    begun = {"preset": arguments.preset, "updates": updates, "seeds": arguments.seeds, "lifetimes": arguments.lifetimes, "space": sorted(SPACE)}
-    if study.user_attrs.get("begun", begun) != begun:
-        raise UserError(f"{folder} was begun with {study.user_attrs['begun']}: use the same or another --study.")
-    study.set_user_attr("begun", begun)
-    study.enqueue_trial({name: value_of(base, name) for name in SPACE}, skip_if_exists=True)
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):  # its process was stopped: try that set again
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        study.enqueue_trial(trial.params)
-    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    left = arguments.trials - len(study.get_trials(states=ended))
-    print(f"study {folder}: {max(0, left)} of {arguments.trials} trials left", flush=True)
-    study.optimize(lambda trial: objective(trial, base, arguments), n_trials=max(0, left), catch=(FloatingPointError,))
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            study = search(arguments, base, folder)
+    except filelock.Timeout:
+        raise UserError(f"{folder} is being searched by another process: wait for it or use another --study.") from None
     best = folder / "best.json"
     try:
         write_json({"preset": arguments.preset, **nested(study.best_params)}, best)

@@ -30,7 +30,7 @@ TINY = {
 
 
 def tiny(**changes: dict) -> Settings:
-    """Settings that run in a moment; changes are nested mappings as for `main.merge`."""
+    """Settings that run in a moment; changes are nested mappings as for `memory.merge`."""
     return merge(merge(Settings(), TINY), changes)
 
 

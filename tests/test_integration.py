@@ -23,7 +23,7 @@ class TestQuickRun(unittest.TestCase):
 
     def score(self, **broken) -> float:
         """Normalised return on validation tasks of the trained agent with some of its methods replaced."""
-        system, _ = load_system(self.run_folder, "cpu")
+        system, _ = load_system(self.run_folder)
         for name, replacement in broken.items():
             part, method = name.split("__")
             target = getattr(system, part)
@@ -62,7 +62,7 @@ class TestQuickRun(unittest.TestCase):
 
     def test_outcome_labels_are_pure(self):
         """On a world whose true effects are known, one label means one effect (standing still at an edge aside)."""
-        system, _ = load_system(self.run_folder, "cpu")
+        system, _ = load_system(self.run_folder)
         world = HiddenRulesWorld(system.settings.world, 128, task_split("combinations", "validation"), 5)
         agent = system.controller()
         agent.explore(1.0, torch.Generator().manual_seed(0))
@@ -93,16 +93,15 @@ class TestQuickRun(unittest.TestCase):
         self.assertEqual(self.result["split"], "test")
 
     def test_evaluate_repeats_the_same_numbers(self):
-        lifetimes = self.result["lifetimes"]
-        done = command("evaluate", self.run_folder, "--lifetimes", lifetimes, folder=self.run_folder)
+        done = command("evaluate", self.run_folder, folder=self.run_folder)
         self.assertEqual(done.returncode, 0, done.stderr)
-        repeated = self.run_folder / f"evaluation-test-{lifetimes}.json"
+        repeated = self.run_folder / f"evaluation-test-{self.result['lifetimes']}.json"
         self.assertEqual(repeated.read_bytes(), (self.run_folder / "evaluation.json").read_bytes())
 
     def test_pictures_are_made_and_watch_makes_another(self):
         done = command("watch", self.run_folder, "--seed", 3, folder=self.run_folder)
         self.assertEqual(done.returncode, 0, done.stderr)
-        for name in ("adaptation.png", "lifetime.gif", "lifetime-validation-3.gif"):
+        for name in ("adaptation.png", "lifetime.gif", "lifetime-3.gif"):
             self.assertGreater((self.run_folder / name).stat().st_size, 10_000)
 
     def test_permutations_are_refused_where_they_were_trained_on(self):

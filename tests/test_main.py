@@ -1,6 +1,8 @@
 """The command line and the run: settings, errors, resume after a kill, what was trained on."""
 
 import ast
+import contextlib
+import io
 import json
 import os
 import signal
@@ -9,10 +11,12 @@ import sys
 import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
+import main
 from environment import Lifetimes, interval, summary, task_split
 from main import PRESETS, Learner, Settings
 from memory import RunFolder, UserError, merge
@@ -31,6 +35,20 @@ def only_run(folder: Path) -> Path:
     return run
 
 
+def in_process(arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and error output of the command line, without the seconds that a new process takes to import."""
+    errors, before = io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with mock.patch.object(sys, "argv", ["main.py", *arguments]), contextlib.redirect_stderr(errors):
+            main.main()
+        return 0, errors.getvalue()
+    except SystemExit as stop:
+        return stop.code, errors.getvalue()
+    finally:
+        os.chdir(before)
+
+
 class TestSettings(unittest.TestCase):
     def test_merge_checks_every_name_and_type(self):
         for changes, words in (
@@ -45,6 +63,7 @@ class TestSettings(unittest.TestCase):
             ({"training": {"random_lifetimes": 100}}, "multiple of training.worlds: choose 128"),
             ({"memory": {"budget_mb": 1}}, "raise memory.budget_mb"),
             ({"planner": {"discount": float("nan")}}, "planner.discount is nan"),
+            ({"transition": {"reward_bins": [None]}}, "transition.reward_bins is .None.*tuple"),
         ):
             with self.subTest(changes=changes), self.assertRaisesRegex(ValueError, words):
                 merge(Settings(), changes)
@@ -89,19 +108,26 @@ class TestCommandLine(unittest.TestCase):
         for arguments, words in (
             (["--world.gird", "5"], "world.grid"),
             (["--world.grid", "2"], "world.grid is 2"),
+            (["--world.grid", "six"], "six"),
             (["--preset", "slow"], "slow"),
             (["--config", "slow.json"], "preset is 'slow'"),
             (["--vae.patch", "5"], "does not divide"),
             (["--device", "abacus"], "abacus"),
             (["--config", "bad.json"], "bad.json"),
+            (["--config", "missing.json"], "missing.json"),
             (["evaluate", "empty"], "not a run"),
             (["evaluate", "nowhere"], "not a run"),
+            (["resume", "empty"], "not a run"),
+            (["watch", "empty", "--seed", "-1"], "seed is -1"),
+            (["evaluate", "empty", "--split", "exam"], "exam"),
         ):
             with self.subTest(arguments=arguments):
-                done = command(*arguments, folder=folder)
-                self.assertEqual(done.returncode, 2, done.stderr)
-                self.assertIn(words, done.stderr.replace("\n", " "))
-                self.assertNotIn("Traceback", done.stderr)
+                code, errors = in_process(arguments, folder)
+                self.assertEqual(code, 2, errors)
+                self.assertIn(words, errors.replace("\n", " "))
+        done = command("--world.grid", "2", folder=folder)
+        self.assertEqual(done.returncode, 2)
+        self.assertNotIn("Traceback", done.stderr)
         self.assertFalse((folder / "runs").exists())
 
     def test_help_explains_every_setting(self):
@@ -131,13 +157,15 @@ class TestResume(unittest.TestCase):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "main.py"), "--config", "tiny.json"], cwd=killed, stdout=subprocess.DEVNULL
         )
-        while not list(killed.glob("runs/*/checkpoint.pt")) and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(0.5)
+        while not any(len(log.read_text().splitlines()) >= 6 for log in killed.glob("runs/*/metrics.jsonl")):
+            time.sleep(0.005)  # until update 18 of 38 is logged: checkpoints are every third
         process.send_signal(signal.SIGKILL)
         process.wait()
         run = only_run(killed)
-        self.assertFalse((run / "evaluation.json").exists(), "the kill came too late to test anything")
+        state, logged = RunFolder(run).load()
+        self.assertTrue(3 <= state["counters"][0] < 38, "the kill came too late to test anything")
+        with open(run / "metrics.jsonl", "a") as log:
+            log.write("torn")  # what a kill in mid-line leaves
         done = command("resume", run, folder=killed)
         self.assertEqual(done.returncode, 0, done.stderr)
         for name in ("metrics.jsonl", "evaluation.json"):

@@ -45,7 +45,7 @@ def decision_speed(run: Path, batch: int, threads: int) -> None:
     torch.set_num_threads(threads)
     system, _ = load_system(run, "cpu")
     world = HiddenRulesWorld(system.settings.world, batch, task_split(system.settings.world.holdout, "validation"), 0)
-    agent, spent, acted = system.controller(), 0.0, 0.0
+    agent = system.controller()
     for lifetime in range(2):  # the first is the warm-up
         agent.begin(world.reset())
         spent, planned = 0.0, []
