@@ -6,7 +6,8 @@ Every agent answers `begin(frames)`, `act() -> actions` and `observe(actions, st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Protocol
+from typing import Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F

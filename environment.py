@@ -13,7 +13,8 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal, NamedTuple, Sequence
+from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
 
 import gymnasium
 import numpy as np

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from environment import HiddenRulesWorld, play, task_split
+from environment import HiddenRulesWorld, task_split
 from main import EVALUATION_SEED, Settings, evaluate, load_system
 from memory import merge
 from tests.shared import ROOT, command, quick_run
