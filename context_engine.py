@@ -160,8 +160,8 @@ class ContextInferenceEngine(nn.Module):
     def _cell(input_gates: Tensor, hidden_gates: Tensor, belief: Tensor) -> Tensor:
         """PyTorch's GRU cell from its gates (..., 3H): spelt out, because imagined steps share most of them."""
         hidden = belief.shape[-1]
-        reset, update = torch.sigmoid(input_gates[..., : 2 * hidden] + hidden_gates[..., : 2 * hidden]).chunk(2, -1)
-        candidate = torch.tanh(torch.addcmul(input_gates[..., 2 * hidden :], reset, hidden_gates[..., 2 * hidden :]))
+        reset, update = (input_gates[..., : 2 * hidden] + hidden_gates[..., : 2 * hidden]).sigmoid_().chunk(2, -1)
+        candidate = torch.addcmul(input_gates[..., 2 * hidden :], reset, hidden_gates[..., 2 * hidden :]).tanh_()
         return torch.lerp(candidate, belief, update)
 
     # -------------------------------------------------------------------------------------------------- loss

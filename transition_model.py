@@ -115,12 +115,16 @@ class OutcomeNetwork(nn.Module):
         one_hot = F.one_hot(codes.long(), self.codes).float().view(-1, *self.grid, self.codes)
         return self.features(one_hot.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
+    def _logits(self, codes: Tensor) -> Tensor:
+        """Of every code at every patch under every outcome: (B, S, K, C)."""
+        logits = self.head(self.hidden(codes)).view(*codes.shape, self.outcomes, self.codes)
+        stay = self.stay * F.one_hot(codes.long(), self.codes).float()
+        return logits.add_(stay[:, :, None])  # in place: the largest tensor of all, and new memory is what costs here
+
     def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:
         """log p(z'|z, k) (B, K), summed over patches, of code grids (B, S) uint8."""
-        (B, S), K, C = codes.shape, self.outcomes, self.codes
-        stay = self.stay * F.one_hot(codes.long(), C).float()
-        logits = self.head(self.hidden(codes)).view(B, S, K, C) + stay[:, :, None]
-        index = next_codes.long()[:, :, None, None].expand(B, S, K, 1)
+        logits = self._logits(codes)
+        index = next_codes.long()[:, :, None, None].expand(*logits.shape[:3], 1)
         return (logits.gather(3, index)[..., 0] - logits.logsumexp(-1)).sum(1)
 
     def modes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,9 +134,8 @@ class OutcomeNetwork(nn.Module):
             the likeliest next grids (B, K, S) uint8, and `alike` (B, K, K) float: column j sums over the outcomes that
             lead to the same grid as j if j is the first of them, and is zero otherwise.
         """
-        (B, S), K, C = codes.shape, self.outcomes, self.codes
-        logits = self.head(self.hidden(codes)).view(B, S, K, C) + self.stay * F.one_hot(codes.long(), C)[:, :, None]
-        grids = logits.argmax(-1).transpose(1, 2)  # (B, K, S)
+        K = self.outcomes
+        grids = self._logits(codes).argmax(-1).transpose(1, 2)  # (B, K, S)
         fingerprint = (grids * self.fingerprint).sum(-1)  # 62 random bits a patch: equal sums, equal grids
         same = fingerprint[:, :, None] == fingerprint[:, None]  # (B, K, K)
         first = same.to(torch.uint8).argmax(1) == torch.arange(K, device=codes.device)
@@ -234,12 +237,12 @@ class TransitionModel(nn.Module):
 
         Args:
             present: (B, C*C) bool, see `pairs_present`.
-            table: (B, C*C, F), see `consequence_table`.
+            table: (B, C*C, F), see `consequence_table`; it is overwritten.
 
         Returns:
             log p(r) (B, bins) over `reward_bins`, and the logit (B,) that the episode terminates.
         """
-        out = self.consequence_out(table.masked_fill(~present[..., None], ABSENT).amax(-2))
+        out = self.consequence_out(table.masked_fill_(~present[..., None], ABSENT).amax(-2))
         return out[..., :-1].log_softmax(-1), out[..., -1]
 
     # -------------------------------------------------------------------------------------------- losses
