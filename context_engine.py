@@ -128,7 +128,9 @@ class ContextInferenceEngine(nn.Module):
         own, others = (posterior @ self._input_gates(layer(eye)) for layer in (self.own_effect, self.others_effect))
         gates = others[:, None].repeat(1, self.actions + 1, 1)
         gates[torch.arange(len(row), device=row.device), action] = own
-        gates[:, -1] = self._input_gates(self._world_token(posterior, reward, present))
+        touched, event = torch.zeros(len(row), self.settings.touched, device=belief.device), reward.nonzero()[:, 0]
+        touched[event] = self._touched(present[event])  # without a reward it counts for nothing
+        gates[:, -1] = self._input_gates(self._world_token(posterior, reward, touched))
         return self._cell(gates, self._hidden_gates(belief)[row], belief[row])
 
     # ------------------------------------------------------------------------------------------------- parts
@@ -139,16 +141,19 @@ class ContextInferenceEngine(nn.Module):
         mine = F.one_hot(experience.action, self.actions)[..., None].bool()  # (B, T, A, 1)
         effects = torch.where(mine, self.own_effect(posterior)[:, :, None], self.others_effect(posterior)[:, :, None])
         present = pairs_present(experience.codes, experience.next_codes, self.codes)
-        world = self._world_token(posterior, experience.reward, present)
+        world = self._world_token(posterior, experience.reward, self._touched(present))
         return torch.cat([effects, world[:, :, None]], 2)
 
-    def _world_token(self, posterior: Tensor, reward: Tensor, present: Tensor) -> Tensor:
-        """(..., H) from effects (..., K), rewards (...), pairs (..., C*C): signed by the reward, so that steps without
-        reward add nothing to the evidence about what is worth something."""
+    def _touched(self, present: Tensor) -> Tensor:
+        """Features (..., F) of what touched what: the highest over the pairs (..., C*C) that occur."""
         features = F.silu(self.touched(self.pairs)).expand(*present.shape, -1)
-        features = features.masked_fill(~present[..., None], ABSENT).amax(-2)
+        return features.masked_fill(~present[..., None], ABSENT).amax(-2)
+
+    def _world_token(self, posterior: Tensor, reward: Tensor, touched: Tensor) -> Tensor:
+        """(..., H) from effects (..., K), rewards (...), features (..., F): signed by the reward, so that steps without
+        reward add nothing to the evidence about what is worth something."""
         reward = reward[..., None]
-        return self.world_event(torch.cat([posterior, reward, reward * features], -1))
+        return self.world_event(torch.cat([posterior, reward, reward * touched], -1))
 
     def _input_gates(self, token: Tensor) -> Tensor:
         return F.linear(token, self.gru.weight_ih_l0, self.gru.bias_ih_l0)
