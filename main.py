@@ -117,11 +117,12 @@ PRESETS: dict[str, dict] = {
     "default": {},
     "large": {"world": {"grid": 8, "episode_limit": 24}, "training": {"updates": 1500}},
     "quick": {
-        "world": {"grid": 4, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
+        "world": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
         "transition": {"free_updates": 150, "tempered_updates": 100},
+        "planner": {"discount": 0.9, "slow": 0.2, "learning_rate": 4e-3},
         "training": {
-            "updates": 180, "worlds": 32, "random_lifetimes": 256, "perception_updates": 100, "outcome_updates": 300,
-            "batch": 24, "value_batch": 8, "value_from": 40, "plan_from": 80, "evaluation_lifetimes": 512,
+            "updates": 280, "worlds": 32, "random_lifetimes": 256, "perception_updates": 100, "outcome_updates": 270,
+            "batch": 40, "value_batch": 8, "value_from": 100, "plan_from": 112, "final_rate": 0.3, "evaluation_lifetimes": 512,
         },
     },
 }  # fmt: skip

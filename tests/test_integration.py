@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from environment import HiddenRulesWorld, task_split
-from main import EVALUATION_SEED, Settings, evaluate, load_system
+from main import EVALUATION_SEED, PRESETS, Settings, evaluate, load_system
 from memory import merge
 from tests.shared import ROOT, command, quick_run
 
@@ -83,7 +83,7 @@ class TestQuickRun(unittest.TestCase):
         for name in ("preset", "seed", "split", "lifetimes", "env_steps", "normalised", "of_thompson", "belief_nats"):
             self.assertIn(name, self.result)
         for agent in ("agent", "random", "thompson", "known_rule"):
-            self.assertEqual(len(self.result[agent]["by_step"]), 64)
+            self.assertEqual(len(self.result[agent]["by_step"]), PRESETS["quick"]["world"]["lifetime"])
             low, high = self.result[agent]["return_ci95"]
             self.assertTrue(low <= self.result[agent]["return_mean"] <= high)
             total = sum(self.result[agent]["by_step"])
