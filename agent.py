@@ -20,7 +20,7 @@ from environment import (
 )  # fmt: skip
 from film_layer import FiLMLayer
 from memory import EpisodicMemory, Experience
-from transition_model import ABSENT, TransitionModel, pairs_present
+from transition_model import ABSENT, TransitionModel, one_hot, pairs_present
 from world_model import VAE
 
 
@@ -95,7 +95,7 @@ class Value(nn.Module):
 
     def statistics(self, codes: Tensor) -> Tensor:
         """Share of the patches, and centre y and x in -1..1, of every code: (B, C, 3) float, of grids (B, S) uint8."""
-        sums = F.one_hot(codes.long(), self.codes).float().transpose(1, 2) @ self.place
+        sums = one_hot(codes, self.codes).transpose(1, 2) @ self.place
         return torch.cat([sums[..., :1] / len(self.place), sums[..., 1:] / sums[..., :1].clamp_min(1)], -1)
 
     def pool(self, context: Tensor) -> Tensor:

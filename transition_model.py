@@ -84,6 +84,11 @@ def pairs_present(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
     return absent.scatter_(-1, pair, True)
 
 
+def one_hot(codes: Tensor, n_codes: int) -> Tensor:
+    """(..., n_codes) float32 of codes (...) uint8: a look-up, because torch's own goes through int64."""
+    return torch.eye(n_codes, device=codes.device)[codes.long()]
+
+
 def pair_codes(n_codes: int) -> Tensor:
     """One-hot description of every pair: (n_codes**2, 2 * n_codes) float32, before then after."""
     eye = torch.eye(n_codes)
@@ -112,13 +117,13 @@ class OutcomeNetwork(nn.Module):
 
     def hidden(self, codes: Tensor) -> Tensor:
         """Features (B, S, width) of code grids (B, S) uint8."""
-        one_hot = F.one_hot(codes.long(), self.codes).float().view(-1, *self.grid, self.codes)
-        return self.features(one_hot.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        pictures = one_hot(codes, self.codes).view(-1, *self.grid, self.codes)
+        return self.features(pictures.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
     def _logits(self, codes: Tensor) -> Tensor:
         """Of every code at every patch under every outcome: (B, S, K, C)."""
         logits = self.head(self.hidden(codes)).view(*codes.shape, self.outcomes, self.codes)
-        stay = self.stay * F.one_hot(codes.long(), self.codes).float()
+        stay = self.stay * one_hot(codes, self.codes)
         return logits.add_(stay[:, :, None])  # in place: the largest tensor of all, and new memory is what costs here
 
     def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:
