@@ -200,6 +200,11 @@ class System:
         names = ("vae", "transition", "engine", "value", "slow_value")
         return {name: getattr(self, name) for name in names}
 
+    def load(self, states: dict[str, dict]) -> None:
+        """Take over the weights of all parts, from their `state_dict`s by name."""
+        for name, module in self.modules().items():
+            module.load_state_dict(states[name])
+
 
 class Learner:
     """Meta-training, one `advance` at a time; everything that decides the future is in `state_dict`.
@@ -391,8 +396,7 @@ class Learner:
 
     def load_state_dict(self, state: dict, blocks: Path) -> None:
         """Restore from `state_dict` and the folder of the store's blocks."""
-        for name, module in self.system.modules().items():
-            module.load_state_dict(state["modules"][name])
+        self.system.load(state["modules"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
         self.generator.set_state(state["generators"][0].cpu())
@@ -586,7 +590,8 @@ def resume_command(run: Positional[Path], updates: int | None = None) -> None:
         if learner.update > learner.total:
             raise UserError(f"{run} is already past {settings.training.updates} updates: give a higher --updates.")
         if folder.metrics.exists():
-            os.truncate(folder.metrics, min(logged, folder.metrics.stat().st_size))  # the lines after the checkpoint will be written again
+            # The lines after the checkpoint will be written again.
+            os.truncate(folder.metrics, min(logged, folder.metrics.stat().st_size))
         write_json(dataclasses.asdict(settings), run / "config.json")
         train_and_evaluate(folder, learner)
 
@@ -606,7 +611,7 @@ def load_system(folder: Path, device: str | None = None) -> tuple[System, dict]:
     settings = run.settings(Settings(), **({} if device is None else {"device": device}))
     state, _ = run.load()
     system = System(settings, device_of(settings.device))
-    restore(lambda: [part.load_state_dict(state["modules"][name]) for name, part in system.modules().items()], folder)
+    restore(lambda: system.load(state["modules"]), folder)
     return system, state
 
 
