@@ -1,27 +1,25 @@
-"""Agents: the controller that infers, plans and acts, its learnt value, and the reference agents on the exact filter.
+"""Agents: the planner, the controller that infers, plans and acts, and the reference agents on the exact filter.
 
 Every agent answers `begin(frames)`, `act() -> actions` and `observe(actions, step)`; `environment.play` drives any of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from context_engine import ContextInferenceEngine
+from context_engine import ContextInferenceEngine, ExactFilter, Imagined
 from environment import (
-    N_ACTIONS, N_TASKS, HiddenRulesWorld, Lifetimes, WorldSettings, WorldStep, log_likelihood, play, require,
-    reward_consistent, rule_of, seeded, value_iteration,
+    N_ACTIONS, HiddenRulesWorld, Lifetimes, WorldSettings, WorldStep, play, require, rule_of, seeded, value_iteration,
 )  # fmt: skip
-from film_layer import FiLMLayer
 from memory import EpisodicMemory, Experience
-from transition_model import ABSENT, TransitionModel, one_hot, pairs_present
-from world_model import VAE
+from transition_model import TransitionModel, pairs_present
+from world_model import VAE, Value
 
 
 @dataclass(frozen=True)
@@ -32,106 +30,68 @@ class PlannerSettings:
     """Of rewards, for each step, in (0, 1)."""
     mass: float = 0.85
     """Probability, in (0, 1], of the imagined outcomes and of the rewards that are followed; the least likely are left out."""
+    promising: float = 0.2
+    """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
+    second_look: int = 20
+    """Imagined steps of a state, at most so many for a second one: a vague belief is planned with one step."""
     keypoints: int = 8
     """Points that the value finds in the grid, at least 1."""
     width: int = 192
     """Hidden features of the value, at least 1."""
     trace: float = 0.8
     """Lambda of the returns that the value learns from, in [0, 1]."""
-    slow: float = 0.1
+    slow: float = 0.2
     """Share of the way that the slow value goes towards the learnt one at each update, in (0, 1]."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     """Adam's, of the value; it decays with the run."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1),
+            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6), ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1),
             ("slow", 1e-6, 1), ("learning_rate", 0, 1),
         ):  # fmt: skip
             require(f"planner.{name}", getattr(self, name), low, high)
 
 
-# ----------------------------------------------------------------------------------------------------------- the value
-
-
-class Value(nn.Module):
-    """What a state is worth under a belief, V(z, c), and what a fresh episode is worth, W(c).
-
-    It reads the belief as well as the state, so a move that teaches is worth something. The state enters through
-    keypoints, as in the spatial softmax of Finn et al. (2016), with one change: attention goes to the *codes* that are
-    present, each standing at its centre, and not to single patches. So the background, one code on most patches, does
-    not drown the few things that matter, and the value wakes earlier. The rows of the context enter through a mean over
-    actions: a relabelling of the actions changes nothing.
-
-    Args:
-        settings: see `PlannerSettings`.
-        codes: number of codes C.
-        grid: (rows, columns) of patches.
-        context_dim: size D of a row of the context.
-    """
-
-    POOLED = 64  # features of the pooled context, of the actions and of the world each
-
-    def __init__(self, settings: PlannerSettings, codes: int, grid: tuple[int, int], context_dim: int) -> None:
-        super().__init__()
-        points, width, pooled = settings.keypoints, settings.width, 2 * self.POOLED
-        self.codes = codes
-        self.of_action = nn.Linear(context_dim, self.POOLED)
-        self.of_world = nn.Linear(context_dim, self.POOLED)
-        self.code_features = nn.Parameter(torch.randn(1, codes, 32) * 0.5)
-        self.code_film = FiLMLayer(pooled, 32)
-        self.code_out = nn.Linear(32, 2 * points)
-        self.state_in = nn.Linear(4 * points, width)
-        self.state_norm = nn.LayerNorm(width)
-        self.state_film = FiLMLayer(pooled, width)
-        self.state_hidden = nn.Linear(width, width)
-        self.state_out = nn.Linear(width, 1)
-        self.fresh_out = nn.Sequential(nn.Linear(pooled, 128), nn.SiLU(), nn.Linear(128, 1))
-        nn.init.zeros_(self.state_out.weight)
-        nn.init.zeros_(self.fresh_out[-1].weight)
-        axes = [torch.linspace(-1, 1, n) for n in grid]
-        place = torch.stack([torch.ones(grid), *torch.meshgrid(*axes, indexing="ij")], -1).view(-1, 3)
-        self.register_buffer("place", place, persistent=False)  # (S, (one, y, x))
-
-    def statistics(self, codes: Tensor) -> Tensor:
-        """Share of the patches, and centre y and x in -1..1, of every code: (B, C, 3) float, of grids (B, S) uint8."""
-        sums = one_hot(codes, self.codes).transpose(1, 2) @ self.place
-        return torch.cat([sums[..., :1] / len(self.place), sums[..., 1:] / sums[..., :1].clamp_min(1)], -1)
-
-    def pool(self, context: Tensor) -> Tensor:
-        """What the value reads of contexts (B, A + 1, D): (B, 128)."""
-        actions = F.silu(self.of_action(context[:, :-1])).mean(1)
-        return torch.cat([actions, F.silu(self.of_world(context[:, -1]))], -1)
-
-    def forward(self, statistics: Tensor, pooled: Tensor) -> Tensor:
-        """V (B,) of states by `statistics` (B, C, 3) under pooled contexts (B, 128)."""
-        features = F.silu(self.code_film(self.code_features.expand(len(pooled), -1, -1), pooled))
-        key, value = self.code_out(features).chunk(2, -1)  # (B, C, P) each
-        count, centre = statistics[..., :1], statistics[..., 1:]
-        masked = key.masked_fill(count == 0, ABSENT)
-        weight = (4 * masked).softmax(1)
-        points = torch.einsum("bcp,bcd->bpd", weight, centre)
-        state = torch.cat([points.flatten(1), masked.amax(1), (weight * value).sum(1)], -1)
-        state = F.silu(self.state_film(self.state_norm(self.state_in(state)), pooled))
-        state = state + F.silu(self.state_hidden(state))
-        return self.state_out(state)[:, 0]
-
-    def fresh(self, pooled: Tensor) -> Tensor:
-        """W (B,): the value of beginning an episode under pooled contexts (B, 128)."""
-        return self.fresh_out(pooled)[:, 0]
-
-
 # -------------------------------------------------------------------------------------------------------- the planner
 
 
+class Branches(NamedTuple):
+    """N imagined steps from B states: what would happen, be known, and be worth from there on."""
+
+    state: Tensor
+    """(N,) int64: which state it starts from."""
+    action: Tensor
+    """(N,) int64."""
+    weight: Tensor
+    """(N,) float: its probability, given state and action."""
+    reward: Tensor
+    """(N,) float."""
+    end: Tensor
+    """(N,) float: probability that the episode ends with it."""
+    fresh: Tensor
+    """(N,) float: W, what a new episode would be worth with what is known then."""
+    onward: Tensor
+    """(N,) float: V, what going on would be."""
+    effect: Tensor
+    """(N,) int64: row of `codes`, and of `beliefs.others`."""
+    rows: tuple[Tensor, Tensor]
+    """(N,) int64 each: rows of `beliefs.own` and of `beliefs.world`."""
+    codes: Tensor
+    """(P, S) uint8: the grids of codes that the effects lead to."""
+    beliefs: Imagined
+
+
 class Planner:
-    """One Bayes-adaptive step, then the learnt value.
+    """A Bayes-adaptive step, a second one where it may change the choice, then the learnt value.
 
-        Q(z, h, a) = sum_k pi(k|a, c) sum_r p(r|z, z'_k, c) [ r + discount ((1 - e) V(z'_k, c'_kr) + e W(c'_kr)) ]
+        Q(z, h, a) = sum_k pi(k|a, c) sum_r p(r|z, z'_k, c) [ r + discount ((1 - e) U(z'_k, h'_kr) + e W(c'_kr)) ]
 
-    z'_k is the outcome's mode, e the probability that the episode ends, and c'_kr the context after the imagined
-    experience (a, k, r): the value of what an action teaches is part of the action's value. Source of the principle:
-    Duff, "Optimal Learning", 2002 (Bayes-adaptive planning).
+    z'_k is the outcome's mode, e the probability that the episode ends, and h'_kr the belief after the imagined
+    experience (a, k, r), c'_kr its context: the value of what an action teaches is part of the action's value. U is the
+    learnt V(z', c'), and for actions that are close to the best one max_a' Q(z', h', a') under that belief, with V
+    below it. Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and Wefald, 1991 (search where
+    it may change the decision).
     """
 
     def __init__(self, settings: PlannerSettings, transition: TransitionModel, engine: ContextInferenceEngine, value: Value) -> None:
@@ -140,43 +100,71 @@ class Planner:
     STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and branches are many
 
     @torch.no_grad()
-    def action_values(self, codes: Tensor, belief: Tensor) -> Tensor:
-        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H)."""
+    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere."""
         parts = zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
-        return torch.cat([self._action_values(*part) for part in parts])
+        return torch.cat([self._action_values(*part, again) for part in parts])
 
-    def _action_values(self, codes: Tensor, belief: Tensor) -> Tensor:
+    def _action_values(self, codes: Tensor, belief: Tensor, again: bool) -> Tensor:
+        branches = self._imagine(codes, belief)
+        values = self._back_up(branches, branches.onward, len(codes))
+        if not again:
+            return values
+        promising = values > values.amax(1, keepdim=True) - self.settings.promising
+        few = branches.state.bincount(minlength=len(codes)) <= self.settings.second_look
+        promising &= (few & (promising.sum(1) > 1))[:, None]  # nothing to choose, nothing to look at
+        looked = promising[branches.state, branches.action].nonzero()[:, 0]
+        if len(looked) == 0:
+            return values
+        effect, onward = branches.effect[looked], branches.onward.clone()
+        beliefs = branches.beliefs.belief(effect, branches.action[looked], *(row[looked] for row in branches.rows))
+        onward[looked] = self.action_values(branches.codes[effect], beliefs, again=False).amax(1)
+        return self._back_up(branches, onward, len(codes))
+
+    def _imagine(self, codes: Tensor, belief: Tensor) -> Branches:
         transition, engine, value, mass = self.transition, self.engine, self.value, self.settings.mass
-        B, actions = len(codes), engine.actions
         context = engine.context(belief)
 
-        # Imagine what can happen: outcomes that look alike from here are one, and take the mass of all.
+        # What can happen: outcomes that look alike from here are one, and take the mass of all.
         grids, alike = transition.outcome_network.modes(codes)  # (B, K, S), (B, K, K)
         kept, weight = branch(transition.log_prior(context[:, :-1]).exp() @ alike, mass)  # (B, A, K)
-        state, outcome = kept.any(1).nonzero(as_tuple=True)  # P pairs, shared by the actions
-        pair = torch.zeros(B, kept.shape[-1], dtype=torch.int64, device=codes.device)
-        pair[state, outcome] = torch.arange(len(state), device=codes.device)
+        state, outcome = kept.any(1).nonzero(as_tuple=True)  # P effects, shared by the actions
+        index = torch.zeros(len(codes), kept.shape[-1], dtype=torch.int64, device=codes.device)  # of the effect, 0 to P - 1
+        index[state, outcome] = torch.arange(len(state), device=codes.device)
         next_codes = grids[state, outcome]
         present = pairs_present(codes[state], next_codes, transition.codes)
         log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1])[state])
         rewarded, reward_weight = branch(log_reward.exp(), mass)  # (P, bins)
-        effect = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
+        posterior = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
 
-        # Weigh every branch (state, action, outcome, reward): what will be known then, and what it is worth.
+        # What will be known then. Taken: an action has an effect; event: an effect comes with a reward.
         row, action, outcome = kept.nonzero(as_tuple=True)
-        weight, of = weight[row, action, outcome], pair[row, outcome]
-        which, bin_ = rewarded[of].nonzero(as_tuple=True)
-        row, action, of, weight = row[which], action[which], of[which], weight[which]
-        reward = transition.reward_bins[bin_]
-        after = engine.imagine(belief, row, action, effect[of], reward, present[of])
-        pooled = value.pool(engine.context(after))
-        onward = value(value.statistics(next_codes)[of], pooled)
-        worth = reward + self.settings.discount * torch.lerp(onward, value.fresh(pooled), torch.sigmoid(end)[of])
+        effect, (origin, bin_) = index[row, outcome], rewarded.nonzero(as_tuple=True)
+        beliefs = engine.imagine(
+            belief, state, posterior, present, (effect, action), (origin, transition.reward_bins[bin_])
+        )  # fmt: skip
+        pooled_actions, pooled_world = value.pool_shared(*map(engine.context, beliefs), effect, action)
 
-        # Back up.
-        q = torch.zeros(B * actions, device=codes.device)
-        q.index_add_(0, row * actions + action, worth * weight * reward_weight[of, bin_])
-        return q.view(B, actions)
+        # A branch is a pair of the two with the same effect; and what it is worth.
+        event_of = torch.zeros_like(rewarded, dtype=torch.int64)
+        event_of[origin, bin_] = torch.arange(len(origin), device=codes.device)
+        taken, bin_ = rewarded[effect].nonzero(as_tuple=True)
+        effect = effect[taken]
+        event = event_of[effect, bin_]
+        pooled = torch.cat([pooled_actions[taken], pooled_world[event]], -1)
+        return Branches(
+            state=row[taken], action=action[taken], weight=weight[row, action, outcome][taken] * reward_weight[effect, bin_],
+            reward=transition.reward_bins[bin_], end=torch.sigmoid(end)[effect], fresh=value.fresh(pooled),
+            onward=value(value.statistics(next_codes)[effect], pooled), effect=effect, rows=(taken, event),
+            codes=next_codes, beliefs=beliefs,
+        )  # fmt: skip
+
+    def _back_up(self, branches: Branches, onward: Tensor, states: int) -> Tensor:
+        actions = self.engine.actions
+        worth = branches.reward + self.settings.discount * torch.lerp(onward, branches.fresh, branches.end)
+        q = torch.zeros(states * actions, device=worth.device)
+        q.index_add_(0, branches.state * actions + branches.action, worth * branches.weight)
+        return q.view(states, actions)
 
 
 def branch(probability: Tensor, mass: float) -> tuple[Tensor, Tensor]:
@@ -201,7 +189,8 @@ def value_loss(
                  max_a Q_t                                where it was not
         loss   = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
 
-    Time limits end episodes but not the lifetime, so they too lead to W.
+    Time limits end episodes but not the lifetime, so they too lead to W. Q is the first look's, because a second one
+    would cost several times as much.
 
     Args:
         value: learns; planner: with the slow value.
@@ -215,7 +204,7 @@ def value_loss(
     codes, ended = experience.codes.flatten(0, 1), experience.terminated | experience.truncated
     with torch.no_grad():
         context = engine.context(beliefs)  # (B, T + 1, A + 1, D)
-        best, choice = planner.action_values(codes, beliefs[:, :-1].flatten(0, 1)).view(B, T, -1).max(-1)
+        best, choice = planner.action_values(codes, beliefs[:, :-1].flatten(0, 1), again=False).view(B, T, -1).max(-1)
         pooled = slow.pool(context[:, 1:].flatten(0, 1))
         onward = slow(slow.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
         after = torch.where(ended, slow.fresh(pooled).view(B, T), onward)
@@ -256,18 +245,20 @@ class AgentController:
 
     Args:
         vae, transition, engine: perception, dynamics and inference.
-        planner: answers `action_values(codes, belief)`.
+        planner: answers `action_values(codes, belief, again)`.
         lifetime: steps of a lifetime.
         keep_pictures: keep the pictures in `memory`, for the store of past lifetimes.
         freeze_belief: never update the belief: the ablation that shows what adaptation is worth.
+        look_again: plan with the second look, where the planner has one.
     """
 
     def __init__(
         self, vae: VAE, transition: TransitionModel, engine: ContextInferenceEngine, planner: Planner, lifetime: int,
-        keep_pictures: bool = False, freeze_belief: bool = False,
+        keep_pictures: bool = False, freeze_belief: bool = False, look_again: bool = True,
     ) -> None:  # fmt: skip
         self.vae, self.transition, self.engine, self.planner = vae, transition, engine, planner
         self.lifetime, self.keep_pictures, self.freeze_belief = lifetime, keep_pictures, freeze_belief
+        self.look_again = look_again
         self.exploration, self.generator = 0.0, None
 
     def explore(self, exploration: float, generator: torch.Generator) -> None:
@@ -290,7 +281,7 @@ class AgentController:
         self.codes = self.vae.encode(self.frame, self.vision)
         if self.exploration >= 1:  # no need to plan
             return self._random()
-        action = self.planner.action_values(self.codes, self.belief).argmax(-1)
+        action = self.planner.action_values(self.codes, self.belief, self.look_again).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random(), action)
@@ -338,32 +329,6 @@ class RandomAgent:
         """Learn nothing."""
 
 
-class ExactFilter:
-    """The exact posterior over all rules of a house world, for a perfect eye; privileged, for references and tests.
-
-    It reads positions from the world, never the rule. `nats` lists, for each step, -log p(what was seen | the past)
-    (B,), the bar for any belief.
-    """
-
-    def __init__(self, world: HiddenRulesWorld) -> None:
-        self.world = world
-
-    def begin(self, frames: Tensor) -> None:
-        """Believe every rule alike: `log_posterior` (B, N_TASKS)."""
-        self.log_posterior = torch.full((len(frames), N_TASKS), -torch.tensor(N_TASKS).log().item(), device=frames.device)
-        self.nats: list[Tensor] = []
-        self.seen = self.world.by_colour(self.world.position)
-
-    def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Bayes' rule on where everything went and on the reward; note how unexpected the former was."""
-        arrived = self.world.by_colour(self.world.arrived_at)
-        joint = self.log_posterior + log_likelihood(self.world, self.seen, action, arrived)
-        self.nats.append(-joint.logsumexp(-1))
-        joint = joint.masked_fill(~reward_consistent(arrived, step.reward), -torch.inf)
-        self.log_posterior = joint.log_softmax(-1)
-        self.seen = self.world.by_colour(self.world.position)
-
-
 class KnownRuleAgent:
     """The planner that knows the hidden rule: the top of the scale. Privileged, as are all agents that take a world.
 
@@ -387,11 +352,15 @@ class KnownRuleAgent:
 
     def act(self) -> Tensor:
         """The best actions (B,) int64 if the assumed tasks were true."""
+        return self.values().argmax(1)
+
+    def values(self) -> Tensor:
+        """Q (B, A) float32 if the assumed tasks were true."""
         action_map, colours = (part.to(self.world.device) for part in rule_of(self.assumed_task()))
         seen = self.world.by_colour(self.world.position)  # (B, colour, 2)
         cell = seen[..., 0] * self.world.settings.grid + seen[..., 1]
         body, goal, hazard = cell.gather(1, colours).unbind(1)
-        return self.q[body, goal, hazard].gather(1, action_map).argmax(1)
+        return self.q[body, goal, hazard].gather(1, action_map)
 
 
 class ThompsonAgent(KnownRuleAgent):
@@ -428,17 +397,98 @@ class ThompsonAgent(KnownRuleAgent):
         return torch.multinomial(self.filter.log_posterior.exp(), 1, generator=self.generator)[:, 0]
 
 
-def references(settings: WorldSettings, lifetimes: int, tasks: Tensor, seed: int, device: torch.device) -> dict[str, Lifetimes]:
-    """The lifetimes of the agents to compare with, all in the same worlds: random, both Thompson samplers, known rule."""
+class BayesAdaptiveAgent(ThompsonAgent):
+    """Bayes-adaptive rollouts: tries every action in imagined lifetimes, each under a rule drawn from the exact
+    posterior and continued by Thompson sampling, and takes the action with the best mean.
+
+    One step of policy improvement on Thompson sampling in the Bayes-adaptive decision process (Bertsekas and Castanon,
+    "Rollout Algorithms", 1999; root sampling as in Guez et al., "BAMCP", 2012): what it earns bounds the Bayes optimum
+    from below. Where the posterior is certain nothing is imagined, because there is nothing to find out.
+
+    Args:
+        world, q, seed: as in `ThompsonAgent`.
+        rollouts: imagined lifetimes for each action, at least 1; all actions meet the same rules and the same luck.
+        horizon: steps of each, at least 1; from there on counts what the drawn rule's own planner expects.
+        certain: nats of entropy below which the posterior counts as certain.
+    """
+
+    ROWS_AT_ONCE = 8192  # imagined lifetimes; bounds memory
+
+    def __init__(
+        self, world: HiddenRulesWorld, q: Tensor, seed: int, rollouts: int = 32, horizon: int = 24, certain: float = 0.01
+    ) -> None:  # fmt: skip
+        super().__init__(world, q, "step", seed)
+        self.rollouts, self.horizon, self.certain = rollouts, horizon, certain
+        self.imagined = 0  # worlds so far, and so the seed of the next
+
+    def begin(self, frames: Tensor) -> None:
+        """Begin as Thompson sampling does."""
+        super().begin(frames)
+        self.left = self.world.settings.lifetime
+
+    def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Update the posterior."""
+        super().observe(action, step)
+        self.left -= 1
+
+    def act(self) -> Tensor:
+        """The actions (B,) int64 with the best mean; Thompson sampling's where the posterior is certain."""
+        action = super().act()
+        unsure = (torch.special.entr(self.filter.log_posterior.exp()).sum(1) > self.certain).nonzero()[:, 0]
+        for rows in unsure.split(max(1, self.ROWS_AT_ONCE // self.rollouts)) if len(unsure) else ():
+            action[rows] = self._mean_returns(rows).argmax(1)
+        return action
+
+    def _mean_returns(self, rows: Tensor) -> Tensor:
+        """Means (n, A) over the imagined lifetimes of worlds `rows` (n,) that begin with each action."""
+        each = rows.repeat_interleave(self.rollouts)
+        log_posterior = self.filter.log_posterior[each]
+        task = torch.multinomial(log_posterior.exp(), 1, generator=self.generator)[:, 0]
+        colours = rule_of(task).colours.to(self.world.device)
+        seen = self.world.by_colour(self.world.position)[each]
+        position = seen.gather(1, colours[:, :, None].expand(-1, -1, 2))  # by role, if that rule held
+        unseen = replace(self.world.settings, noise=0)
+        self.imagined += 1
+        means = []
+        for action in range(N_ACTIONS):
+            world = HiddenRulesWorld(unseen, len(each), task, self.imagined, self.world.device)
+            world.place(task, position, self.world.age[each])
+            returns = self._imagine(world, torch.full_like(task, action), log_posterior)
+            means.append(returns.view(len(rows), self.rollouts).mean(1))
+        return torch.stack(means, 1)
+
+    def _imagine(self, world: HiddenRulesWorld, action: Tensor, log_posterior: Tensor) -> Tensor:
+        """Returns (N,) of imagined worlds that begin with `action` (N,) under log posteriors (N, N_TASKS)."""
+        agent = ThompsonAgent(world, self.q, "step", self.imagined)
+        agent.begin(action)  # instead of pictures, of which it only counts the rows
+        agent.filter.log_posterior = log_posterior
+        earned = torch.zeros(world.batch, device=world.device)
+        for _ in range(min(self.horizon, self.left)):
+            step = world.step_unseen(action)
+            agent.observe(action, step)
+            earned, action = earned + step.reward, agent.act()
+        if self.left > self.horizon:
+            earned += KnownRuleAgent(world, self.q).values().amax(1)
+        return earned
+
+
+def references(
+    settings: WorldSettings, lifetimes: int, tasks: Tensor, seed: int, device: torch.device, rollouts: int = 0
+) -> dict[str, Lifetimes]:  # fmt: skip
+    """The lifetimes of the agents to compare with, all in the same worlds: random, both Thompson samplers, the known
+    rule, and with `rollouts` above 0 the Bayes-adaptive agent, which takes minutes to hours."""
     q = value_iteration(settings)
 
     def live(make: Callable) -> Lifetimes:
         world = HiddenRulesWorld(settings, lifetimes, tasks, seed, device)
         return play(world, make(world))
 
-    return {
+    lived = {
         "random": live(lambda world: RandomAgent(seed)),
         "thompson_step": live(lambda world: ThompsonAgent(world, q, "step", seed)),
         "thompson_episode": live(lambda world: ThompsonAgent(world, q, "episode", seed)),
         "known_rule": live(lambda world: KnownRuleAgent(world, q)),
     }
+    if rollouts > 0:
+        lived["bayes_adaptive"] = live(lambda world: BayesAdaptiveAgent(world, q, seed, rollouts))
+    return lived

@@ -1,4 +1,4 @@
-"""The context inference engine: a GRU that turns the memory of a lifetime into a belief about its hidden rules.
+"""Inference: a GRU that turns the memory of a lifetime into a belief about its hidden rules, and the exact filter.
 
 The belief has A + 1 rows. Row a holds what is believed about action a, the last row what is believed about the world
 whatever the action (what moves, what is worth something). All rows run through one GRU: row a reads every effect marked
@@ -15,12 +15,13 @@ Cho et al., 2014 (the GRU).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import require
+from environment import N_TASKS, HiddenRulesWorld, WorldStep, log_likelihood, require, reward_consistent
 from memory import EpisodicMemory, Experience
 from transition_model import ABSENT, TransitionModel, pair_codes, pairs_present
 
@@ -50,6 +51,23 @@ class ContextSettings:
             ("hindsight_weight", 0, 1000), ("learning_rate", 0, 1),
         ):  # fmt: skip
             require(f"context.{name}", getattr(self, name), low, high)
+
+
+class Imagined(NamedTuple):
+    """Rows of beliefs after P imagined effects, N actions that had one of them and M rewards that came with one."""
+
+    others: Tensor
+    """(P, A, H): of the actions that were not taken."""
+    own: Tensor
+    """(N, H): of the actions that were."""
+    world: Tensor
+    """(M, H): of the world."""
+
+    def belief(self, effect: Tensor, action: Tensor, taken: Tensor, event: Tensor) -> Tensor:
+        """Whole beliefs (n, A + 1, H) after `action` (n,) had `effect` (n,); rows `taken`, `event` (n,) of own, world."""
+        rows = self.others[effect]
+        rows[torch.arange(len(action), device=action.device), action] = self.own[taken]
+        return torch.cat([rows, self.world[event][:, None]], 1)
 
 
 class ContextInferenceEngine(nn.Module):
@@ -113,25 +131,35 @@ class ContextInferenceEngine(nn.Module):
         return self.sequence(memory.experience())[:, -1]
 
     def imagine(
-        self, belief: Tensor, row: Tensor, action: Tensor, posterior: Tensor, reward: Tensor, present: Tensor
-    ) -> Tensor:  # fmt: skip
-        """Beliefs (N, A + 1, H) after N imagined experiences, each continuing one of the beliefs.
+        self, belief: Tensor, state: Tensor, posterior: Tensor, present: Tensor,
+        taken: tuple[Tensor, Tensor], event: tuple[Tensor, Tensor],
+    ) -> Imagined:  # fmt: skip
+        """What would be believed after experiences that only might happen, each row of a belief computed once.
+
+        The row of an action that was not taken does not depend on which other one was, and the world's row not on the
+        action at all; so P effects need P rows for each action, and one more for each action taken and each reward.
 
         Args:
             belief: (B, A + 1, H).
-            row: (N,) int64, which belief is continued.
-            action: (N,) int64; posterior: (N, K) effects; reward: (N,) float.
-            present: (N, C*C) bool, which pairs of codes occur, see `pairs_present`.
+            state: (P,) int64, which belief effect p continues; posterior: (P, K) effects.
+            present: (P, C*C) bool, which pairs of codes occur, see `pairs_present`.
+            taken: effect and action (N,) int64 of every action whose row is asked for.
+            event: effect (M,) int64 and reward (M,) float of every reward whose row is asked for.
         """
-        eye = torch.eye(self.outcomes, device=belief.device)
+        effect, action = taken
+        origin, reward = event
+        eye, hidden_gates = torch.eye(self.outcomes, device=belief.device), self._hidden_gates(belief)
         # Effects enter linearly, so token and input gates of all of them fit into two small tables.
         own, others = (posterior @ self._input_gates(layer(eye)) for layer in (self.own_effect, self.others_effect))
-        gates = others[:, None].repeat(1, self.actions + 1, 1)
-        gates[torch.arange(len(row), device=row.device), action] = own
-        touched, event = torch.zeros(len(row), self.settings.touched, device=belief.device), reward.nonzero()[:, 0]
-        touched[event] = self._touched(present[event])  # without a reward it counts for nothing
-        gates[:, -1] = self._input_gates(self._world_token(posterior, reward, touched))
-        return self._cell(gates, self._hidden_gates(belief)[row], belief[row])
+        mine, whole = (state[effect], action), (state[origin], self.actions)
+        touched, rewarded = torch.zeros(len(reward), self.settings.touched, device=belief.device), reward.nonzero()[:, 0]
+        touched[rewarded] = self._touched(present[origin[rewarded]])  # without a reward it counts for nothing
+        world = self._input_gates(self._world_token(posterior[origin], reward, touched))
+        return Imagined(
+            others=self._cell(others[:, None], hidden_gates[state, :-1], belief[state, :-1]),
+            own=self._cell(own[effect], hidden_gates[mine], belief[mine]),
+            world=self._cell(world, hidden_gates[whole], belief[whole]),
+        )
 
     # ------------------------------------------------------------------------------------------------- parts
 
@@ -229,3 +257,29 @@ class ContextInferenceEngine(nn.Module):
             step = torch.arange(len(row), device=row.device) % T
         elsewhen = torch.randint(T, row.shape, generator=generator, device=row.device)
         return elsewhen, (segment[row, elsewhen] == segment[row, step]).float()
+
+
+class ExactFilter:
+    """The exact posterior over all rules of a house world, for a perfect eye; privileged, for references and tests.
+
+    It reads positions from the world, never the rule. `nats` lists, for each step, -log p(what was seen | the past)
+    (B,), the bar for any belief.
+    """
+
+    def __init__(self, world: HiddenRulesWorld) -> None:
+        self.world = world
+
+    def begin(self, frames: Tensor) -> None:
+        """Believe every rule alike: `log_posterior` (B, N_TASKS)."""
+        self.log_posterior = torch.full((len(frames), N_TASKS), -torch.tensor(N_TASKS).log().item(), device=frames.device)
+        self.nats: list[Tensor] = []
+        self.seen = self.world.by_colour(self.world.position)
+
+    def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Bayes' rule on where everything went and on the reward; note how unexpected the former was."""
+        arrived = self.world.by_colour(self.world.arrived_at)
+        joint = self.log_posterior + log_likelihood(self.world, self.seen, action, arrived)
+        self.nats.append(-joint.logsumexp(-1))
+        joint = joint.masked_fill(~reward_consistent(arrived, step.reward), -torch.inf)
+        self.log_posterior = joint.log_softmax(-1)
+        self.seen = self.world.by_colour(self.world.position)

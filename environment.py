@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -193,11 +194,33 @@ class HiddenRulesWorld:
         self.age = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # steps of the present episode
         return self.draw()
 
+    def place(self, task: Tensor, position: Tensor, age: Tensor) -> None:
+        """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64."""
+        self.task, self.position, self.age = task, position.clone(), age.clone()
+        self.rule = Rule(*(part.to(self.device) for part in rule_of(task)))
+
     def step(self, action: Tensor) -> WorldStep:
         """Take `action` (B,) int64 in every world; see `WorldStep`."""
+        if action.shape != (self.batch,):
+            raise ValueError(f"action has shape {tuple(action.shape)}, but {self.batch} worlds need ({self.batch},).")
+        reward, terminated, truncated, starts = self._move(action)
+        arrival = self.draw()
+        self._restart(terminated | truncated, starts)
+        frame, restarted = arrival, (terminated | truncated).nonzero()[:, 0]
+        if len(restarted):
+            frame = arrival.clone()
+            frame[restarted] = self.draw(restarted)
+        return WorldStep(arrival, reward, terminated, truncated, frame)
+
+    def step_unseen(self, action: Tensor) -> WorldStep:
+        """As `step`, but without pictures (None), for planners that imagine with the world itself."""
+        reward, terminated, truncated, starts = self._move(action)
+        self._restart(terminated | truncated, starts)
+        return WorldStep(None, reward, terminated, truncated, None)
+
+    def _move(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the action does, before any restart: reward, terminated, truncated, and where episodes would restart."""
         s, batch = self.settings, self.batch
-        if action.shape != (batch,):
-            raise ValueError(f"action has shape {tuple(action.shape)}, but {batch} worlds need ({batch},).")
         chance = torch.rand(batch, generator=self.generator, device=self.device)
         random_action = torch.randint(N_ACTIONS, (batch,), generator=self.generator, device=self.device)
         starts = self._starts()  # drawn whether used or not: see the class docstring
@@ -208,20 +231,14 @@ class HiddenRulesWorld:
         self.position[:, 0] = (self.position[:, 0] + move).clamp_(0, s.grid - 1)
         on_goal = (self.position[:, 0] == self.position[:, 1]).all(-1)
         on_hazard = (self.position[:, 0] == self.position[:, 2]).all(-1)
-        reward = on_goal.float() - on_hazard.float()
         self.age += 1
         terminated = on_goal | on_hazard
-        truncated = (self.age >= s.episode_limit) & ~terminated
-        ended = terminated | truncated
-        arrival = self.draw()
         self.arrived_at = self.position.clone()  # for the exact filter, which sees positions before the restart
+        return on_goal.float() - on_hazard.float(), terminated, (self.age >= s.episode_limit) & ~terminated, starts
+
+    def _restart(self, ended: Tensor, starts: Tensor) -> None:
         self.position = torch.where(ended[:, None, None], starts, self.position)
         self.age.masked_fill_(ended, 0)
-        frame, restarted = arrival, ended.nonzero()[:, 0]
-        if len(restarted):
-            frame = arrival.clone()
-            frame[restarted] = self.draw(restarted)
-        return WorldStep(arrival, reward, terminated, truncated, frame)
 
     def draw(self, rows: Tensor | None = None) -> Tensor:
         """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8."""
@@ -270,25 +287,24 @@ def log_likelihood(world: HiddenRulesWorld, before: Tensor, action: Tensor, afte
         before, after: (B, colour, 2) int64 positions by colour around the step, before any restart.
         action: (B,) int64.
     """
+    # A rule enters only by its body's colour and by the move that the action makes, so twelve cases stand for all rules.
     s, device = world.settings, before.device
+    still = (before == after).all(-1)  # (B, colour)
+    landed = (before[:, :, None] + MOVES.to(device)).clamp(0, s.grid - 1)
+    reached = (landed == after[:, :, None]).all(-1).float()  # (B, colour, move)
+    slipped = s.slip * ((1 - s.slip_random) * still.float() + s.slip_random * reached.mean(-1))
+    alone = (~still).sum(1, keepdim=True) == (~still).long()  # (B, colour): goal and hazard never move
+    probability = ((1 - s.slip) * reached + slipped[:, :, None]) * alone[:, :, None]
     rule = Rule(*(part.to(device) for part in rule_of(torch.arange(N_TASKS))))
-    body, others = rule.colours[:, 0], rule.colours[:, 1:]
-    start, end = before[:, body], after[:, body]  # (B, N_TASKS, 2): where the body was and is, if the rule held
-    unmoved = (before[:, others] == after[:, others]).all(-1).all(-1)  # goal and hazard never move
-    chosen = rule.action_map.T[action]  # (B, N_TASKS): the move that the action makes under each rule
-    probability = s.slip * (1 - s.slip_random) * (start == end).all(-1).float()
-    for move, shift in enumerate(MOVES.to(device)):
-        reached = ((start + shift).clamp(0, s.grid - 1) == end).all(-1).float()
-        intended = (chosen == move).float() * (1 - s.slip)
-        probability = probability + reached * (intended + s.slip * s.slip_random / N_ACTIONS)
-    return torch.log(probability * unmoved)
+    case = rule.colours[:, 0] * len(MOVES) + rule.action_map.T[action]  # (B, N_TASKS)
+    return probability.flatten(1).log().gather(1, case)
 
 
 def reward_consistent(after: Tensor, reward: Tensor) -> Tensor:
     """Which rules explain `reward` (B,) at positions by colour `after` (B, colour, 2): (B, N_TASKS) bool."""
-    colours = ROLE_COLOURS.to(after.device)[torch.arange(N_TASKS) % len(ROLE_COLOURS)]
-    on = (after[:, colours[:, :1]] == after[:, colours[:, 1:]]).all(-1).float()  # (B, N_TASKS, (goal, hazard))
-    return on[..., 0] - on[..., 1] == reward[:, None]
+    body, goal, hazard = (after[:, colours] for colours in ROLE_COLOURS.T.to(after.device))  # (B, role assignment, 2)
+    expected = (body == goal).all(-1).float() - (body == hazard).all(-1).float()
+    return (expected == reward[:, None]).repeat(1, len(ACTION_MAPS))
 
 
 def value_iteration(settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4) -> Tensor:
@@ -347,61 +363,227 @@ def play(world: HiddenRulesWorld, agent: Any, watchers: Sequence[Any] = ()) -> L
     return Lifetimes(*(torch.stack(part, 1).cpu() for part in zip(*happened)))
 
 
-def interval(statistic: Callable, *samples: np.ndarray) -> list[float]:
-    """95% bootstrap interval of `statistic(*samples, axis)`, the samples resampled together (paired by lifetime)."""
-    found = scipy.stats.bootstrap(
-        samples, statistic, paired=True, n_resamples=2000, method="percentile", vectorized=True, rng=np.random.default_rng(0)
-    )  # fmt: skip
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+def interval(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
+    """95% percentile bootstrap interval of `statistic`, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
+
+    Runs are evaluated in the same worlds. So lifetimes are drawn once for all strata and all quantities together:
+    whatever luck the runs share must not count as evidence as many times as there are runs.
+
+    Args:
+        statistic: of k arrays (..., runs * n), reduces their last axis.
+        strata: (k, n) each, k quantities of n lifetimes; one stratum for each run.
+
+    Returns:
+        low and high; None where the statistic has no number, such as a ratio to nothing.
+    """
+    together = np.stack(strata, 1)  # (k, runs, n)
+
+    def of_rows(rows: np.ndarray, axis: int) -> np.ndarray:
+        drawn = np.moveaxis(together[:, :, rows], 1, -2)  # (k, ..., runs, n)
+        return statistic(*drawn.reshape(*drawn.shape[:-2], -1))
+
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
+        found = scipy.stats.bootstrap(
+            [np.arange(together.shape[-1])], of_rows, n_resamples=2000, batch=100, method="percentile", vectorized=True,
+            rng=np.random.default_rng(0),
+        )  # fmt: skip
+    ends = found.confidence_interval.low, found.confidence_interval.high
+    return [float(end) if np.isfinite(end) else None for end in ends]
+
+
+def mean(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    return x.mean(-1)
+
+
+def interquartile_mean(x: np.ndarray) -> np.ndarray:
+    """IQM over the last axis: the mean of the middle half."""
+    return scipy.stats.trim_mean(x, 0.25, axis=-1)
+
+
+def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of two means over the last axis."""
+    return x.mean(-1) / y.mean(-1)
+
+
+def normalised(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Where the mean of x lies between those of low (0) and high (1)."""
+    return (x.mean(-1) - low.mean(-1)) / (high.mean(-1) - low.mean(-1))
+
+
+def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Probability that x is above y in the same lifetime, a tie counting half."""
+    return (x > y).mean(-1) + 0.5 * (x == y).mean(-1)
+
+
+STATISTICS: dict[str, tuple[Callable[..., np.ndarray], str, tuple[str, ...]]] = {
+    "return_mean": (mean, "returns", ("agent",)),
+    "return_iqm": (interquartile_mean, "returns", ("agent",)),
+    "normalised": (normalised, "returns", ("agent", "random", "known_rule")),
+    "of_thompson": (ratio, "returns", ("agent", "thompson")),
+    "improvement": (improvement, "returns", ("agent", "thompson")),
+    "late_of_known_rule": (ratio, "late_returns", ("agent", "known_rule")),
+}
+"""What is said of an agent beside the references: the statistic, of which quantity of a lifetime, and of whom."""
+
+
+def statistics(*results: dict[str, Any]) -> dict[str, Any]:
+    """Every one of STATISTICS with its interval, of one evaluation or of several runs' in the same worlds together."""
+    said = {}
+    for name, (statistic, quantity, whose) in STATISTICS.items():
+        strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(statistic(*np.concatenate(strata, -1)))
+        said[name], said[f"{name}_ci95"] = value if np.isfinite(value) else None, interval(statistic, *strata)
+    return said
+
+
+def compare(lived: dict[str, Lifetimes]) -> dict[str, Any]:
+    """Agents that lived the same lifetimes: a `summary` of each, `returns` and `late_returns` (of the last eighth of the
+    steps) of every lifetime, and the agent's `statistics` beside random, thompson and known_rule."""
+    late = -max(1, lived["agent"].reward.shape[1] // 8)
+    result = {name: summary(one) for name, one in lived.items()} | {
+        "returns": {name: one.reward.sum(1).tolist() for name, one in lived.items()},
+        "late_returns": {name: one.reward[:, late:].sum(1).tolist() for name, one in lived.items()},
+    }
+    return result | statistics(result)
 
 
 def summary(lifetimes: Lifetimes) -> dict[str, Any]:
     """Return (mean, interquartile mean, intervals) and counts a lifetime; `by_step` is each step's mean
-    reward, `by_step_error` its standard error."""
-    returns = lifetimes.reward.double().sum(1).numpy()
-    iqm = lambda x, axis=-1: scipy.stats.trim_mean(x, 0.25, axis=axis)  # noqa: E731
+    reward, `by_step_error` its standard error; `by_episode` see there."""
+    reward = lifetimes.reward.double()
+    returns = reward.sum(1).numpy()
     return {
         "return_mean": float(returns.mean()),
-        "return_iqm": float(iqm(returns)),
-        "return_ci95": interval(np.mean, returns),
-        "return_iqm_ci95": interval(iqm, returns),
-        "by_step": lifetimes.reward.double().mean(0).tolist(),
-        "by_step_error": (lifetimes.reward.double().std(0) / len(returns) ** 0.5).tolist(),
-        "goals": float((lifetimes.reward > 0).double().sum(1).mean()),
-        "hazards": float((lifetimes.reward < 0).double().sum(1).mean()),
+        "return_iqm": float(interquartile_mean(returns)),
+        "return_mean_ci95": interval(mean, returns[None]),
+        "return_iqm_ci95": interval(interquartile_mean, returns[None]),
+        "by_step": reward.mean(0).tolist(),
+        "by_step_error": (reward.std(0) / len(returns) ** 0.5).tolist(),
+        "goals": float((reward > 0).double().sum(1).mean()),
+        "hazards": float((reward < 0).double().sum(1).mean()),
         "timeouts": float(lifetimes.truncated.double().sum(1).mean()),
+        "by_episode": by_episode(lifetimes),
     }
+
+
+def by_episode(lifetimes: Lifetimes) -> dict[str, list[float]]:
+    """Adaptation from episode to episode, for those numbers of which nine lifetimes in ten saw the end.
+
+    Shares of the first, second, ... episodes that ended on the goal (`success`), the hazard (`hazard`) or by the time
+    limit (`timeout`), and the mean steps of those that reached the goal (`steps_to_goal`, 0 where none did).
+    """
+    ended = lifetimes.terminated | lifetimes.truncated
+    row, step = ended.nonzero(as_tuple=True)
+    number = (ended.long().cumsum(1) - 1)[row, step]
+    begun = torch.cat([torch.zeros(1, dtype=torch.int64), step[:-1] + 1]).masked_fill(number == 0, 0)[: len(step)]
+    count = lambda which: number[which].bincount(minlength=ended.shape[1]).double()  # noqa: E731
+    reached = lifetimes.reward[row, step] > 0
+    goals, hazards = count(reached), count(lifetimes.reward[row, step] < 0)
+    spent = number[reached].bincount((step - begun + 1)[reached].double(), minlength=ended.shape[1])
+    all_, known = count(slice(None)), int((count(slice(None)) >= 0.9 * len(ended)).sum())
+    shares = {
+        "success": goals / all_, "hazard": hazards / all_, "timeout": count(lifetimes.truncated[row, step]) / all_,
+        "steps_to_goal": spent / goals.clamp_min(1),
+    }  # fmt: skip
+    return {name: share[:known].tolist() for name, share in shares.items()}
+
+
+def shown(value: float | None, ends: Sequence[float | None], digits: int) -> str:
+    """A figure with its 95% interval; a dash where there is no number."""
+    if None in (value, *ends):
+        return "-" if value is None else f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+AGENTS = {"agent": "agent", "thompson": "Thompson sampling", "known_rule": "known rule", "random": "random"}
 
 
 def report(result: dict[str, Any]) -> str:
     """An evaluation in a few lines."""
     lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
-    for name in ("agent", "thompson", "known_rule", "random"):
-        low, high = result[name]["return_ci95"]
-        lines.append(f"  {name:11s} {result[name]['return_mean']:6.2f} [{low:.2f}, {high:.2f}]")
-    for name in ("normalised", "of_thompson"):
-        lines.append(f"  {name:11s} {result[name]:6.3f} [{result[name + '_ci95'][0]:.3f}, {result[name + '_ci95'][1]:.3f}]")
+    for name in AGENTS:
+        lines.append(f"  {name:18s} {shown(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
+    for name in STATISTICS:
+        if not name.startswith("return"):
+            lines.append(f"  {name:18s} {shown(result[name], result[name + '_ci95'], 3)}")
     nats = result["belief_nats"]
     lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
     return "\n".join(lines)
 
 
-def draw_adaptation(result: dict[str, Any], path: Path, bin_steps: int = 4) -> None:
-    """Reward by step of the lifetime for every agent of an evaluation, averaged over `bin_steps`, to `path` (PNG)."""
+def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:
+    """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
+    heads = ["seed", "return", "IQM", "normalised", "of Thompson", "above Thompson", "last eighth, of known rule"]
+    lines = ["| " + " | ".join([*heads, "belief, nats over exact", "training"]) + " |", "|" + "---|" * 9]
+    for result in [*results, joined]:
+        figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in STATISTICS]
+        one = result is not joined
+        rest = [f"{result['belief_nats']['late_excess']:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
+        lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
+    first, means = results[0], [result["return_mean"] for result in results]
+    told = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in AGENTS.items()][1:]
+    text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(told)}"
+    if first["references"]:
+        deep = first["references"]["agents"]["bayes_adaptive"]
+        text += f", Bayes-adaptive rollouts {shown(deep['return_mean'], deep['return_mean_ci95'], 2)} "
+        text += f"({first['references']['lifetimes']} lifetimes, {first['references']['rollouts']} rollouts an action)"
+    if len(results) > 1:
+        spread = scipy.stats.t.ppf(0.975, len(means) - 1) * scipy.stats.sem(means)
+        text += f"; over seeds the mean return is {np.mean(means):.2f} +- {spread:.2f} (95%, Student's t of {len(means)} runs)"
+    return "\n".join(lines) + f"\n\n{text}."
+
+
+def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> str:
+    """Markdown: how the first, second, ... episode of a lifetime ends, for every agent, averaged over evaluations."""
+    lines = ["| agent | episode | goal | hazard | time-out | steps to the goal |", "|" + "---|" * 6]
+    for name, label in AGENTS.items():
+        curves = {kind: [result[name]["by_episode"][kind] for result in results] for kind in results[0][name]["by_episode"]}
+        for number in numbers:
+            if number <= min(map(len, curves["success"])):
+                means = {kind: np.mean([curve[number - 1] for curve in each]) for kind, each in curves.items()}
+                shares = " | ".join(f"{means[kind]:.1%}" for kind in ("success", "hazard", "timeout"))
+                lines.append(f"| {label} | {number} | {shares} | {means['steps_to_goal']:.1f} |")
+    return "\n".join(lines)
+
+
+def draw_adaptation(results: Sequence[dict[str, Any]], path: Path, bin_steps: int = 4) -> None:
+    """Reward by step of the lifetime for every agent, averaged over `bin_steps` and over the evaluations, to `path`
+    (PNG); bands are 95% intervals of the mean over lifetimes."""
     from matplotlib.figure import Figure  # here, because whoever only steps the world need not wait for it
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling"), ("agent", "agent"), ("random", "random")):
-        steps = len(result[name]["by_step"]) // bin_steps * bin_steps
-        mean = np.array(result[name]["by_step"][:steps]).reshape(-1, bin_steps).mean(1)
-        square = np.square(result[name]["by_step_error"][:steps]).reshape(-1, bin_steps).sum(1)
-        error, at = 1.96 * np.sqrt(square) / bin_steps, (np.arange(len(mean)) + 0.5) * bin_steps
-        low, high = result[name]["return_ci95"]
-        (line,) = axes.plot(at, mean, label=f"{label}: {result[name]['return_mean']:.2f} [{low:.2f}, {high:.2f}]")
-        axes.fill_between(at, mean - error, mean + error, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=f"{result['lifetimes']} lifetimes, {result['split']} tasks")
-    axes.legend(title="return [95% interval]", loc="lower right", fontsize="small")
+    axes, runs = figure.subplots(), len(results)
+    for name, label in AGENTS.items():
+        rewards = np.array([result[name]["by_step"] for result in results]).mean(0)
+        steps = len(rewards) // bin_steps * bin_steps
+        binned = rewards[:steps].reshape(-1, bin_steps).mean(1)
+        square = np.square([result[name]["by_step_error"] for result in results]).sum(0) / runs**2
+        error = 1.96 * np.sqrt(square[:steps].reshape(-1, bin_steps).sum(1)) / bin_steps
+        at = (np.arange(len(binned)) + 0.5) * bin_steps
+        returns = np.mean([result[name]["return_mean"] for result in results])
+        (line,) = axes.plot(at, binned, label=f"{label}: {returns:.2f}")
+        axes.fill_between(at, binned - error, binned + error, alpha=0.2, color=line.get_color())
+    title = f"{results[0]['lifetimes']} lifetimes, {results[0]['split']} tasks" + (f", {runs} runs" if runs > 1 else "")
+    axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=title)
+    axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """How episodes end, and steps to the goal, by number of the episode, averaged over the evaluations, to `path` (PNG)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 4), ("success", "hazard", "timeout", "steps_to_goal")):
+        for name, label in AGENTS.items():
+            curves = [result[name]["by_episode"][kind] for result in results]
+            length = min(map(len, curves))
+            axes.plot(range(1, length + 1), np.mean([curve[:length] for curve in curves], 0), marker=".", label=label)
+        axes.set(title=kind.replace("_", " "), xlabel="episode of the lifetime")
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 

@@ -4,6 +4,8 @@
     python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate belief]
     python3 main.py resume RUN [--updates N]
     python3 main.py watch RUN [--seed N]
+    python3 main.py references RUN [--lifetimes N] [--rollouts N] [--split ...]
+    python3 main.py report RUN [RUN ...] [--output FOLDER]
 
 The data flow: the world's pictures -> VAE codes -> which outcome happened -> episodic memory -> GRU belief and context
 -> FiLM in VAE, outcome prior, consequences and value -> one Bayes-adaptive look-ahead -> action.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -35,15 +38,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from agent import AgentController, ExactFilter, Planner, PlannerSettings, Value, references, value_loss
-from context_engine import ContextInferenceEngine, ContextSettings
+from agent import AgentController, Planner, PlannerSettings, references, value_loss
+from context_engine import ContextInferenceEngine, ContextSettings, ExactFilter
 from environment import (
-    N_ACTIONS, HiddenRulesWorld, WorldSettings, draw_adaptation, draw_lifetime, interval, play, report, require, seeded, summary,
-    task_split,
+    N_ACTIONS, HiddenRulesWorld, WorldSettings, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play, report,
+    require, result_table, seeded, shown, statistics, summary, task_split,
 )  # fmt: skip
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
-from world_model import VAE, VAESettings
+from world_model import VAE, VAESettings, Value
 
 EVALUATION_SEED = 10**18  # above every training seed: evaluation has worlds of its own
 
@@ -89,7 +92,7 @@ class TrainingSettings:
     """Share of random actions at the end of the run, in [0, 1]."""
     final_rate: float = 0.1
     """Learning rates fall evenly to this share of their beginning, in [0, 1]."""
-    evaluation_lifetimes: int = 1024
+    evaluation_lifetimes: int = 4096
     """Held-out lifetimes that every agent lives in the final evaluation, at least 2."""
     log_every: int = 20
     """Updates between lines of metrics.jsonl, at least 1."""
@@ -115,11 +118,11 @@ class TrainingSettings:
 
 PRESETS: dict[str, dict] = {
     "default": {},
-    "large": {"world": {"grid": 8, "episode_limit": 24}, "training": {"updates": 1500}},
+    "large": {"world": {"grid": 8, "episode_limit": 24}},
     "quick": {
         "world": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
         "transition": {"free_updates": 150, "tempered_updates": 100},
-        "planner": {"discount": 0.9, "slow": 0.2, "learning_rate": 4e-3},
+        "planner": {"discount": 0.9},
         "training": {
             "updates": 280, "worlds": 32, "random_lifetimes": 256, "perception_updates": 100, "outcome_updates": 270,
             "batch": 40, "value_batch": 8, "value_from": 100, "plan_from": 112, "final_rate": 0.3, "evaluation_lifetimes": 512,
@@ -186,7 +189,7 @@ class System:
         self.vae = VAE(perception, picture=(pixels, pixels, 3), context_dim=context).to(device)
         self.transition = TransitionModel(s.transition, codes, self.vae.grid, context_dim=context).to(device)
         self.engine = ContextInferenceEngine(s.context, N_ACTIONS, outcomes, codes).to(device)
-        self.value = Value(s.planner, codes, self.vae.grid, context_dim=context).to(device)
+        self.value = Value(codes, self.vae.grid, context, s.planner.keypoints, s.planner.width).to(device)
         self.slow_value = copy.deepcopy(self.value).requires_grad_(False)  # acts, and makes the value's targets
         self.planner = Planner(s.planner, self.transition, self.engine, self.slow_value)
 
@@ -285,7 +288,7 @@ class Learner:
         seed = (s.seed + 1) * 2**32 + self.collections  # another world for every collection of every run
         with self.timed("collect"):
             world = HiddenRulesWorld(s.world, s.training.worlds, self.tasks, seed, self.device)
-            agent = self.system.controller(keep_pictures=True)
+            agent = self.system.controller(keep_pictures=True, look_again=False)  # cheaper, and teaches as well
             agent.explore(exploration, self.generator)
             lifetimes = play(world, agent)
             self.store.add(agent.memory, world.task, self.update)
@@ -428,35 +431,26 @@ def evaluate(
         raise UserError(
             "this run has trained on all action maps, so none is held out: train with --world.holdout permutations."
         )
-    tasks = task_split(settings.world.holdout, "test" if split == "permutations" else split)
-    seed = EVALUATION_SEED + ("validation", "test", "permutations").index(split)
+    tasks, seed = evaluation_tasks(settings.world, split)
     world = HiddenRulesWorld(settings.world, lifetimes, tasks, seed, system.device)
     agent, exact = system.controller(freeze_belief=ablate == "belief"), ExactFilter(world)
     lived = {"agent": play(world, agent, [exact])} | references(settings.world, lifetimes, tasks, seed, system.device)
-    better = max(("thompson_step", "thompson_episode"), key=lambda name: lived[name].reward.sum())
-    lived["thompson"] = lived[better]
-    returns = {name: one.reward.double().sum(1).numpy() for name, one in lived.items()}
-
-    def normalised(agent, random, known, axis=-1):
-        return (agent.mean(axis) - random.mean(axis)) / (known.mean(axis) - random.mean(axis))
-
-    def ratio(agent, thompson, axis=-1):
-        return agent.mean(axis) / thompson.mean(axis)
-
-    scale = [returns[name] for name in ("agent", "random", "known_rule")]
-    pair = [returns[name] for name in ("agent", "thompson")]
+    samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode")}
+    better = max(samplers, key=lambda each: samplers[each].reward.sum())
     nats = {name: torch.stack(seen).double().mean(1).tolist() for name, seen in (("agent", agent.nats), ("exact", exact.nats))}
     late = min(16, settings.world.lifetime // 2)
     excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:]))
     return {
         "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": ablate, "lifetimes": lifetimes,
-        "env_steps": env_steps,
-        **{name: summary(lived[name]) for name in ("agent", "random", "thompson", "known_rule")},
-        "thompson_draws_each": better.removeprefix("thompson_"),
-        "normalised": float(normalised(*scale)), "normalised_ci95": interval(normalised, *scale),
-        "of_thompson": float(ratio(*pair)), "of_thompson_ci95": interval(ratio, *pair),
+        "env_steps": env_steps, "thompson_draws_each": better, **compare(lived | {"thompson": samplers[better]}),
         "belief_nats": {**nats, "late": late, "late_excess": excess},
     }  # fmt: skip
+
+
+def evaluation_tasks(world: WorldSettings, split: str) -> tuple[Tensor, int]:
+    """The tasks of an evaluation, and the seed of its worlds."""
+    tasks = task_split(world.holdout, "test" if split == "permutations" else split)
+    return tasks, EVALUATION_SEED + ("validation", "test", "permutations").index(split)
 
 
 def film(system: System, path: Path, seed: int) -> None:
@@ -533,7 +527,7 @@ def train_and_evaluate(run: RunFolder, learner: Learner) -> None:
     write_json(learner.seconds, run.folder / "timing.json")
     result = evaluate(learner.system, "test", learner.settings.training.evaluation_lifetimes, env_steps=learner.env_steps)
     write_json(result, run.folder / "evaluation.json")
-    draw_adaptation(result, run.folder / "adaptation.png")
+    draw_adaptation([result], run.folder / "adaptation.png")
     film(learner.system, run.folder / "lifetime.gif", seed=0)
     print(report(result) + f"\ntrained for {learner.seconds['total']:.0f} s; results and pictures are in {run.folder}")
 
@@ -651,7 +645,92 @@ def watch_command(run: Positional[Path], seed: int = 0) -> None:
     print(f"written to {path}")
 
 
-COMMANDS = {"evaluate": evaluate_command, "resume": resume_command, "watch": watch_command}
+def references_command(
+    run: Positional[Path], lifetimes: int = 1024, rollouts: int = 32, split: Literal["validation", "test"] = "test"
+) -> None:  # fmt: skip
+    """Let every reference agent live in a run's world, the costly Bayes-adaptive rollouts too; computed once for a world.
+
+    The result is kept in references/ beside the run, where `report` finds it.
+
+    Args:
+        run: Folder of the run; only its world counts.
+        lifetimes: Held-out lifetimes, at least 2.
+        rollouts: Imagined lifetimes for each action of the Bayes-adaptive agent, at least 1.
+        split: Which tasks.
+    """
+    require("lifetimes", lifetimes, 2, 10**6)
+    require("rollouts", rollouts, 1, 10**6)
+    world = RunFolder(run).settings(Settings()).world
+    asked = {"world": dataclasses.asdict(world), "split": split, "lifetimes": lifetimes, "rollouts": rollouts}
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    path = run.parent / "references" / f"{split}-{digest}.json"
+    if not path.exists():
+        tasks, seed = evaluation_tasks(world, split)
+        lived = references(world, lifetimes, tasks, seed, torch.device("cpu"), rollouts)
+        path.parent.mkdir(exist_ok=True)
+        write_json(asked | {"agents": {name: summary(one) for name, one in lived.items()}}, path)
+    for name, one in json.loads(path.read_text())["agents"].items():
+        print(f"{name:18s} {shown(one['return_mean'], one['return_mean_ci95'], 2)}")
+    print(f"in {path}")
+
+
+def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None:
+    """Join the final evaluations of runs into tables (Markdown, JSON) and figures; runs that differ in more than the
+    seed stand apart.
+
+    Args:
+        runs: Folders of finished runs.
+        output: A new folder; runs/report-<time> if not given.
+    """
+    output = output or Path("runs") / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not runs or output.exists():
+        raise UserError(f"{output} exists: name another --output." if runs else "name at least one finished run.")
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        settings = RunFolder(run).settings(Settings())
+        try:
+            result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{run} has no final evaluation: finish it with python3 main.py resume {run}.") from error
+        result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
+        groups.setdefault(described(settings), []).append(result)
+    output.mkdir(parents=True)
+    joined, text = {}, []
+    for number, (name, results) in enumerate(groups.items()):
+        results.sort(key=lambda result: result["seed"])
+        joined[name] = statistics(*results) | {"seeds": [result["seed"] for result in results]}
+        joined[name]["runs"] = [statistics(result) for result in results]
+        text.append(f"## {name}\n\n{result_table(results, joined[name])}\n\n{episode_table(results)}\n")
+        draw_adaptation(results, output / f"adaptation-{number}.png")
+        draw_episodes(results, output / f"episodes-{number}.png")
+        text.append(f"![reward by step](adaptation-{number}.png)\n![by episode](episodes-{number}.png)\n")
+    (output / "report.md").write_text("\n".join(text))
+    write_json(joined, output / "report.json")
+    print("\n".join(text) + f"\nwritten to {output}")
+
+
+def described(settings: Settings) -> str:
+    """A preset and what a run changed in it, but the seed and the device: runs that share it belong together."""
+    base = merge(merge(Settings(), {"preset": settings.preset}), PRESETS[settings.preset])
+    changed = [
+        f"{section}.{name} {value}"
+        for section, values in dataclasses.asdict(settings).items() if isinstance(values, dict)
+        for name, value in values.items() if value != getattr(getattr(base, section), name)
+    ]  # fmt: skip
+    return ", ".join([settings.preset, *changed])
+
+
+def known_references(run: Path, world: WorldSettings) -> dict | None:
+    """The largest test of the references in this run's world that `references` has left beside it."""
+    found = [json.loads(path.read_text()) for path in sorted((run.parent / "references").glob("test-*.json"))]
+    same = [one for one in found if one["world"] == dataclasses.asdict(world)]
+    return max(same, key=lambda one: (one["lifetimes"], one["rollouts"]), default=None)
+
+
+COMMANDS = {
+    "evaluate": evaluate_command, "resume": resume_command, "watch": watch_command, "references": references_command,
+    "report": report_command,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from contextlib import contextmanager
@@ -354,9 +355,11 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
 
 
 def write_json(content: Any, path: Path) -> None:
-    """Write JSON atomically; the same content gives the same bytes."""
+    """Write JSON atomically, lists of numbers on one line; the same content gives the same bytes."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1, allow_nan=False)
+    text = re.sub(r"\[[-\d.e+,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+    temporary.write_text(text + "\n")
     os.replace(temporary, path)
 
 

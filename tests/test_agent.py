@@ -4,7 +4,8 @@ import unittest
 
 import torch
 
-from agent import ExactFilter, KnownRuleAgent, PlannerSettings, RandomAgent, ThompsonAgent, branch, value_loss
+from agent import BayesAdaptiveAgent, KnownRuleAgent, PlannerSettings, RandomAgent, ThompsonAgent, branch, value_loss
+from context_engine import ExactFilter
 from environment import HiddenRulesWorld, Rule, WorldSettings, play, rule_of, task_split, value_iteration
 from main import System
 from tests.shared import seeded, tiny
@@ -37,6 +38,25 @@ class TestReferences(unittest.TestCase):
         self.assertGreater(float((certain > 0.999).float().mean()), 0.8)  # the rest never touched goal nor hazard
         self.assertGreater(float(certain.min()), 0.15)  # and knows all but which is which
         self.assertLess(float(torch.stack(exact.nats[32:]).mean()), 0.05)
+
+    def test_rollouts_agree_with_the_known_rule_where_nothing_is_hidden(self):
+        settings = WorldSettings(grid=4, slip=0, lifetime=32)
+        q = value_iteration(settings)
+        world = HiddenRulesWorld(settings, 8, VALIDATION, 0)
+        agent = BayesAdaptiveAgent(world, q, 0, rollouts=64, horizon=4)
+        agent.begin(world.reset())
+        agent.filter.log_posterior = torch.nn.functional.one_hot(world.task, 144).float().log()
+        known = KnownRuleAgent(world, q).values()
+        chosen = known.gather(1, agent._mean_returns(torch.arange(8)).argmax(1)[:, None])[:, 0]
+        self.assertLess(float((known.amax(1) - chosen).mean()), 0.1 * float((known.amax(1) - known.mean(1)).mean()))
+
+    def test_rollouts_earn_more_than_thompson_sampling_at_the_beginning(self):
+        settings = WorldSettings(grid=4, lifetime=24, episode_limit=10)
+        q, returns = value_iteration(settings), []
+        for make in (lambda w: BayesAdaptiveAgent(w, q, 0, rollouts=8, horizon=12), lambda w: ThompsonAgent(w, q, "step", 0)):
+            world = HiddenRulesWorld(settings, 128, VALIDATION, 0)
+            returns.append(play(world, make(world)).reward.sum(1))
+        self.assertGreater(float((returns[0] - returns[1]).mean()), 0)
 
     def test_unknown_draws_are_refused(self):
         world = HiddenRulesWorld(WorldSettings(), 1, VALIDATION, 0)
@@ -82,7 +102,7 @@ class TestValueAndPlanner(unittest.TestCase):
     def test_the_plan_by_hand(self):
         """One state, every branch in a loop, no cut and no merging."""
         system, planner = self.system, self.system.planner
-        planner.settings = PlannerSettings(mass=1.0)
+        planner.settings = PlannerSettings(mass=1.0, promising=0)
         codes, belief = self.codes[:1], self.belief[:1]
         transition, engine, value = system.transition, system.engine, system.slow_value
         context = engine.context(belief)
@@ -97,14 +117,37 @@ class TestValueAndPlanner(unittest.TestCase):
                     for bin_, reward in enumerate(transition.reward_bins):
                         effect = transition.effect_of_alike(alike[:, :, first])
                         zero = torch.zeros(1, dtype=torch.int64)
-                        after = engine.imagine(belief, zero, zero + action, effect, reward[None], present)
-                        pooled = value.pool(engine.context(after))
+                        after = engine.imagine(belief, zero, effect, present, (zero, zero + action), (zero, reward[None]))
+                        pooled = value.pool(engine.context(after.belief(zero, zero + action, zero, zero)))
                         onward, fresh = value(value.statistics(grids[:, first]), pooled), value.fresh(pooled)
                         e = torch.sigmoid(end)
                         worth = reward + 0.95 * ((1 - e) * onward + e * fresh)
                         chance = transition.log_prior(context[:, :-1])[0, action, k].exp() * log_reward[0, bin_].exp()
                         expected[action] += float(chance * worth)
         torch.testing.assert_close(planner.action_values(codes, belief)[0], expected, atol=1e-4, rtol=1e-4)
+
+    def test_a_second_look_backs_up_the_best_of_the_next_step(self):
+        """Where the choice is close; the others keep their first look."""
+        planner = self.system.planner
+        once = planner.action_values(self.codes, self.belief, again=False)
+        margin = float((once.amax(1) - once.median(1).values).mean())  # some actions are close, some are not
+        planner.settings = PlannerSettings(promising=margin, second_look=10**6)
+        twice = planner.action_values(self.codes, self.belief)
+        close = once > once.amax(1, keepdim=True) - margin
+        looked = close & (close.sum(1) > 1)[:, None]
+        self.assertTrue(looked.any() and not looked.all())
+        torch.testing.assert_close(twice[~looked], once[~looked])
+        branches = planner._imagine(self.codes, self.belief)
+        expected = torch.zeros_like(once)
+        for i in range(len(branches.state)):
+            at = slice(i, i + 1)
+            belief = branches.beliefs.belief(branches.effect[at], branches.action[at], *(row[at] for row in branches.rows))
+            best = planner.action_values(branches.codes[branches.effect[at]], belief, again=False).max()
+            onward = torch.lerp(best, branches.fresh[i], branches.end[i])
+            expected[branches.state[i], branches.action[i]] += branches.weight[i] * (branches.reward[i] + 0.95 * onward)
+        torch.testing.assert_close(twice[looked], expected[looked], atol=1e-5, rtol=1e-5)
+        planner.settings = PlannerSettings(promising=margin, second_look=0)
+        torch.testing.assert_close(planner.action_values(self.codes, self.belief), once)
 
     def test_chunks_change_nothing(self):
         whole = self.system.planner.action_values(self.codes, self.belief)
@@ -131,7 +174,8 @@ class TestValueAndPlanner(unittest.TestCase):
         play(world, agent)
         experience = agent.memory.experience()
         beliefs = system.engine.sequence(experience).detach()
-        values = system.planner.action_values(experience.codes.flatten(0, 1), beliefs[:, :-1].flatten(0, 1)).view(6, 12, 4)
+        values = system.planner.action_values(experience.codes.flatten(0, 1), beliefs[:, :-1].flatten(0, 1), again=False)
+        values = values.view(6, 12, 4)
         never = experience._replace(action=(values.argmax(-1) + 1) % 4)
         pooled = system.value.pool(system.engine.context(beliefs)[:, :-1].flatten(0, 1))
         predicted = system.value(system.value.statistics(experience.codes.flatten(0, 1)), pooled)

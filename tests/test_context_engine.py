@@ -71,9 +71,11 @@ class TestBelief(unittest.TestCase):
         now = Experience(*(part[:, 3] for part in experience))
         row = torch.tensor([4, 0, 0, 2])
         present = pairs_present(now.codes, now.next_codes, C)[row]
-        imagined = engine.imagine(belief, row, now.action[row], now.posterior[row], now.reward[row], present)
+        each = torch.arange(len(row))
+        taken, event = (each, now.action[row]), (each, now.reward[row])
+        imagined = engine.imagine(belief, row, now.posterior[row], present, taken, event)
         lived = engine.step(belief, Experience(*(part[:, 3:4] for part in experience)))
-        torch.testing.assert_close(imagined, lived[row])
+        torch.testing.assert_close(imagined.belief(each, now.action[row], each, each), lived[row])
 
     def test_without_reward_what_was_touched_says_nothing_about_worth(self):
         engine, experience = engine_of(), experience_of()

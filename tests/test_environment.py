@@ -115,6 +115,17 @@ class TestWorld(unittest.TestCase):
                 world.step(torch.full((64,), action))
         self.assertTrue(torch.equal(worlds[0]._starts(), worlds[1]._starts()))
 
+    def test_steps_without_pictures_are_the_same_steps(self):
+        seen, unseen = (world_of(WorldSettings(), seed=5)[0] for _ in range(2))
+        unseen.place(seen.task, seen.position, seen.age)
+        for _ in range(40):
+            action = torch.randint(4, (64,))
+            step, other = seen.step(action), unseen.step_unseen(action)
+            for name in ("reward", "terminated", "truncated"):
+                self.assertTrue(torch.equal(getattr(step, name), getattr(other, name)))
+            self.assertTrue(torch.equal(seen.position, unseen.position) and torch.equal(seen.arrived_at, unseen.arrived_at))
+        self.assertIsNone(other.frame)
+
     def test_no_agent_shares_its_luck_with_the_world(self):
         """An agent seeded like its world must not choose its actions by the hidden task."""
         seeds = (0, 1, 2**32, 10**18)

@@ -37,7 +37,7 @@ class TestQuickRun(unittest.TestCase):
         dice = torch.Generator().manual_seed(0)
 
         def careless(plan):
-            return lambda codes, belief: torch.rand(len(codes), 4, generator=dice)
+            return lambda codes, belief, again=True: torch.rand(len(codes), 4, generator=dice)
 
         def frozen(step):
             return lambda belief, experience: belief
@@ -127,7 +127,8 @@ class TestReadme(unittest.TestCase):
 
     def test_flags_in_the_readme_exist(self):
         helped = "".join(command(*words, "--help", folder=ROOT, script=script).stdout for script, words in (
-            ("main.py", []), ("main.py", ["evaluate"]), ("main.py", ["resume"]), ("main.py", ["watch"]), ("tune_hyperparams.py", []),
+            ("main.py", []), ("main.py", ["evaluate"]), ("main.py", ["resume"]), ("main.py", ["watch"]),
+            ("main.py", ["references"]), ("main.py", ["report"]), ("tune_hyperparams.py", []),
         ))  # fmt: skip
         blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
         for flag in re.findall(r"(?<= )--[a-z][\w.-]*", "\n".join(line for b in blocks for line in b.splitlines() if ".py" in line)):

@@ -13,11 +13,10 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 
 import main
-from environment import Lifetimes, interval, summary, task_split
+from environment import task_split
 from main import PRESETS, Learner, Settings
 from memory import RunFolder, UserError, merge
 from tests.shared import ROOT, TINY, command, temporary_folder, tiny
@@ -251,33 +250,52 @@ class TestLearner(unittest.TestCase):
         self.assertEqual(learner.store.version[index], learner.update)
 
 
-class TestStatistics(unittest.TestCase):
-    def test_summary_of_known_lifetimes(self):
-        reward = torch.zeros(8, 4)
-        reward[:, 1] = torch.tensor([1, 1, 1, 1, 1, 1, 1, -1.0])
-        truncated = torch.zeros(8, 4, dtype=torch.bool)
-        truncated[:2, 3] = True
-        result = summary(Lifetimes(reward, reward != 0, truncated))
-        self.assertEqual((result["return_mean"], result["return_iqm"]), (0.75, 1.0))
-        self.assertEqual(result["by_step"], [0, 0.75, 0, 0])
-        self.assertEqual((result["goals"], result["hazards"], result["timeouts"]), (0.875, 0.125, 0.25))
-        low, high = result["return_ci95"]
-        self.assertTrue(-1 <= low < 0.75 < high <= 1)
+class TestReport(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tiny_file()
+        for seed in ("0", "1"):
+            code, errors = in_process(["--config", "tiny.json", "--seed", seed], cls.folder)
+            assert code == 0, errors
+        cls.runs = sorted(map(str, (cls.folder / "runs").iterdir()))
 
-    def test_intervals_cover_as_often_as_they_say(self):
-        draw, covered = np.random.default_rng(0), 0
-        for _ in range(100):
-            low, high = interval(np.mean, draw.normal(3, 1, 100))
-            covered += low <= 3 <= high
-        self.assertGreaterEqual(covered, 88)
-        self.assertLessEqual(covered, 99)
+    def test_runs_that_differ_in_the_seed_alone_are_joined(self):
+        code, errors = in_process(["report", *self.runs, "--output", "joined"], self.folder)
+        self.assertEqual(code, 0, errors)
+        ((name, joined),) = json.loads((self.folder / "joined/report.json").read_text()).items()
+        self.assertTrue(name.startswith("default, world.grid 4, "))
+        self.assertEqual(joined["seeds"], [0, 1])
+        singles = [json.loads((Path(run) / "evaluation.json").read_text()) for run in self.runs]
+        self.assertAlmostEqual(joined["return_mean"], sum(one["return_mean"] for one in singles) / 2)
+        text = (self.folder / "joined/report.md").read_text()
+        for words in ("| all 2 |", "| known rule | 1 |", "over seeds the mean return is"):
+            self.assertIn(words, text)
+        for picture in ("adaptation-0.png", "episodes-0.png"):
+            self.assertGreater((self.folder / "joined" / picture).stat().st_size, 5_000)
 
-    def test_pairing_narrows_the_interval_of_a_ratio(self):
-        draw = np.random.default_rng(0)
-        luck = draw.normal(10, 3, 200)
-        ratio = lambda x, y, axis=-1: x.mean(axis) / y.mean(axis)  # noqa: E731
-        low, high = interval(ratio, luck + draw.normal(0, 0.1, 200), luck)
-        self.assertLess(high - low, 0.01)
+    def test_an_existing_folder_and_an_unfinished_run_are_refused(self):
+        (self.folder / "mine").mkdir(exist_ok=True)
+        self.assertEqual(in_process(["report", *self.runs, "--output", "mine"], self.folder)[0], 2)
+        unfinished = self.folder / "unfinished"
+        unfinished.mkdir(exist_ok=True)
+        (unfinished / "config.json").write_text((Path(self.runs[0]) / "config.json").read_text())
+        code, errors = in_process(["report", str(unfinished), "--output", "none"], self.folder)
+        self.assertEqual(code, 2)
+        self.assertIn("main.py resume", errors)
+        self.assertFalse((self.folder / "none").exists())
+
+    def test_references_are_computed_once_and_reported(self):
+        ask = ["references", self.runs[0], "--lifetimes", "4", "--rollouts", "2"]
+        self.assertEqual(in_process(ask, self.folder), (0, ""))
+        (kept,) = (self.folder / "runs/references").iterdir()
+        content = json.loads(kept.read_text())
+        self.assertEqual((content["lifetimes"], content["rollouts"], content["world"]["grid"]), (4, 2, 4))
+        names = {"random", "thompson_step", "thompson_episode", "known_rule", "bayes_adaptive"}
+        self.assertEqual(set(content["agents"]), names)
+        with mock.patch.object(main, "references", side_effect=AssertionError("computed again")):
+            self.assertEqual(in_process(ask, self.folder), (0, ""))
+        self.assertEqual(in_process(["report", self.runs[1], "--output", "with"], self.folder)[0], 0)
+        self.assertIn("(4 lifetimes, 2 rollouts an action)", (self.folder / "with/report.md").read_text())
 
 
 if __name__ == "__main__":
