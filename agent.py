@@ -415,7 +415,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
     ROWS_AT_ONCE = 8192  # imagined lifetimes; bounds memory
 
     def __init__(
-        self, world: HiddenRulesWorld, q: Tensor, seed: int, rollouts: int = 32, horizon: int = 24, certain: float = 0.01
+        self, world: HiddenRulesWorld, q: Tensor, seed: int, rollouts: int = 64, horizon: int = 16, certain: float = 0.01
     ) -> None:  # fmt: skip
         super().__init__(world, q, "step", seed)
         self.rollouts, self.horizon, self.certain = rollouts, horizon, certain

@@ -646,7 +646,7 @@ def watch_command(run: Positional[Path], seed: int = 0) -> None:
 
 
 def references_command(
-    run: Positional[Path], lifetimes: int = 1024, rollouts: int = 32, split: Literal["validation", "test"] = "test"
+    run: Positional[Path], lifetimes: int = 1024, rollouts: int = 64, split: Literal["validation", "test"] = "test"
 ) -> None:  # fmt: skip
     """Let every reference agent live in a run's world, the costly Bayes-adaptive rollouts too; computed once for a world.
 

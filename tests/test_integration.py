@@ -1,15 +1,19 @@
 """The whole system through its real commands: one trained `quick` run, judged, broken on purpose, repeated."""
 
+import contextlib
+import io
 import json
 import re
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from environment import HiddenRulesWorld, task_split
 from main import EVALUATION_SEED, PRESETS, Settings, evaluate, load_system
 from memory import merge
+from tests.benchmarks import belief, robustness
 from tests.shared import ROOT, command, quick_run
 
 LIFETIMES = 256
@@ -103,6 +107,24 @@ class TestQuickRun(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         for name in ("adaptation.png", "lifetime.gif", "lifetime-3.gif"):
             self.assertGreater((self.run_folder / name).stat().st_size, 10_000)
+
+    def test_robustness_of_a_run(self):
+        with mock.patch.multiple(robustness, LIFETIMES=64, NOISES=(0.05, 0.4), SLIPS=(0.1,)):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                robustness.main([self.run_folder])
+        clear, noisy = (float(re.search(rf"\| 0.1 \| {noise} \| (\S+)", printed.getvalue())[1]) for noise in ("0.05", "0.4"))
+        self.assertGreater(clear, noisy + 1)
+        self.assertGreater((self.run_folder / "robustness.png").stat().st_size, 10_000)
+
+    def test_belief_of_a_run(self):
+        with mock.patch.object(belief, "LIFETIMES", 128), contextlib.redirect_stdout(io.StringIO()) as printed:
+            belief.main(self.run_folder)
+        (last,) = re.findall(r"^\| 32 to 63 \|(.*)\|$", printed.getvalue(), re.M)
+        agent, exact, calibration, moves, _, roles = map(float, last.split("|"))
+        self.assertLess(exact, agent)
+        self.assertLess(calibration, 0.1)
+        self.assertGreater(min(moves, roles), 0.5)
+        self.assertGreater((self.run_folder / "belief.png").stat().st_size, 10_000)
 
     def test_permutations_are_refused_where_they_were_trained_on(self):
         done = command("evaluate", self.run_folder, "--split", "permutations", folder=self.run_folder)

@@ -3,7 +3,9 @@
 1. nats a step: how unexpected each step was to the agent and to the exact filter, on the same held-out lifetimes.
 2. calibration: where the agent gave an effect the probability p, how often did it happen?
 3. a linear probe: how much of the exact posterior over rules can be read from the context vector by least squares, fitted
-   on training tasks and scored (R^2, over all the posterior's components) on held-out ones, by step of the lifetime.
+   on training tasks and scored (R^2, over all the posterior's components) on held-out ones, by step of the lifetime. The
+   context holds a row for each action, so the move of each action can be linear in it; which of the 24 permutations it is
+   cannot: functions that are linear in a permutation matrix explain at most 9/23 of the 24 indicators' variance.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def main(run: Path) -> None:
     calibrated.set(title="calibration", xlabel="predicted", ylabel="happened")
     for name, values in found.items():
         probed.plot([low for low, _ in STEPS[1:]], values, marker=".", label=name)
-    probed.set(title="exact posterior, linear in the context", xlabel="from step", ylabel="R^2", xscale="log", ylim=(0, 1))
+    probed.set(title="R^2 of a linear probe", xlabel="from step", ylabel="of the exact posterior", xscale="log", ylim=(0, 1))
     for axes in (nats, calibrated, probed):
         axes.legend(fontsize="x-small")
     figure.savefig(run / "belief.png", dpi=120)

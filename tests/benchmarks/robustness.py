@@ -42,7 +42,7 @@ def main(runs: list[Path]) -> None:
         bars = (f"{first[name]['return_mean']:.2f}" for name in ("thompson", "known_rule"))
         print("| " + " | ".join([f"{slip:g}", f"{noise:g}", *figures, *bars]) + " |")
     figure = Figure(figsize=(7, 3.2), layout="constrained")
-    for axes, slip in zip(figure.subplots(1, len(SLIPS), sharey=True), SLIPS):
+    for axes, slip in zip(figure.subplots(1, len(SLIPS), sharey=True, squeeze=False)[0], SLIPS):
         means = np.array([cells[noise, slip][0]["return_mean"] for noise in NOISES])
         ends = np.array([cells[noise, slip][0]["return_mean_ci95"] for noise in NOISES])
         axes.errorbar(NOISES, means, np.abs(ends.T - means), marker="o", label="agent")
