@@ -40,12 +40,12 @@ def world_speed(threads: int) -> None:
         print(f"| world, {batch} at once, {threads} threads | {batch / step:,.0f} noisy 24x24 frames a second | {fill / step:.3f} of a memory fill |")
 
 
-def decision_speed(run: Path, batch: int, threads: int) -> None:
+def decision_speed(run: Path, batch: int, threads: int, look_again: bool) -> None:
     """Perceive, infer, plan and act: one agent step, in the middle of lifetimes and averaged over a whole one."""
     torch.set_num_threads(threads)
     system, _ = load_system(run, "cpu")
     world = HiddenRulesWorld(system.settings.world, batch, task_split(system.settings.world.holdout, "validation"), 0)
-    agent = system.controller()
+    agent = system.controller(look_again=look_again)
     for lifetime in range(2):  # the first is the warm-up
         agent.begin(world.reset())
         spent, planned = 0.0, []
@@ -59,7 +59,7 @@ def decision_speed(run: Path, batch: int, threads: int) -> None:
             spent += planned[-1] + time.perf_counter() - start
     each, acted = spent / system.settings.world.lifetime, sum(planned) / len(planned)
     print(
-        f"| decision, {batch} worlds, {threads} threads | {1e3 * acted:.2f} ms to act, {1e3 * each:.2f} ms with observing | "
+        f"| decision, {'two looks' if look_again else 'one look'}, {batch} worlds, {threads} threads | {1e3 * acted:.2f} ms to act, {1e3 * each:.2f} ms with observing | "
         f"{batch / acted:,.0f} decisions a second ({batch / each:,.0f} with observing) |"
     )
 
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     print("| what | figure | beside |\n|---|---|---|")
     world_speed(2)
-    decision_speed(folder, 1, 1)
-    decision_speed(folder, 16, 2)
-    decision_speed(folder, 256, 2)
+    for look_again in (False, True):
+        for batch, threads in ((1, 1), (16, 2), (256, 2)):
+            decision_speed(folder, batch, threads, look_again)
     learning_shares(folder)
