@@ -517,7 +517,7 @@ def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> s
     """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
     heads = ["seed", "return", "IQM", "normalised", "of Thompson", "above Thompson", "last eighth, of known rule"]
     lines = ["| " + " | ".join([*heads, "belief, nats over exact", "training"]) + " |", "|" + "---|" * 9]
-    for result in [*results, joined]:
+    for result in [*results, joined] if len(results) > 1 else results:
         figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in STATISTICS]
         one = result is not joined
         rest = [f"{result['belief_nats']['late_excess']:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
