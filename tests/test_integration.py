@@ -88,7 +88,7 @@ class TestQuickRun(unittest.TestCase):
             self.assertIn(name, self.result)
         for agent in ("agent", "random", "thompson", "known_rule"):
             self.assertEqual(len(self.result[agent]["by_step"]), PRESETS["quick"]["world"]["lifetime"])
-            low, high = self.result[agent]["return_ci95"]
+            low, high = self.result[agent]["return_mean_ci95"]
             self.assertTrue(low <= self.result[agent]["return_mean"] <= high)
             total = sum(self.result[agent]["by_step"])
             self.assertAlmostEqual(total, self.result[agent]["return_mean"], places=4)

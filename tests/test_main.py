@@ -39,7 +39,7 @@ def in_process(arguments: list[str], folder: Path) -> tuple[int, str]:
     errors, before = io.StringIO(), Path.cwd()
     os.chdir(folder)
     try:
-        with mock.patch.object(sys, "argv", ["main.py", *arguments]), contextlib.redirect_stderr(errors):
+        with mock.patch.object(sys, "argv", ["main.py", *arguments]), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
             main.main()
         return 0, errors.getvalue()
     except SystemExit as stop:
