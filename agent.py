@@ -34,6 +34,8 @@ class PlannerSettings:
     """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
     second_look: int = 20
     """Imagined steps of a state, at most so many for a second one: a vague belief is planned with one step."""
+    imagine: bool = True
+    """Plan with what would be known after an imagined step; without, information is worth nothing (as in QMDP)."""
     keypoints: int = 8
     """Points that the value finds in the grid, at least 1."""
     width: int = 192
@@ -140,9 +142,11 @@ class Planner:
         # What will be known then. Taken: an action has an effect; event: an effect comes with a reward.
         row, action, outcome = kept.nonzero(as_tuple=True)
         effect, (origin, bin_) = index[row, outcome], rewarded.nonzero(as_tuple=True)
-        beliefs = engine.imagine(
-            belief, state, posterior, present, (effect, action), (origin, transition.reward_bins[bin_])
-        )  # fmt: skip
+        if self.settings.imagine:
+            taken, event = (effect, action), (origin, transition.reward_bins[bin_])
+            beliefs = engine.imagine(belief, state, posterior, present, taken, event)
+        else:
+            beliefs = Imagined(belief[state, :-1], belief[row, action], belief[state[origin], -1])
         pooled_actions, pooled_world = value.pool_shared(*map(engine.context, beliefs), effect, action)
 
         # A branch is a pair of the two with the same effect; and what it is worth.
@@ -369,13 +373,14 @@ class ThompsonAgent(KnownRuleAgent):
     Args:
         each: draw a new rule each "step" or each "episode".
         seed: of the draws.
+        options: of the `ExactFilter`.
     """
 
-    def __init__(self, world: HiddenRulesWorld, q: Tensor, each: str, seed: int) -> None:
+    def __init__(self, world: HiddenRulesWorld, q: Tensor, each: str, seed: int, **options: float) -> None:
         super().__init__(world, q)
         if each not in ("step", "episode"):
             raise ValueError(f"each is {each!r}, but must be 'step' or 'episode'.")
-        self.each, self.filter = each, ExactFilter(world)
+        self.each, self.filter = each, ExactFilter(world, **options)
         self.generator = seeded(seed, stream=3, device=world.device)
 
     def begin(self, frames: Tensor) -> None:
@@ -447,7 +452,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
         colours = rule_of(task).colours.to(self.world.device)
         seen = self.world.by_colour(self.world.position)[each]
         position = seen.gather(1, colours[:, :, None].expand(-1, -1, 2))  # by role, if that rule held
-        unseen = replace(self.world.settings, noise=0)
+        unseen = replace(self.world.settings, noise=0, switch=0, switch_step=0)  # rules last for as long as it imagines
         self.imagined += 1
         means = []
         for action in range(N_ACTIONS):
@@ -476,7 +481,8 @@ def references(
     settings: WorldSettings, lifetimes: int, tasks: Tensor, seed: int, device: torch.device, rollouts: int = 0
 ) -> dict[str, Lifetimes]:  # fmt: skip
     """The lifetimes of the agents to compare with, all in the same worlds: random, both Thompson samplers, the known
-    rule, and with `rollouts` above 0 the Bayes-adaptive agent, which takes minutes to hours."""
+    rule; where rules switch Thompson sampling that expects no switch, its likelihoods floored at .001; and with
+    `rollouts` above 0 the Bayes-adaptive agent, which takes minutes to hours."""
     q = value_iteration(settings)
 
     def live(make: Callable) -> Lifetimes:
@@ -489,6 +495,8 @@ def references(
         "thompson_episode": live(lambda world: ThompsonAgent(world, q, "episode", seed)),
         "known_rule": live(lambda world: KnownRuleAgent(world, q)),
     }
+    if settings.switch:
+        lived["expects_no_switch"] = live(lambda world: ThompsonAgent(world, q, "step", seed, switch=0, floor=1e-3))
     if rollouts > 0:
         lived["bayes_adaptive"] = live(lambda world: BayesAdaptiveAgent(world, q, seed, rollouts))
     return lived

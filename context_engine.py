@@ -14,6 +14,7 @@ Cho et al., 2014 (the GRU).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -264,22 +265,32 @@ class ExactFilter:
 
     It reads positions from the world, never the rule. `nats` lists, for each step, -log p(what was seen | the past)
     (B,), the bar for any belief.
+
+    Args:
+        world: the world it watches.
+        switch: probability that the rule is drawn anew after a step; the world's own if not given.
+        floor: the least likelihood of anything, so that a filter that expects no switch can still change its mind
+            when one comes: without a floor the true rule would stay impossible for ever.
     """
 
-    def __init__(self, world: HiddenRulesWorld) -> None:
-        self.world = world
+    def __init__(self, world: HiddenRulesWorld, switch: float | None = None, floor: float = 0.0) -> None:
+        self.world, self.floor = world, floor
+        self.switch = world.settings.switch if switch is None else switch
 
     def begin(self, frames: Tensor) -> None:
         """Believe every rule alike: `log_posterior` (B, N_TASKS)."""
-        self.log_posterior = torch.full((len(frames), N_TASKS), -torch.tensor(N_TASKS).log().item(), device=frames.device)
+        self.log_posterior = torch.full((len(frames), N_TASKS), -math.log(N_TASKS), device=frames.device)
         self.nats: list[Tensor] = []
         self.seen = self.world.by_colour(self.world.position)
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Bayes' rule on where everything went and on the reward; note how unexpected the former was."""
-        arrived = self.world.by_colour(self.world.arrived_at)
-        joint = self.log_posterior + log_likelihood(self.world, self.seen, action, arrived)
+        arrived, least = self.world.arrived_by_colour, math.log(self.floor) if self.floor else -math.inf
+        joint = self.log_posterior + log_likelihood(self.world, self.seen, action, arrived).clamp_min(least)
         self.nats.append(-joint.logsumexp(-1))
-        joint = joint.masked_fill(~reward_consistent(arrived, step.reward), -torch.inf)
+        joint = joint + torch.where(reward_consistent(arrived, step.reward), 0.0, least)
         self.log_posterior = joint.log_softmax(-1)
+        if self.switch:
+            kept = self.log_posterior + math.log1p(-self.switch)
+            self.log_posterior = torch.logaddexp(kept, torch.full_like(kept, math.log(self.switch / N_TASKS)))
         self.seen = self.world.by_colour(self.world.position)

@@ -56,13 +56,17 @@ class WorldSettings:
     """Share in [0, 1] of the slips in which a random action is taken; in the others nothing moves."""
     noise: float = 0.1
     """Standard deviation of the Gaussian pixel noise, as a share of the range 0..255, at least 0."""
+    switch: float = 0.0
+    """Probability in [0, .5] that the rule is drawn anew after a step, unannounced: the picture stays as it is."""
+    switch_step: int = 0
+    """After how many steps every world draws its rule anew, to measure how fast an agent recovers; 0 for never."""
     holdout: Literal["combinations", "permutations"] = "combinations"
     """What is never trained on: 28 of the 144 pairs of action map and roles, or 6 of the 24 action maps."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("grid", 3, 16), ("cell", 1, 64), ("lifetime", 2, 10_000), ("episode_limit", 1, 10_000),
-            ("slip", 0, 1), ("slip_random", 0, 1), ("noise", 0, 10),
+            ("slip", 0, 1), ("slip_random", 0, 1), ("noise", 0, 10), ("switch", 0, 0.5), ("switch_step", 0, 10_000),
         ):  # fmt: skip
             require(f"world.{name}", getattr(self, name), low, high)
 
@@ -178,6 +182,7 @@ class HiddenRulesWorld:
         self.tasks_to_draw = tasks.to(self.device)
         self.generator = seeded(seed, stream=0, device=self.device)
         self.noise_generator = seeded(seed, stream=1, device=self.device)
+        self.switch_generator = seeded(seed, stream=6, device=self.device)
         self.rows = torch.arange(batch, device=self.device)
         self._moves, self._palette = MOVES.to(self.device), PALETTE.to(self.device, torch.int16)
         self._noise: Tensor | None = None
@@ -190,13 +195,16 @@ class HiddenRulesWorld:
         drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.generator, device=self.device)
         self.task = self.tasks_to_draw[drawn]
         self.rule = Rule(*(part.to(self.device) for part in rule_of(self.task)))
+        self.segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # number of the present rule
+        self.steps = 0  # of the lifetime
         self.position = self._starts()  # (B, role, (row, column))
         self.age = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # steps of the present episode
         return self.draw()
 
     def place(self, task: Tensor, position: Tensor, age: Tensor) -> None:
         """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64."""
-        self.task, self.position, self.age = task, position.clone(), age.clone()
+        self.task, self.position, self.age, self.steps = task, position.clone(), age.clone(), 0
+        self.segment = torch.zeros_like(age)
         self.rule = Rule(*(part.to(self.device) for part in rule_of(task)))
 
     def step(self, action: Tensor) -> WorldStep:
@@ -233,12 +241,28 @@ class HiddenRulesWorld:
         on_hazard = (self.position[:, 0] == self.position[:, 2]).all(-1)
         self.age += 1
         terminated = on_goal | on_hazard
-        self.arrived_at = self.position.clone()  # for the exact filter, which sees positions before the restart
+        # Of the step, before any restart or switch, for the exact filter and for training; agents never see them.
+        self.arrived_at, self.lived_segment = self.position.clone(), self.segment
+        self.arrived_by_colour = self.by_colour(self.position)
         return on_goal.float() - on_hazard.float(), terminated, (self.age >= s.episode_limit) & ~terminated, starts
 
     def _restart(self, ended: Tensor, starts: Tensor) -> None:
         self.position = torch.where(ended[:, None, None], starts, self.position)
         self.age.masked_fill_(ended, 0)
+        self.steps += 1
+        if self.settings.switch or self.settings.switch_step:
+            self._switch()
+
+    def _switch(self) -> None:
+        """Draw some rules anew; every colour stays where it is, so the next picture shows nothing of it."""
+        chance = torch.rand(self.batch, generator=self.switch_generator, device=self.device)
+        drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.switch_generator, device=self.device)
+        switched = (chance < self.settings.switch) | (self.steps == self.settings.switch_step)
+        seen = self.by_colour(self.position)
+        self.task = torch.where(switched, self.tasks_to_draw[drawn], self.task)
+        self.rule = Rule(*(part.to(self.device) for part in rule_of(self.task)))
+        self.position = seen.gather(1, self.rule.colours[:, :, None].expand(-1, -1, 2))
+        self.segment = self.segment + switched
 
     def draw(self, rows: Tensor | None = None) -> Tensor:
         """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8."""
@@ -346,6 +370,8 @@ class Lifetimes(NamedTuple):
     """(B, T) bool."""
     truncated: Tensor
     """(B, T) bool."""
+    segment: Tensor
+    """(B, T) int64: number of the rule that the step was lived under."""
 
 
 def play(world: HiddenRulesWorld, agent: Any, watchers: Sequence[Any] = ()) -> Lifetimes:
@@ -359,7 +385,7 @@ def play(world: HiddenRulesWorld, agent: Any, watchers: Sequence[Any] = ()) -> L
         step = world.step(action)
         for listener in (agent, *watchers):
             listener.observe(action, step)
-        happened.append((step.reward, step.terminated, step.truncated))
+        happened.append((step.reward, step.terminated, step.truncated, world.lived_segment))
     return Lifetimes(*(torch.stack(part, 1).cpu() for part in zip(*happened)))
 
 

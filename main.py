@@ -1,7 +1,7 @@
 """Meta-train an agent that infers hidden rules from pixels; evaluate, resume and watch it.
 
-    python3 main.py [train] [--preset default|quick|large] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
-    python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate belief]
+    python3 main.py [train] [--preset default|quick|large|switching] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
+    python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate PART]
     python3 main.py resume RUN [--updates N]
     python3 main.py watch RUN [--seed N]
     python3 main.py references RUN [--lifetimes N] [--rollouts N] [--split ...]
@@ -44,6 +44,7 @@ from environment import (
     N_ACTIONS, HiddenRulesWorld, WorldSettings, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play, report,
     require, result_table, seeded, shown, statistics, summary, task_split,
 )  # fmt: skip
+from film_layer import FiLMLayer
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
 from world_model import VAE, VAESettings, Value
@@ -118,6 +119,7 @@ class TrainingSettings:
 
 PRESETS: dict[str, dict] = {
     "default": {},
+    "switching": {"world": {"lifetime": 128, "switch": 0.01}, "training": {"value_batch": 8, "batch": 24}},
     "large": {"world": {"grid": 8, "episode_limit": 24}},
     "quick": {
         "world": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
@@ -135,8 +137,8 @@ PRESETS: dict[str, dict] = {
 class Settings:
     """All settings of a run. Precedence: default < preset < --config FILE < flags."""
 
-    preset: Literal["default", "quick", "large"] = "default"
-    """A named set of settings to begin from: 6x6 in minutes, a small world in seconds, 8x8."""
+    preset: Literal["default", "quick", "large", "switching"] = "default"
+    """A named set of settings to begin from: 6x6 in minutes, a small world in seconds, 8x8, rules that change."""
     seed: int = 0
     """Decides everything random in the run, 0 to 1,000,000."""
     device: str = "cpu"
@@ -207,6 +209,32 @@ class System:
         """Take over the weights of all parts, from their `state_dict`s by name."""
         for name, module in self.modules().items():
             module.load_state_dict(states[name])
+
+
+Ablation = Literal["belief", "perception", "prior", "consequences", "value", "imagination", "second-look"]
+
+
+def ablate(system: System, part: Ablation) -> None:
+    """Take something from a trained system, whose weights otherwise stay.
+
+    perception, prior, consequences and value lose their modulation: their FiLM layers stay as under the belief before any
+    experience. imagination: plans know no more after an imagined step; second-look: they go one step ahead only. (The
+    belief itself is frozen by `AgentController`.)
+    """
+    with torch.no_grad():
+        first = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
+        held = {
+            "perception": (system.vae, first[-1]), "prior": (system.transition.prior_film, first[0]),
+            "consequences": (system.transition.consequence_film, first[-1]),
+            "value": (system.slow_value, system.slow_value.pool(first[None])[0]),
+        }  # fmt: skip
+    if part in held:
+        module, context = held[part]
+        for layer in module.modules():
+            if isinstance(layer, FiLMLayer):
+                layer.hold(context)
+    changes = {"imagination": {"imagine": False}, "second-look": {"promising": 0.0}}
+    system.planner.settings = dataclasses.replace(system.planner.settings, **changes.get(part, {}))
 
 
 class Learner:
@@ -291,7 +319,7 @@ class Learner:
             agent = self.system.controller(keep_pictures=True, look_again=False)  # cheaper, and teaches as well
             agent.explore(exploration, self.generator)
             lifetimes = play(world, agent)
-            self.store.add(agent.memory, world.task, self.update)
+            self.store.add(agent.memory, world.task, lifetimes.segment, self.update)
         self.collections += 1
         self.env_steps += lifetimes.reward.numel()
         self.metrics["return"] = lifetimes.reward.sum(1).mean()
@@ -414,13 +442,13 @@ class Learner:
 
 
 def evaluate(
-    system: System, split: str, lifetimes: int, ablate: str | None = None, env_steps: int = 0
+    system: System, split: str, lifetimes: int, without: Ablation | None = None, env_steps: int = 0
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the agent with the references on held-out tasks, in worlds of their own; see README for the fields.
 
     Args:
         system: the agent's parts; split: validation, test or permutations; lifetimes: at least 2.
-        ablate: "belief" freezes the belief at its initial value.
+        without: what the agent shall do without, see `ablate`; "belief" freezes the belief at its initial value.
         env_steps: of the training so far, for the record.
 
     Raises:
@@ -433,7 +461,10 @@ def evaluate(
         )
     tasks, seed = evaluation_tasks(settings.world, split)
     world = HiddenRulesWorld(settings.world, lifetimes, tasks, seed, system.device)
-    agent, exact = system.controller(freeze_belief=ablate == "belief"), ExactFilter(world)
+    if without is not None:
+        system = copy.deepcopy(system)
+        ablate(system, without)
+    agent, exact = system.controller(freeze_belief=without == "belief"), ExactFilter(world)
     lived = {"agent": play(world, agent, [exact])} | references(settings.world, lifetimes, tasks, seed, system.device)
     samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode")}
     better = max(samplers, key=lambda each: samplers[each].reward.sum())
@@ -441,7 +472,7 @@ def evaluate(
     late = min(16, settings.world.lifetime // 2)
     excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:]))
     return {
-        "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": ablate, "lifetimes": lifetimes,
+        "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": without, "lifetimes": lifetimes,
         "env_steps": env_steps, "thompson_draws_each": better, **compare(lived | {"thompson": samplers[better]}),
         "belief_nats": {**nats, "late": late, "late_excess": excess},
     }  # fmt: skip
@@ -611,7 +642,7 @@ def load_system(folder: Path, device: str | None = None) -> tuple[System, dict]:
 
 def evaluate_command(
     run: Positional[Path], lifetimes: int | None = None, split: Literal["validation", "test", "permutations"] = "test",
-    ablate: Literal["belief"] | None = None, device: str | None = None,
+    ablate: Ablation | None = None, device: str | None = None,
 ) -> None:  # fmt: skip
     """Evaluate a trained run on held-out tasks again; the result goes to its folder and to the screen.
 
@@ -619,7 +650,9 @@ def evaluate_command(
         run: Folder of the run.
         lifetimes: Held-out lifetimes, at least 2; those of the run's final evaluation if not given.
         split: Which tasks; permutations are those of a run with --world.holdout permutations.
-        ablate: Freeze the belief at its initial value.
+        ablate: What the agent shall do without: its belief stays as in the beginning, one of perception, prior,
+            consequences (reward and end) and value loses its modulation, imagination (imagined steps teach nothing), or
+            the second look ahead.
         device: Where to compute; where the run was trained if not given.
     """
     system, state = load_system(run, device)

@@ -55,7 +55,7 @@ class Experience(NamedTuple):
     truncated: Tensor
     """(B, T) bool: the episode ended by its time limit."""
     segment: Tensor
-    """(B, T) uint8: number of the stretch under one rule; constant as long as rules never change in mid-life."""
+    """(B, T) uint8: number of the stretch under one rule. Known in training alone; 0 for whoever lives it."""
 
     def rows(self, index: Tensor | slice) -> Experience:
         """The same for some of the lifetimes."""
@@ -116,7 +116,7 @@ class EpisodicMemory:
         if self.steps >= self.capacity:
             raise IndexError(f"the memory holds a lifetime of {self.capacity} steps and is full: clear() begins the next.")
         now = (codes, next_codes, posterior, action, step.reward, step.terminated, step.truncated)
-        for kept, value in zip(self._all, now):  # the segment stays 0
+        for kept, value in zip(self._all, now):  # the segment stays 0: the agent does not know it
             kept[:, self.steps] = value
         self.steps += 1
         if self.keep_pictures:
@@ -207,13 +207,20 @@ class LifetimeStore:
         cached = sum(part.nbytes for part in self.experience) if self.experience else 0
         return cached + sum(block.bytes for block in self.blocks)
 
-    def add(self, memory: EpisodicMemory, task: Tensor, version: int) -> None:
+    def add(self, memory: EpisodicMemory, task: Tensor, segment: Tensor, version: int) -> None:
         """Store the finished lifetimes of `memory`; the oldest blocks leave until the budget holds.
+
+        Args:
+            memory: with its pictures.
+            task: (B,) int64, tasks at the end.
+            segment: (B, T) int64, under which rule each step was lived; from the 256th on they count as one.
+            version: of the models that made the codes.
 
         Raises:
             ValueError: this block alone is larger than the budget.
         """
-        block, new = Pictures.of(self.added, memory, task), memory.experience()
+        block = Pictures.of(self.added, memory, task)
+        new = memory.experience()._replace(segment=segment.clamp(max=255).to(torch.uint8))
         size = block.bytes + sum(part.nbytes for part in new)
         if size > self.budget:
             raise ValueError(

@@ -3,6 +3,7 @@
 import unittest
 import unittest.mock
 import warnings
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -15,6 +16,7 @@ from environment import (
     rule_of, seeded, task_split, value_iteration,
 )  # fmt: skip
 from agent import RandomAgent
+from context_engine import ExactFilter
 
 CLEAR = WorldSettings(noise=0, slip=0)
 
@@ -148,6 +150,59 @@ class TestWorld(unittest.TestCase):
         world, _ = world_of()
         with self.assertRaisesRegex(ValueError, r"\(63,\).*\(64,\)"):
             world.step(torch.zeros(63, dtype=torch.int64))
+
+
+class TestSwitching(unittest.TestCase):
+    def test_a_switch_shows_in_no_picture_and_rules_the_next_step(self):
+        settings = replace(CLEAR, switch_step=5)
+        world = HiddenRulesWorld(settings, 256, task_split("combinations", "train"), 0)
+        world.reset()
+        first = world.task.clone()
+        for step in range(12):
+            task, before = world.task.clone(), world.position.clone()
+            action = torch.randint(4, (256,))
+            happened = world.step(action)
+            self.assertEqual(world.lived_segment.unique().tolist(), [int(step >= 5)])
+            moved = MOVES[rule_of(task).action_map[torch.arange(256), action]]
+            expected = (before[:, 0] + moved).clamp(0, settings.grid - 1)
+            self.assertTrue(torch.equal(world.arrived_at[:, 0], expected))  # by the rule from before the step
+            self.assertTrue(torch.equal(world.draw(), happened.frame))  # as if nothing had been
+        self.assertGreater(int((world.task != first).sum()), 240)
+
+    def test_switches_have_their_rate_and_leave_all_other_luck_alone(self):
+        settings = replace(WorldSettings(), switch=0.1)
+        worlds = [HiddenRulesWorld(s, 512, task_split("combinations", "train"), 0) for s in (settings, WorldSettings())]
+        for world in worlds:
+            world.reset()
+        for _ in range(40):
+            action = torch.randint(4, (512,))
+            for world in worlds:
+                world.step(action)
+        self.assertAlmostEqual(float(worlds[0].segment.float().mean()), 4, delta=0.3)
+        self.assertEqual(int(worlds[1].segment.max()), 0)
+        states = [world.generator.get_state() for world in worlds]
+        self.assertTrue(torch.equal(*states))
+
+    def test_the_filter_that_knows_the_rate_finds_the_new_rule_first(self):
+        settings = replace(WorldSettings(lifetime=64), switch_step=32)
+        world = HiddenRulesWorld(settings, 256, task_split("combinations", "train"), 0)
+        knows, stubborn = ExactFilter(world, switch=0.01), ExactFilter(world, floor=1e-3)
+        belief = {"knows": [], "stubborn": []}
+        frames = world.reset()
+        agent = RandomAgent(0)
+        for listener in (agent, knows, stubborn):
+            listener.begin(frames)
+        for _ in range(64):
+            action = agent.act()
+            step = world.step(action)
+            for name, listener in (("knows", knows), ("stubborn", stubborn)):
+                listener.observe(action, step)
+                right = listener.log_posterior.exp()[torch.arange(256), world.task]
+                belief[name].append(float(right.mean()))
+            agent.observe(action, step)
+        self.assertGreater(belief["knows"][31 + 16], belief["stubborn"][31 + 16] + 0.1)
+        self.assertGreater(min(belief["knows"][30], belief["stubborn"][30]), 0.5)
+        self.assertGreater(belief["knows"][-1], 0.5)
 
 
 class TestExactSolution(unittest.TestCase):

@@ -12,6 +12,7 @@ from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, save
 from tests.shared import seeded
 
 T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends
+SEGMENT = torch.tensor([[0] * T, [0] * 3 + [1] * 3 + [300]])  # the second lifetime changes its rule
 
 
 def counted(lifetime: int = 0) -> EpisodicMemory:
@@ -41,6 +42,12 @@ class TestEpisodicMemory(unittest.TestCase):
                     follows = experience.codes[row, t + 1, 0] == experience.next_codes[row, t, 0]
                     self.assertEqual(bool(follows), (row, t) not in ENDS)
 
+    def test_the_store_knows_the_segments_and_the_memory_does_not(self):
+        memory, store = counted(), LifetimeStore(MemorySettings(), torch.device("cpu"))
+        self.assertEqual(int(memory.experience().segment.max()), 0)
+        store.add(memory, torch.zeros(2, dtype=torch.int64), SEGMENT, 0)
+        self.assertEqual(store.experience.segment.tolist(), [[0] * T, [0] * 3 + [1] * 3 + [255]])
+
     def test_latest_is_the_last_step(self):
         memory = counted()
         self.assertEqual(memory.latest().action.tolist(), [[T - 1]] * BATCH)
@@ -60,7 +67,7 @@ class TestStore(unittest.TestCase):
     def store(self, lifetimes: int, budget_mb: float = 1.0) -> LifetimeStore:
         store = LifetimeStore(MemorySettings(budget_mb))
         for number in range(lifetimes):
-            store.add(counted(number), torch.tensor([number, number]), version=number)
+            store.add(counted(number), torch.tensor([number, number]), SEGMENT, version=number)
         return store
 
     def test_pictures_are_stored_once_and_arrivals_come_back(self):
@@ -81,7 +88,7 @@ class TestStore(unittest.TestCase):
         store = LifetimeStore(MemorySettings(1.0))
         store.budget = int(3.5 * one.bytes)
         for number in range(6):
-            store.add(counted(number), torch.tensor([number, number]), version=0)
+            store.add(counted(number), torch.tensor([number, number]), SEGMENT, version=0)
             self.assertLessEqual(store.bytes, store.budget)
         self.assertEqual([block.number for block in store.blocks], [3, 4, 5])
         self.assertEqual(store.experience.codes[:, 0, 0].tolist(), [3, 53, 4, 54, 5, 55])
@@ -92,7 +99,7 @@ class TestStore(unittest.TestCase):
         store = LifetimeStore(MemorySettings(1.0))
         store.budget = 100
         with self.assertRaisesRegex(ValueError, "raise memory.budget_mb"):
-            store.add(counted(), torch.zeros(2, dtype=torch.int64), 0)
+            store.add(counted(), torch.zeros(2, dtype=torch.int64), SEGMENT, 0)
 
     def test_renewal_replaces_what_the_models_made_and_dates_it(self):
         store = self.store(3)
@@ -107,7 +114,7 @@ class TestStore(unittest.TestCase):
             folder = Path(name) / "store"
             store.save_blocks(folder)
             written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-            store.add(counted(3), torch.tensor([3, 3]), version=3)
+            store.add(counted(3), torch.tensor([3, 3]), SEGMENT, version=3)
             store.save_blocks(folder)
             for path, when in written.items():
                 self.assertEqual((folder / path).stat().st_mtime_ns, when)

@@ -11,7 +11,8 @@ from environment import Lifetimes, by_episode, compare, improvement, interval, m
 def lifetimes(reward: list[list[float]], truncated: list[list[bool]] | None = None) -> Lifetimes:
     """Lifetimes whose episodes end with every reward."""
     rewards = torch.tensor(reward, dtype=torch.float32)
-    return Lifetimes(rewards, rewards != 0, torch.zeros_like(rewards).bool() if truncated is None else torch.tensor(truncated))
+    ended = torch.zeros_like(rewards).bool() if truncated is None else torch.tensor(truncated)
+    return Lifetimes(rewards, rewards != 0, ended, torch.zeros_like(rewards).long())
 
 
 class TestSummary(unittest.TestCase):
@@ -20,7 +21,7 @@ class TestSummary(unittest.TestCase):
         reward[:, 1] = torch.tensor([1, 1, 1, 1, 1, 1, 1, -1.0])
         truncated = torch.zeros(8, 4, dtype=torch.bool)
         truncated[:2, 3] = True
-        result = summary(Lifetimes(reward, reward != 0, truncated))
+        result = summary(Lifetimes(reward, reward != 0, truncated, torch.zeros(8, 4, dtype=torch.int64)))
         self.assertEqual((result["return_mean"], result["return_iqm"]), (0.75, 1.0))
         self.assertEqual(result["by_step"], [0, 0.75, 0, 0])
         self.assertEqual((result["goals"], result["hazards"], result["timeouts"]), (0.875, 0.125, 0.25))

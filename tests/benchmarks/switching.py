@@ -1,0 +1,81 @@
+"""How fast an agent recovers when the rule changes unannounced: `python3 -m tests.benchmarks.switching RUN [RUN ...]`.
+
+RUNs are trained with --preset switching. Every lifetime's rule is drawn anew once, in the middle, and at no other time.
+Beside the agent: the planner that always knows the rule, Thompson sampling on an exact filter that knows the switching rate
+of training, and on one that expects no switch, whose likelihoods are floored at FLOOR (without a floor it would be
+certain of the old rule for ever). Figure to switching.png beside the first run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from agent import KnownRuleAgent, ThompsonAgent
+from environment import HiddenRulesWorld, interval, mean, play, shown, value_iteration
+from main import evaluation_tasks, load_system
+
+LIFETIMES, WINDOW, FLOOR = 2048, 8, 1e-3
+
+
+def rewards(systems: list) -> dict[str, list[np.ndarray]]:
+    """Rewards (LIFETIMES, T) by agent; those of the trained agents are one for each run."""
+    settings = systems[0].settings
+    world = dataclasses.replace(settings.world, switch=0.0, switch_step=settings.world.lifetime // 2)
+    tasks, seed = evaluation_tasks(world, "test")
+    q, rate = value_iteration(world), settings.world.switch
+
+    def live(make) -> np.ndarray:
+        there = HiddenRulesWorld(world, LIFETIMES, tasks, seed)
+        return play(there, make(there)).reward.numpy()
+
+    return {
+        "agent": [live(lambda _, system=system: system.controller()) for system in systems],
+        "known rule": [live(lambda there: KnownRuleAgent(there, q))],
+        "Thompson, knows the rate": [live(lambda there: ThompsonAgent(there, q, "step", seed, switch=rate))],
+        "Thompson, expects no switch": [live(lambda there: ThompsonAgent(there, q, "step", seed, floor=FLOOR))],
+    }
+
+
+def recovery(reward: np.ndarray, share: float = 0.9) -> float:
+    """Steps after the switch until the mean reward of the WINDOW steps from then on is `share` of that of the 16 before."""
+    middle = reward.shape[1] // 2
+    by_step = reward.mean(0)
+    before = by_step[middle - 16 : middle].mean()
+    after = np.convolve(by_step[middle:], np.ones(WINDOW) / WINDOW, "valid")
+    reached = np.flatnonzero(after >= share * before)
+    return float(reached[0]) if len(reached) else float("inf")
+
+
+def main(runs: list[Path]) -> None:
+    """Print the table and draw the figure."""
+    systems = [load_system(run)[0] for run in runs]
+    found = rewards(systems)
+    middle = systems[0].settings.world.lifetime // 2
+    print("| agent | return | 16 steps before the switch | steps 0 to 7 after it | 8 to 15 | 16 to 31 | last 16 | steps to 90% |")
+    print("|" + "---|" * 8)
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, each in found.items():
+        returns = [reward.sum(1)[None] for reward in each]
+        joined = np.concatenate(each)
+        spans = [(-16, 0), (0, 8), (8, 16), (16, 32), (middle - 16, middle)]
+        figures = [f"{joined[:, middle + low : middle + high].mean():.3f}" for low, high in spans]
+        print("| " + " | ".join([name, shown(float(np.mean(returns)), interval(mean, *returns), 2), *figures,
+                                 ", ".join(f"{recovery(reward):.0f}" for reward in each)]) + " |")  # fmt: skip
+        axes.plot(np.arange(0, 2 * middle, WINDOW) + WINDOW / 2, joined.mean(0).reshape(-1, WINDOW).mean(1), marker=".", label=name)
+    axes.axvline(middle, color="k", linestyle=":")
+    axes.set(xlabel="step of the lifetime", ylabel=f"reward a step, {WINDOW}-step means", title="the rule changes in mid-life")
+    axes.legend(fontsize="small")
+    figure.savefig(runs[0] / "switching.png", dpi=120)
+    print(f"\n{LIFETIMES} lifetimes on the test split, {len(runs)} runs; figure in {runs[0] / 'switching.png'}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python3 -m tests.benchmarks.switching RUN [RUN ...]")
+    main([Path(argument) for argument in sys.argv[1:]])
