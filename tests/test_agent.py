@@ -149,6 +149,13 @@ class TestValueAndPlanner(unittest.TestCase):
         planner.settings = PlannerSettings(promising=margin, second_look=0)
         torch.testing.assert_close(planner.action_values(self.codes, self.belief), once)
 
+    def test_without_imagination_nothing_is_learnt_in_a_plan(self):
+        planner = self.system.planner
+        planner.settings = PlannerSettings(imagine=False)
+        branches = planner._imagine(self.codes, self.belief)
+        after = branches.beliefs.belief(branches.effect, branches.action, *branches.rows)
+        torch.testing.assert_close(after, self.belief[branches.state])
+
     def test_chunks_change_nothing(self):
         whole = self.system.planner.action_values(self.codes, self.belief)
         self.system.planner.STATES_AT_ONCE = 4

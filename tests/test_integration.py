@@ -6,14 +6,15 @@ import json
 import re
 import unittest
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import torch
 
 from environment import HiddenRulesWorld, task_split
-from main import EVALUATION_SEED, PRESETS, Settings, evaluate, load_system
+from main import EVALUATION_SEED, PRESETS, Ablation, Settings, evaluate, load_system
 from memory import merge
-from tests.benchmarks import belief, robustness
+from tests.benchmarks import ablations, belief, robustness, switching
 from tests.shared import ROOT, command, quick_run
 
 LIFETIMES = 256
@@ -115,6 +116,22 @@ class TestQuickRun(unittest.TestCase):
         clear, noisy = (float(re.search(rf"\| 0.1 \| {noise} \| (\S+)", printed.getvalue())[1]) for noise in ("0.05", "0.4"))
         self.assertGreater(clear, noisy + 1)
         self.assertGreater((self.run_folder / "robustness.png").stat().st_size, 10_000)
+
+    def test_ablations_of_a_run(self):
+        with mock.patch.object(ablations, "LIFETIMES", 64), contextlib.redirect_stdout(io.StringIO()) as printed:
+            ablations.main([self.run_folder])
+        returns = {part: float(figure) for part, figure in re.findall(r"^\| ([a-z-]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M)}
+        self.assertEqual(set(returns), {"nothing", *get_args(Ablation)})
+        for part in ("belief", "prior", "consequences", "value", "imagination"):
+            self.assertLess(returns[part], returns["nothing"] - 0.5, part)
+
+    def test_recovery_of_a_run(self):
+        """The quick run has never met a switch: the filter that expects one recovers first."""
+        with mock.patch.object(switching, "LIFETIMES", 64), contextlib.redirect_stdout(io.StringIO()) as printed:
+            switching.main([self.run_folder])
+        rows = dict(re.findall(r"^\| ([A-Za-z, ]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M))
+        self.assertGreater(float(rows["known rule"]), float(rows["agent"]))
+        self.assertGreater((self.run_folder / "switching.png").stat().st_size, 10_000)
 
     def test_belief_of_a_run(self):
         with mock.patch.object(belief, "LIFETIMES", 128), contextlib.redirect_stdout(io.StringIO()) as printed:
