@@ -119,7 +119,10 @@ class TrainingSettings:
 
 PRESETS: dict[str, dict] = {
     "default": {},
-    "switching": {"world": {"lifetime": 128, "switch": 0.01}, "training": {"value_batch": 8, "batch": 24}},
+    "switching": {
+        "world": {"lifetime": 128, "switch": 0.01},
+        "training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024},
+    },
     "large": {"world": {"grid": 8, "episode_limit": 24}},
     "quick": {
         "world": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},

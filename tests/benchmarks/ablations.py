@@ -14,7 +14,7 @@ import numpy as np
 from environment import interval, mean, shown, statistics
 from main import Ablation, evaluate, load_system
 
-LIFETIMES = 1024
+LIFETIMES = 512
 
 
 def main(runs: list[Path]) -> None:
