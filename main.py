@@ -8,7 +8,7 @@
     python3 main.py report RUN [RUN ...] [--output FOLDER]
 
 The data flow: the world's pictures -> VAE codes -> which outcome happened -> episodic memory -> GRU belief and context
--> FiLM in VAE, outcome prior, consequences and value -> one Bayes-adaptive look-ahead -> action.
+-> FiLM in VAE, outcome prior, consequences and value -> Bayes-adaptive look-ahead -> action.
 """
 
 from __future__ import annotations
