@@ -122,7 +122,7 @@ class TestQuickRun(unittest.TestCase):
             ablations.main([self.run_folder])
         returns = {part: float(figure) for part, figure in re.findall(r"^\| ([a-z-]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M)}
         self.assertEqual(set(returns), {"nothing", *get_args(Ablation)})
-        for part in ("belief", "prior", "consequences", "value", "imagination"):
+        for part in ("belief", "prior", "consequences", "value"):
             self.assertLess(returns[part], returns["nothing"] - 0.5, part)
 
     def test_recovery_of_a_run(self):
