@@ -59,7 +59,8 @@ class WorldSettings:
     switch: float = 0.0
     """Probability in [0, .5] that the rule is drawn anew after a step, unannounced: the picture stays as it is."""
     switch_step: int = 0
-    """After how many steps every world draws its rule anew, to measure how fast an agent recovers; 0 for never."""
+    """To measure how fast an agent recovers: rules are drawn anew after this step and no other, while the references go
+    on expecting `switch`, which must be above 0; 0 for at random."""
     holdout: Literal["combinations", "permutations"] = "combinations"
     """What is never trained on: 28 of the 144 pairs of action map and roles, or 6 of the 24 action maps."""
 
@@ -69,6 +70,8 @@ class WorldSettings:
             ("slip", 0, 1), ("slip_random", 0, 1), ("noise", 0, 10), ("switch", 0, 0.5), ("switch_step", 0, 10_000),
         ):  # fmt: skip
             require(f"world.{name}", getattr(self, name), low, high)
+        if self.switch_step and not self.switch:
+            raise ValueError(f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01.")
 
     @property
     def pixels(self) -> int:
@@ -250,14 +253,16 @@ class HiddenRulesWorld:
         self.position = torch.where(ended[:, None, None], starts, self.position)
         self.age.masked_fill_(ended, 0)
         self.steps += 1
-        if self.settings.switch or self.settings.switch_step:
+        if self.settings.switch:
             self._switch()
 
     def _switch(self) -> None:
         """Draw some rules anew; every colour stays where it is, so the next picture shows nothing of it."""
         chance = torch.rand(self.batch, generator=self.switch_generator, device=self.device)
         drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.switch_generator, device=self.device)
-        switched = (chance < self.settings.switch) | (self.steps == self.settings.switch_step)
+        switched = chance < self.settings.switch
+        if self.settings.switch_step:
+            switched = torch.full_like(switched, self.steps == self.settings.switch_step)
         seen = self.by_colour(self.position)
         self.task = torch.where(switched, self.tasks_to_draw[drawn], self.task)
         self.rule = Rule(*(part.to(self.device) for part in rule_of(self.task)))

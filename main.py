@@ -726,9 +726,10 @@ def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = Non
         settings = RunFolder(run).settings(Settings())
         try:
             result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{run} has no final evaluation: finish it with python3 main.py resume {run}.") from error
-        result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
+            result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
+            statistics(result)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{run} has no final evaluation of this version: make it with python3 main.py resume {run}.") from error
         groups.setdefault(described(settings), []).append(result)
     output.mkdir(parents=True)
     joined, text = {}, []

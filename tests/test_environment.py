@@ -154,7 +154,7 @@ class TestWorld(unittest.TestCase):
 
 class TestSwitching(unittest.TestCase):
     def test_a_switch_shows_in_no_picture_and_rules_the_next_step(self):
-        settings = replace(CLEAR, switch_step=5)
+        settings = replace(CLEAR, switch=0.01, switch_step=5)
         world = HiddenRulesWorld(settings, 256, task_split("combinations", "train"), 0)
         world.reset()
         first = world.task.clone()
@@ -168,6 +168,10 @@ class TestSwitching(unittest.TestCase):
             self.assertTrue(torch.equal(world.arrived_at[:, 0], expected))  # by the rule from before the step
             self.assertTrue(torch.equal(world.draw(), happened.frame))  # as if nothing had been
         self.assertGreater(int((world.task != first).sum()), 240)
+
+    def test_a_step_of_switching_needs_a_rate_to_expect(self):
+        with self.assertRaisesRegex(ValueError, "switch_step is 5 and world.switch 0"):
+            WorldSettings(switch_step=5)
 
     def test_switches_have_their_rate_and_leave_all_other_luck_alone(self):
         settings = replace(WorldSettings(), switch=0.1)
@@ -184,9 +188,9 @@ class TestSwitching(unittest.TestCase):
         self.assertTrue(torch.equal(*states))
 
     def test_the_filter_that_knows_the_rate_finds_the_new_rule_first(self):
-        settings = replace(WorldSettings(lifetime=64), switch_step=32)
+        settings = WorldSettings(switch=0.01, switch_step=32)
         world = HiddenRulesWorld(settings, 256, task_split("combinations", "train"), 0)
-        knows, stubborn = ExactFilter(world, switch=0.01), ExactFilter(world, floor=1e-3)
+        knows, stubborn = ExactFilter(world), ExactFilter(world, switch=0, floor=1e-3)
         belief = {"knows": [], "stubborn": []}
         frames = world.reset()
         agent = RandomAgent(0)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import unittest
 from pathlib import Path
 from typing import get_args
@@ -15,7 +16,7 @@ from environment import HiddenRulesWorld, task_split
 from main import EVALUATION_SEED, PRESETS, Ablation, Settings, evaluate, load_system
 from memory import merge
 from tests.benchmarks import ablations, belief, robustness, switching
-from tests.shared import ROOT, command, quick_run
+from tests.shared import ROOT, command, quick_run, temporary_folder
 
 LIFETIMES = 256
 
@@ -126,12 +127,20 @@ class TestQuickRun(unittest.TestCase):
             self.assertLess(returns[part], returns["nothing"] - 0.5, part)
 
     def test_recovery_of_a_run(self):
-        """The quick run has never met a switch: the filter that expects one recovers first."""
+        """The quick run has never met a switch, but the benchmark can put it where there are some."""
+        run = temporary_folder() / "run"
+        shutil.copytree(self.run_folder, run, ignore=shutil.ignore_patterns("store", "tensorboard"))
+        with self.assertRaisesRegex(SystemExit, "--preset switching"):
+            switching.main([run])
+        config = json.loads((run / "config.json").read_text())
+        config["world"]["switch"] = 0.02
+        (run / "config.json").write_text(json.dumps(config))
         with mock.patch.object(switching, "LIFETIMES", 64), contextlib.redirect_stdout(io.StringIO()) as printed:
-            switching.main([self.run_folder])
-        rows = dict(re.findall(r"^\| ([A-Za-z, ]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M))
-        self.assertGreater(float(rows["known rule"]), float(rows["agent"]))
-        self.assertGreater((self.run_folder / "switching.png").stat().st_size, 10_000)
+            switching.main([run])
+        returns = dict(re.findall(r"^\| ([A-Za-z, ]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M))
+        known, knows, none = (float(returns[name]) for name in ("known rule", "Thompson, knows the rate", "Thompson, expects no switch"))
+        self.assertTrue(known > knows > none)
+        self.assertGreater((run / "switching.png").stat().st_size, 10_000)
 
     def test_belief_of_a_run(self):
         with mock.patch.object(belief, "LIFETIMES", 128), contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -279,9 +279,13 @@ class TestReport(unittest.TestCase):
         unfinished = self.folder / "unfinished"
         unfinished.mkdir(exist_ok=True)
         (unfinished / "config.json").write_text((Path(self.runs[0]) / "config.json").read_text())
-        code, errors = in_process(["report", str(unfinished), "--output", "none"], self.folder)
-        self.assertEqual(code, 2)
-        self.assertIn("main.py resume", errors)
+        for content in (None, "{", '{"preset": "default"}'):  # none, damaged, of an earlier version
+            if content is not None:
+                (unfinished / "evaluation.json").write_text(content)
+                (unfinished / "timing.json").write_text('{"total": 1}')
+            code, errors = in_process(["report", str(unfinished), "--output", "none"], self.folder)
+            self.assertEqual(code, 2)
+            self.assertIn("main.py resume", errors)
         self.assertFalse((self.folder / "none").exists())
 
     def test_references_are_computed_once_and_reported(self):

@@ -25,9 +25,11 @@ LIFETIMES, WINDOW, FLOOR = 2048, 8, 1e-3
 def rewards(systems: list) -> dict[str, list[np.ndarray]]:
     """Rewards (LIFETIMES, T) by agent; those of the trained agents are one for each run."""
     settings = systems[0].settings
-    world = dataclasses.replace(settings.world, switch=0.0, switch_step=settings.world.lifetime // 2)
+    if not settings.world.switch:
+        sys.exit("the rules of this run's world never switch: train one with python3 main.py --preset switching")
+    world = dataclasses.replace(settings.world, switch_step=settings.world.lifetime // 2)
     tasks, seed = evaluation_tasks(world, "test")
-    q, rate = value_iteration(world), settings.world.switch
+    q = value_iteration(world)
 
     def live(make) -> np.ndarray:
         there = HiddenRulesWorld(world, LIFETIMES, tasks, seed)
@@ -36,8 +38,8 @@ def rewards(systems: list) -> dict[str, list[np.ndarray]]:
     return {
         "agent": [live(lambda _, system=system: system.controller()) for system in systems],
         "known rule": [live(lambda there: KnownRuleAgent(there, q))],
-        "Thompson, knows the rate": [live(lambda there: ThompsonAgent(there, q, "step", seed, switch=rate))],
-        "Thompson, expects no switch": [live(lambda there: ThompsonAgent(there, q, "step", seed, floor=FLOOR))],
+        "Thompson, knows the rate": [live(lambda there: ThompsonAgent(there, q, "step", seed))],
+        "Thompson, expects no switch": [live(lambda there: ThompsonAgent(there, q, "step", seed, switch=0, floor=FLOOR))],
     }
 
 
