@@ -15,7 +15,7 @@ from torch import Tensor
 
 from context_engine import ContextInferenceEngine, ExactFilter, Imagined
 from environment import (
-    N_ACTIONS, HiddenRulesWorld, Lifetimes, WorldSettings, WorldStep, play, require, rule_of, seeded, value_iteration,
+    N_ACTIONS, HiddenRulesWorld, Lifetimes, WorldSettings, WorldStep, by_role, play, require, rule_of, seeded, value_iteration,
 )  # fmt: skip
 from memory import EpisodicMemory, Experience
 from transition_model import TransitionModel, pairs_present
@@ -49,8 +49,8 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6), ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1),
-            ("slow", 1e-6, 1), ("learning_rate", 0, 1),
+            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6),
+            ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1), ("slow", 1e-6, 1), ("learning_rate", 0, 1),
         ):  # fmt: skip
             require(f"planner.{name}", getattr(self, name), low, high)
 
@@ -360,7 +360,7 @@ class KnownRuleAgent:
 
     def values(self) -> Tensor:
         """Q (B, A) float32 if the assumed tasks were true."""
-        action_map, colours = (part.to(self.world.device) for part in rule_of(self.assumed_task()))
+        action_map, colours = rule_of(self.assumed_task())
         seen = self.world.by_colour(self.world.position)  # (B, colour, 2)
         cell = seen[..., 0] * self.world.settings.grid + seen[..., 1]
         body, goal, hazard = cell.gather(1, colours).unbind(1)
@@ -449,9 +449,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
         each = rows.repeat_interleave(self.rollouts)
         log_posterior = self.filter.log_posterior[each]
         task = torch.multinomial(log_posterior.exp(), 1, generator=self.generator)[:, 0]
-        colours = rule_of(task).colours.to(self.world.device)
-        seen = self.world.by_colour(self.world.position)[each]
-        position = seen.gather(1, colours[:, :, None].expand(-1, -1, 2))  # by role, if that rule held
+        position = by_role(self.world.by_colour(self.world.position)[each], rule_of(task))  # if that rule held
         unseen = replace(self.world.settings, noise=0, switch=0, switch_step=0)  # rules last for as long as it imagines
         self.imagined += 1
         means = []

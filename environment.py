@@ -116,8 +116,13 @@ class Rule(NamedTuple):
 
 def rule_of(task: Tensor) -> Rule:
     """The rules behind task numbers (B,) int64 in [0, N_TASKS): task = 6 * action map + role assignment."""
-    task = task.cpu()
-    return Rule(ACTION_MAPS[task // len(ROLE_COLOURS)], ROLE_COLOURS[task % len(ROLE_COLOURS)])
+    maps, colours = ACTION_MAPS.to(task.device), ROLE_COLOURS.to(task.device)
+    return Rule(maps[task // len(ROLE_COLOURS)], colours[task % len(ROLE_COLOURS)])
+
+
+def by_role(seen: Tensor, rule: Rule) -> Tensor:
+    """What is seen of positions by colour (B, colour, 2), ordered by role (B, role, 2) under `rule`."""
+    return seen.gather(1, rule.colours[:, :, None].expand(-1, -1, 2))
 
 
 def task_split(holdout: str, split: str) -> Tensor:
@@ -197,7 +202,7 @@ class HiddenRulesWorld:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
         drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.generator, device=self.device)
         self.task = self.tasks_to_draw[drawn]
-        self.rule = Rule(*(part.to(self.device) for part in rule_of(self.task)))
+        self.rule = rule_of(self.task)
         self.segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # number of the present rule
         self.steps = 0  # of the lifetime
         self.position = self._starts()  # (B, role, (row, column))
@@ -208,7 +213,7 @@ class HiddenRulesWorld:
         """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64."""
         self.task, self.position, self.age, self.steps = task, position.clone(), age.clone(), 0
         self.segment = torch.zeros_like(age)
-        self.rule = Rule(*(part.to(self.device) for part in rule_of(task)))
+        self.rule = rule_of(task)
 
     def step(self, action: Tensor) -> WorldStep:
         """Take `action` (B,) int64 in every world; see `WorldStep`."""
@@ -265,8 +270,8 @@ class HiddenRulesWorld:
             switched = torch.full_like(switched, self.steps == self.settings.switch_step)
         seen = self.by_colour(self.position)
         self.task = torch.where(switched, self.tasks_to_draw[drawn], self.task)
-        self.rule = Rule(*(part.to(self.device) for part in rule_of(self.task)))
-        self.position = seen.gather(1, self.rule.colours[:, :, None].expand(-1, -1, 2))
+        self.rule = rule_of(self.task)
+        self.position = by_role(seen, self.rule)
         self.segment = self.segment + switched
 
     def draw(self, rows: Tensor | None = None) -> Tensor:
@@ -324,7 +329,7 @@ def log_likelihood(world: HiddenRulesWorld, before: Tensor, action: Tensor, afte
     slipped = s.slip * ((1 - s.slip_random) * still.float() + s.slip_random * reached.mean(-1))
     alone = (~still).sum(1, keepdim=True) == (~still).long()  # (B, colour): goal and hazard never move
     probability = ((1 - s.slip) * reached + slipped[:, :, None]) * alone[:, :, None]
-    rule = Rule(*(part.to(device) for part in rule_of(torch.arange(N_TASKS))))
+    rule = rule_of(torch.arange(N_TASKS, device=device))
     case = rule.colours[:, 0] * len(MOVES) + rule.action_map.T[action]  # (B, N_TASKS)
     return probability.flatten(1).log().gather(1, case)
 
@@ -554,7 +559,8 @@ def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> s
         rest = [f"{result['belief_nats']['late_excess']:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
         lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
     first, means = results[0], [result["return_mean"] for result in results]
-    told = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in AGENTS.items()][1:]
+    bars = {name: label for name, label in AGENTS.items() if name != "agent"}
+    told = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
     text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(told)}"
     if first["references"]:
         deep = first["references"]["agents"]["bayes_adaptive"]

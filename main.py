@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -41,8 +42,8 @@ from tyro.conf import Positional
 from agent import AgentController, Planner, PlannerSettings, references, value_loss
 from context_engine import ContextInferenceEngine, ContextSettings, ExactFilter
 from environment import (
-    N_ACTIONS, HiddenRulesWorld, WorldSettings, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play, report,
-    require, result_table, seeded, shown, statistics, summary, task_split,
+    N_ACTIONS, STATISTICS, HiddenRulesWorld, Lifetimes, WorldSettings, compare, draw_adaptation, draw_episodes, draw_lifetime,
+    episode_table, play, report, require, result_table, seeded, shown, statistics, summary, task_split,
 )  # fmt: skip
 from film_layer import FiLMLayer
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
@@ -166,6 +167,11 @@ class Settings:
             )
 
 
+def with_preset(settings: Settings, preset: str) -> Settings:
+    """Settings with what a preset, one of PRESETS, changes in them."""
+    return merge(merge(settings, {"preset": preset}), PRESETS[preset])
+
+
 def device_of(name: str) -> torch.device:
     """The torch device called `name`; UserError if this machine lacks it."""
     try:
@@ -221,8 +227,8 @@ def ablate(system: System, part: Ablation) -> None:
     """Take something from a trained system, whose weights otherwise stay.
 
     perception, prior, consequences and value lose their modulation: their FiLM layers stay as under the belief before any
-    experience. imagination: plans know no more after an imagined step; second-look: they go one step ahead only. (The
-    belief itself is frozen by `AgentController`.)
+    experience. imagination: plans know no more after an imagined step. (The belief is frozen, and the second look
+    left out, by `AgentController`.)
     """
     with torch.no_grad():
         first = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
@@ -236,8 +242,8 @@ def ablate(system: System, part: Ablation) -> None:
         for layer in module.modules():
             if isinstance(layer, FiLMLayer):
                 layer.hold(context)
-    changes = {"imagination": {"imagine": False}, "second-look": {"promising": 0.0}}
-    system.planner.settings = dataclasses.replace(system.planner.settings, **changes.get(part, {}))
+    if part == "imagination":
+        system.planner.settings = dataclasses.replace(system.planner.settings, imagine=False)
 
 
 class Learner:
@@ -467,8 +473,9 @@ def evaluate(
     if without is not None:
         system = copy.deepcopy(system)
         ablate(system, without)
-    agent, exact = system.controller(freeze_belief=without == "belief"), ExactFilter(world)
-    lived = {"agent": play(world, agent, [exact])} | references(settings.world, lifetimes, tasks, seed, system.device)
+    agent = system.controller(freeze_belief=without == "belief", look_again=without != "second-look")
+    exact = ExactFilter(world)
+    lived = {"agent": play(world, agent, [exact])} | references_in(settings.world, lifetimes, split, system.device)
     samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode")}
     better = max(samplers, key=lambda each: samplers[each].reward.sum())
     nats = {name: torch.stack(seen).double().mean(1).tolist() for name, seen in (("agent", agent.nats), ("exact", exact.nats))}
@@ -479,6 +486,14 @@ def evaluate(
         "env_steps": env_steps, "thompson_draws_each": better, **compare(lived | {"thompson": samplers[better]}),
         "belief_nats": {**nats, "late": late, "late_excess": excess},
     }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def references_in(
+    world: WorldSettings, lifetimes: int, split: str, device: torch.device, rollouts: int = 0
+) -> dict[str, Lifetimes]:  # fmt: skip
+    """The reference agents' lifetimes of an evaluation; kept, because several agents may be evaluated in one world."""
+    return references(world, lifetimes, *evaluation_tasks(world, split), device, rollouts)
 
 
 def evaluation_tasks(world: WorldSettings, split: str) -> tuple[Tensor, int]:
@@ -589,7 +604,7 @@ def train_command(arguments: list[str]) -> None:
             changes = json.loads(chosen.config.read_text())
         preset = chosen.preset or (changes.get("preset") if isinstance(changes, dict) else None) or "default"
         if preset in PRESETS:  # an unknown one is refused below, with the names that exist
-            base = merge(merge(base, {"preset": preset}), PRESETS[preset])
+            base = with_preset(base, preset)
         base = merge(base, changes)
     except (OSError, ValueError) as error:
         raise UserError(f"{chosen.config}: {error}") from error
@@ -701,8 +716,7 @@ def references_command(
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     path = run.parent / "references" / f"{split}-{digest}.json"
     if not path.exists():
-        tasks, seed = evaluation_tasks(world, split)
-        lived = references(world, lifetimes, tasks, seed, torch.device("cpu"), rollouts)
+        lived = references_in(world, lifetimes, split, torch.device("cpu"), rollouts)
         path.parent.mkdir(exist_ok=True)
         write_json(asked | {"agents": {name: summary(one) for name, one in lived.items()}}, path)
     for name, one in json.loads(path.read_text())["agents"].items():
@@ -727,7 +741,7 @@ def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = Non
         try:
             result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
             result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
-            statistics(result)
+            result["said"] = {key: result[key] for name in STATISTICS for key in (name, f"{name}_ci95")}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{run} has no final evaluation of this version: make it with python3 main.py resume {run}.") from error
         groups.setdefault(described(settings), []).append(result)
@@ -736,7 +750,7 @@ def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = Non
     for number, (name, results) in enumerate(groups.items()):
         results.sort(key=lambda result: result["seed"])
         joined[name] = statistics(*results) | {"seeds": [result["seed"] for result in results]}
-        joined[name]["runs"] = [statistics(result) for result in results]
+        joined[name]["runs"] = [result["said"] for result in results]
         text.append(f"## {name}\n\n{result_table(results, joined[name])}\n\n{episode_table(results)}\n")
         draw_adaptation(results, output / f"adaptation-{number}.png")
         draw_episodes(results, output / f"episodes-{number}.png")
@@ -748,7 +762,7 @@ def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = Non
 
 def described(settings: Settings) -> str:
     """A preset and what a run changed in it, but the seed and the device: runs that share it belong together."""
-    base = merge(merge(Settings(), {"preset": settings.preset}), PRESETS[settings.preset])
+    base = with_preset(Settings(), settings.preset)
     changed = [
         f"{section}.{name} {value}"
         for section, values in dataclasses.asdict(settings).items() if isinstance(values, dict)

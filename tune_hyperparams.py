@@ -23,7 +23,7 @@ import tyro
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from main import PRESETS, Learner, Settings, device_of, evaluate
+from main import Learner, Settings, device_of, evaluate, with_preset
 from memory import UserError, merge, write_json
 
 SPACE: dict[str, tuple[float, float, bool]] = {  # setting: lowest, highest, on a logarithmic scale; ints stay ints
@@ -136,7 +136,7 @@ def tune(arguments: TuneArguments) -> Path:
             raise UserError(f"{name} is {getattr(arguments, name)}, which is too few: choose more.")
     if not arguments.study.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"study is {arguments.study!r}, but may hold only letters, digits, - and _.")
-    base = merge(merge(Settings(), {"preset": arguments.preset, "device": arguments.device}), PRESETS[arguments.preset])
+    base = with_preset(merge(Settings(), {"device": arguments.device}), arguments.preset)
     updates = arguments.updates if arguments.updates is not None else max(1, base.training.updates // 2)
     base = merge(base, {"training": {"updates": updates}})
     folder = Path("runs") / f"tune-{arguments.study}"

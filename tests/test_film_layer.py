@@ -53,6 +53,5 @@ class TestFiLMLayer(unittest.TestCase):
         torch.testing.assert_close(layer(features, others), expected)
 
 
-
 if __name__ == "__main__":
     unittest.main()

@@ -36,10 +36,10 @@ def only_run(folder: Path) -> Path:
 
 def in_process(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Exit code and error output of the command line, without the seconds that a new process takes to import."""
-    errors, before = io.StringIO(), Path.cwd()
+    errors, quiet, before = io.StringIO(), contextlib.redirect_stdout(io.StringIO()), Path.cwd()
     os.chdir(folder)
     try:
-        with mock.patch.object(sys, "argv", ["main.py", *arguments]), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        with mock.patch.object(sys, "argv", ["main.py", *arguments]), contextlib.redirect_stderr(errors), quiet:
             main.main()
         return 0, errors.getvalue()
     except SystemExit as stop:

@@ -5,7 +5,6 @@ Every run lives the same held-out lifetimes whole and without each part; differe
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from environment import interval, mean, shown, statistics
 from main import Ablation, evaluate, load_system
+from tests.benchmarks import named_runs
 
 LIFETIMES = 512
 
@@ -33,6 +33,4 @@ def main(runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python3 -m tests.benchmarks.ablations RUN [RUN ...]")
-    main([Path(argument) for argument in sys.argv[1:]])
+    main(named_runs("ablations"))

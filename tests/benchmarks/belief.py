@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from context_engine import ExactFilter
 from environment import ACTION_MAPS, MOVES, N_ACTIONS, ROLE_COLOURS, HiddenRulesWorld, task_split
 from main import EVALUATION_SEED, System, load_system
+from tests.benchmarks import named_runs
 
 LIFETIMES = 2048
 STEPS = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32), (32, 64))
@@ -118,6 +118,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python3 -m tests.benchmarks.belief RUN")
-    main(Path(sys.argv[1]))
+    main(*named_runs("belief", several=False))

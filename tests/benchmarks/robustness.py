@@ -8,7 +8,6 @@ slip, so what noise costs falls on the agent alone. Markdown to the screen, a fi
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from environment import shown, statistics
 from main import evaluate, load_system
+from tests.benchmarks import named_runs
 
 NOISES, SLIPS, LIFETIMES = (0.0, 0.1, 0.2, 0.3), (0.0, 0.15, 0.3), 512
 
@@ -56,6 +56,4 @@ def main(runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python3 -m tests.benchmarks.robustness RUN [RUN ...]")
-    main([Path(argument) for argument in sys.argv[1:]])
+    main(named_runs("robustness"))

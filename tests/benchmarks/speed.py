@@ -7,7 +7,6 @@ the machine; beside each stands what it is compared with.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from environment import HiddenRulesWorld, WorldSettings, task_split
 from main import Settings, load_system
 from memory import RunFolder
+from tests.benchmarks import named_runs
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -74,9 +74,7 @@ def learning_shares(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python3 -m tests.benchmarks.speed RUN")
-    folder = Path(sys.argv[1])
+    (folder,) = named_runs("speed", several=False)
     print("| what | figure | beside |\n|---|---|---|")
     world_speed(2)
     for look_again in (False, True):

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from agent import KnownRuleAgent, ThompsonAgent
 from environment import HiddenRulesWorld, interval, mean, play, shown, value_iteration
 from main import evaluation_tasks, load_system
+from tests.benchmarks import named_runs
 
 LIFETIMES, WINDOW, FLOOR = 2048, 8, 1e-3
 
@@ -78,6 +79,4 @@ def main(runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python3 -m tests.benchmarks.switching RUN [RUN ...]")
-    main([Path(argument) for argument in sys.argv[1:]])
+    main(named_runs("switching"))
