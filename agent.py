@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from context_engine import ContextInferenceEngine, ExactFilter, Imagined
+from context_engine import AppearanceEngine, ContextInferenceEngine, ExactFilter, Imagined
 from environment import (
     N_ACTIONS, HiddenRulesWorld, Lifetimes, WorldSettings, WorldStep, by_role, play, require, rule_of, seeded, value_iteration,
 )  # fmt: skip
@@ -123,6 +123,49 @@ class Planner:
         onward[looked] = self.action_values(branches.codes[effect], beliefs, again=False).amax(1)
         return self._back_up(branches, onward, len(codes))
 
+    def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
+        """Learn what states and fresh episodes are worth, from stored lifetimes and the planner's own look-ahead.
+
+        Along each lifetime, backwards, with the slow value V-, W- (the planner's) and e_t = the episode ended at t:
+
+            boot_t = lambda g_t+1 + (1 - lambda) after_t,    after_t = W-(c_t+1) if e_t else V-(z'_t, c_t+1)
+            g_t    = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken was the planner's choice,
+                     max_a Q_t                                where it was not
+            loss   = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
+
+        Time limits end episodes but not the lifetime, so they too lead to W. Q is the first look's, because a second
+        one would cost several times as much.
+
+        Args:
+            value: learns.
+            experience: (B, T, ...); beliefs: (B, T + 1, A + 1, H), without gradient.
+
+        Returns:
+            scalars by name: value and fresh, mean squared errors in squared units of reward.
+        """
+        B, T = experience.action.shape
+        slow, context = self.value, self.engine.context(beliefs).detach()  # (B, T + 1, A + 1, D)
+        codes, ended = experience.codes.flatten(0, 1), experience.terminated | experience.truncated
+        best, choice = self.action_values(codes, beliefs[:, :-1].flatten(0, 1), again=False).view(B, T, -1).max(-1)
+        with torch.no_grad():
+            pooled = slow.pool(context[:, 1:].flatten(0, 1))
+            onward = slow(slow.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
+            after = torch.where(ended, slow.fresh(pooled).view(B, T), onward)
+        target, following = torch.zeros_like(best), after[:, -1]
+        for t in reversed(range(T)):
+            boot = self.settings.trace * following + (1 - self.settings.trace) * after[:, t]
+            taken = 0.5 * (experience.reward[:, t] + self.settings.discount * boot) + 0.5 * best[:, t]
+            following = torch.where(experience.action[:, t] == choice[:, t], taken, best[:, t])
+            target[:, t] = following
+        first = torch.ones_like(ended)
+        first[:, 1:] = ended[:, :-1]
+        pooled = value.pool(context[:, :-1].flatten(0, 1))
+        predicted = value(value.statistics(codes), pooled).view(B, T)
+        return {
+            "value": F.mse_loss(predicted, target),
+            "fresh": F.mse_loss(value.fresh(pooled[first.flatten()]), target[first]),
+        }
+
     def _imagine(self, codes: Tensor, belief: Tensor) -> Branches:
         transition, engine, value, mass = self.transition, self.engine, self.value, self.settings.mass
         context = engine.context(belief)
@@ -181,53 +224,6 @@ def branch(probability: Tensor, mass: float) -> tuple[Tensor, Tensor]:
     return kept, weight / weight.sum(-1, keepdim=True)
 
 
-def value_loss(
-    value: Value, planner: Planner, experience: Experience, beliefs: Tensor
-) -> dict[str, Tensor]:  # fmt: skip
-    """Learn what states and fresh episodes are worth, from stored lifetimes and the planner's own look-ahead.
-
-    Along each lifetime, backwards, with the slow value V-, W- (which `planner` holds) and e_t = the episode ended at t:
-
-        boot_t = lambda g_t+1 + (1 - lambda) after_t,    after_t = W-(c_t+1) if e_t else V-(z'_t, c_t+1)
-        g_t    = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken was the planner's choice,
-                 max_a Q_t                                where it was not
-        loss   = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
-
-    Time limits end episodes but not the lifetime, so they too lead to W. Q is the first look's, because a second one
-    would cost several times as much.
-
-    Args:
-        value: learns; planner: with the slow value.
-        experience: (B, T, ...); beliefs: (B, T + 1, A + 1, H), without gradient.
-
-    Returns:
-        scalars by name: value and fresh, mean squared errors in squared units of reward.
-    """
-    B, T = experience.action.shape
-    settings, slow, engine = planner.settings, planner.value, planner.engine
-    codes, ended = experience.codes.flatten(0, 1), experience.terminated | experience.truncated
-    with torch.no_grad():
-        context = engine.context(beliefs)  # (B, T + 1, A + 1, D)
-        best, choice = planner.action_values(codes, beliefs[:, :-1].flatten(0, 1), again=False).view(B, T, -1).max(-1)
-        pooled = slow.pool(context[:, 1:].flatten(0, 1))
-        onward = slow(slow.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
-        after = torch.where(ended, slow.fresh(pooled).view(B, T), onward)
-        target, following = torch.zeros(B, T, device=best.device), after[:, -1]
-        for t in reversed(range(T)):
-            boot = settings.trace * following + (1 - settings.trace) * after[:, t]
-            taken = 0.5 * (experience.reward[:, t] + settings.discount * boot) + 0.5 * best[:, t]
-            following = torch.where(experience.action[:, t] == choice[:, t], taken, best[:, t])
-            target[:, t] = following
-        first = torch.ones(B, T, dtype=torch.bool, device=best.device)
-        first[:, 1:] = ended[:, :-1]
-    pooled = value.pool(context[:, :-1].flatten(0, 1))
-    predicted = value(value.statistics(codes), pooled).view(B, T)
-    return {
-        "value": F.mse_loss(predicted, target),
-        "fresh": F.mse_loss(value.fresh(pooled[first.flatten()]), target[first]),
-    }
-
-
 # -------------------------------------------------------------------------------------------------------------- agents
 
 
@@ -251,6 +247,7 @@ class AgentController:
         vae, transition, engine: perception, dynamics and inference.
         planner: answers `action_values(codes, belief, again)`.
         lifetime: steps of a lifetime.
+        appearance: infers how everything looks, and its context modulates the VAE; without it the world's row does.
         keep_pictures: keep the pictures in `memory`, for the store of past lifetimes.
         freeze_belief: never update the belief: the ablation that shows what adaptation is worth.
         look_again: plan with the second look, where the planner has one.
@@ -258,11 +255,11 @@ class AgentController:
 
     def __init__(
         self, vae: VAE, transition: TransitionModel, engine: ContextInferenceEngine, planner: Planner, lifetime: int,
-        keep_pictures: bool = False, freeze_belief: bool = False, look_again: bool = True,
+        appearance: AppearanceEngine | None = None, keep_pictures: bool = False, freeze_belief: bool = False, look_again: bool = True,
     ) -> None:  # fmt: skip
         self.vae, self.transition, self.engine, self.planner = vae, transition, engine, planner
         self.lifetime, self.keep_pictures, self.freeze_belief = lifetime, keep_pictures, freeze_belief
-        self.look_again = look_again
+        self.appearance, self.look_again = appearance, look_again
         self.exploration, self.generator = 0.0, None
 
     def explore(self, exploration: float, generator: torch.Generator) -> None:
@@ -275,13 +272,13 @@ class AgentController:
         self.memory = EpisodicMemory(
             len(frames), self.lifetime, patches, self.transition.settings.outcomes, frames.device, self.keep_pictures
         )
-        self.frame, self.belief = frames, self.engine.initial_belief(len(frames))
+        self.frame, self.belief, self.look = frames, self.engine.initial_belief(len(frames)), None
         self.nats: list[Tensor] = []  # for each step, how unexpected it was (B,), as in ExactFilter
 
     @torch.no_grad()
     def act(self) -> Tensor:
         """Choose actions (B,) int64: greedy on the planner's values, or random where exploring."""
-        self.vision = self.engine.context(self.belief)[:, -1]  # the pair around this action is seen under one context
+        self.vision = self._vision()  # the pair around this action is seen under one context
         self.codes = self.vae.encode(self.frame, self.vision)
         if self.exploration >= 1:  # no need to plan
             return self._random()
@@ -308,6 +305,13 @@ class AgentController:
         """Rebuild the belief from the memory: after the models have changed in mid-lifetime."""
         if not self.freeze_belief:
             self.belief = self.engine(self.memory)
+
+    def _vision(self) -> Tensor:
+        """The context (B, D) to see with."""
+        if self.appearance is None:
+            return self.engine.context(self.belief)[:, -1]
+        contexts, self.look = self.appearance.sequence(self.vae.patches(self.frame)[:, None], self.look)
+        return contexts[:, 0]
 
     def _random(self) -> Tensor:
         shape, device = (len(self.frame),), self.frame.device

@@ -42,14 +42,17 @@ class ContextSettings:
     context_scale: float = 3.0
     """Initial scale of belief to context over PyTorch's default."""
     hindsight_weight: float = 2.0
-    """Weight of predicting the outcomes of other times of the lifetime, at least 0."""
+    """Weight of predicting the outcomes of other times of the lifetime, at least 0; with 0 rewards and ends too are only
+    predicted at their own time."""
+    appearance: int = 0
+    """Features of a picture's patches in the token of its appearance; 0 for a world that always looks the same."""
     learning_rate: float = 4e-3
     """Adam's, of the engine, the outcome prior and the consequences; it decays with the run."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("hidden", 1, 4096), ("context", 1, 4096), ("touched", 1, 4096), ("token_scale", 0, 1000), ("context_scale", 0, 1000),
-            ("hindsight_weight", 0, 1000), ("learning_rate", 0, 1),
+            ("hindsight_weight", 0, 1000), ("appearance", 0, 4096), ("learning_rate", 0, 1),
         ):  # fmt: skip
             require(f"context.{name}", getattr(self, name), low, high)
 
@@ -248,16 +251,57 @@ class ContextInferenceEngine(nn.Module):
                 losses[name] = losses.get(name, 0) + (term * valid).sum() / valid.sum().clamp_min(1)
         return losses, beliefs.detach()
 
-    @staticmethod
     def _other_times(
-        segment: Tensor, row: Tensor, generator: torch.Generator, step: Tensor | None = None
+        self, segment: Tensor, row: Tensor, generator: torch.Generator, step: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """A random time (N,) for each step of lifetimes `row` (N,), and whether it lies in the step's segment (float)."""
+        """A random time (N,) for each step of lifetimes `row` (N,), and whether it lies in the step's segment (float);
+        without hindsight the step's own time."""
         T = segment.shape[1]
         if step is None:
             step = torch.arange(len(row), device=row.device) % T
+        if self.settings.hindsight_weight == 0:
+            return step, torch.ones(len(row), device=row.device)
         elsewhen = torch.randint(T, row.shape, generator=generator, device=row.device)
         return elsewhen, (segment[row, elsewhen] == segment[row, step]).float()
+
+
+class AppearanceEngine(nn.Module):
+    """How everything looks in this lifetime: one more recurrent row, whose context modulates perception alone.
+
+    Its token is the mean of features of the picture's patches. It stands apart from the belief about the rules because
+    other evidence feeds it (pictures, not effects), because the VAE's bound teaches it, as in variBAD every part of a
+    belief learns from what must be decoded with it, and because no imagined step changes it.
+
+    Args:
+        settings: see `ContextSettings`; `appearance` above 0.
+        pixels: numbers in a patch, P.
+    """
+
+    def __init__(self, settings: ContextSettings, pixels: int) -> None:
+        super().__init__()
+        self.features = nn.Linear(pixels, settings.appearance)
+        self.gru = nn.GRU(settings.appearance, settings.hidden, batch_first=True)
+        self.to_context = nn.Linear(settings.hidden, settings.context)
+        with torch.no_grad():
+            for weight in (self.features.weight, self.gru.weight_ih_l0):
+                weight.mul_(settings.context_scale)
+
+    def sequence(self, patches: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Look at pictures in the order in which they came.
+
+        Args:
+            patches: (B, T, S, P) float32, see `VAE.patches`.
+            state: (1, B, H), what the pictures before them left behind; None at the beginning of a lifetime.
+
+        Returns:
+            contexts (B, T, D), each with its own picture already seen, and the state (1, B, H) behind the last one.
+        """
+        states, last = self.gru(F.silu(self.features(patches)).mean(2), state)
+        return self.to_context(states), last
+
+    def unseen(self) -> Tensor:
+        """The context (D,) before any picture."""
+        return self.to_context(torch.zeros(self.gru.hidden_size, device=self.to_context.weight.device))
 
 
 class ExactFilter:

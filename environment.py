@@ -61,6 +61,9 @@ class WorldSettings:
     switch_step: int = 0
     """To measure how fast an agent recovers: rules are drawn anew after this step and no other, while the references go
     on expecting `switch`, which must be above 0; 0 for at random."""
+    tint: float = 0.0
+    """How differently lifetimes look, in [0, 1): a hidden gain of each colour channel, from 1 - tint to 1, and a hidden
+    brightness, up to tint * 100 of 255, drawn for every lifetime."""
     holdout: Literal["combinations", "permutations"] = "combinations"
     """What is never trained on: 28 of the 144 pairs of action map and roles, or 6 of the 24 action maps."""
 
@@ -68,6 +71,7 @@ class WorldSettings:
         for name, low, high in (
             ("grid", 3, 16), ("cell", 1, 64), ("lifetime", 2, 10_000), ("episode_limit", 1, 10_000),
             ("slip", 0, 1), ("slip_random", 0, 1), ("noise", 0, 10), ("switch", 0, 0.5), ("switch_step", 0, 10_000),
+            ("tint", 0, 0.99),
         ):  # fmt: skip
             require(f"world.{name}", getattr(self, name), low, high)
         if self.switch_step and not self.switch:
@@ -191,8 +195,11 @@ class HiddenRulesWorld:
         self.generator = seeded(seed, stream=0, device=self.device)
         self.noise_generator = seeded(seed, stream=1, device=self.device)
         self.switch_generator = seeded(seed, stream=6, device=self.device)
+        self.tint_generator = seeded(seed, stream=7, device=self.device)
         self.rows = torch.arange(batch, device=self.device)
-        self._moves, self._palette = MOVES.to(self.device), PALETTE.to(self.device, torch.int16)
+        self._moves = MOVES.to(self.device)
+        shades = torch.cat([PALETTE, torch.full_like(PALETTE[:1], BACKGROUND)]).to(self.device, torch.int16)
+        self._shades = shades.expand(batch, -1, -1)  # (B, (red, green, blue, background), channel)
         self._noise: Tensor | None = None
         if settings.noise:
             samples = torch.randn(bank + 3 * settings.pixels**2, generator=self.noise_generator, device=self.device)
@@ -205,9 +212,18 @@ class HiddenRulesWorld:
         self.rule = rule_of(self.task)
         self.segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # number of the present rule
         self.steps = 0  # of the lifetime
+        if self.settings.tint:
+            self._tint()
         self.position = self._starts()  # (B, role, (row, column))
         self.age = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # steps of the present episode
         return self.draw()
+
+    def _tint(self) -> None:
+        """Draw how every lifetime looks: `gains` (B, channel) and `brightness` (B, 1), float."""
+        strength = self.settings.tint * torch.rand((self.batch, 4), generator=self.tint_generator, device=self.device)
+        self.gains, self.brightness = 1 - strength[:, :3], 100 * strength[:, 3:]
+        plain = torch.cat([PALETTE, torch.full_like(PALETTE[:1], BACKGROUND)]).to(self.device)
+        self._shades = (plain * self.gains[:, None] + self.brightness[:, None]).round().to(torch.int16)
 
     def place(self, task: Tensor, position: Tensor, age: Tensor) -> None:
         """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64."""
@@ -277,20 +293,29 @@ class HiddenRulesWorld:
     def draw(self, rows: Tensor | None = None) -> Tensor:
         """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8."""
         s = self.settings
-        position, colours = self.position, self.rule.colours
+        position, colours, shades = self.position, self.rule.colours, self._shades
         if rows is not None:
-            position, colours = position[rows], colours[rows]
+            position, colours, shades = position[rows], colours[rows], shades[rows]
         n = len(position)
         picture = torch.full((n, s.grid, s.cell, s.grid, s.cell, 3), BACKGROUND, dtype=torch.int16, device=self.device)
+        if s.tint:
+            picture[:] = shades[:, -1, None, None, None, None]
         index = self.rows[:n]
         for role in (2, 1, 0):  # the body is drawn last: it covers what it stands on
-            colour = self._palette[colours[:, role]][:, None, None, :]  # (n, 1, 1, 3)
+            colour = shades[index, colours[:, role]][:, None, None, :]  # (n, 1, 1, 3)
             picture[index, position[:, role, 0], :, position[:, role, 1]] = colour
         picture = picture.view(n, -1)
         if self._noise is not None:
             start = torch.randint(len(self._noise), (n,), generator=self.noise_generator, device=self.device)
             picture += self._noise[start]
         return picture.clamp_(0, 255).to(torch.uint8).view(n, s.pixels, s.pixels, 3)
+
+    def words(self, row: int) -> str:
+        """What is hidden in one world in words, for captions."""
+        if not self.settings.tint:
+            return self.rule.words(row)
+        gains = " ".join(f"{gain:.2f}" for gain in self.gains[row].tolist())
+        return f"{self.rule.words(row)}\ngains {gains}, brightness {self.brightness[row].item():.0f}"
 
     def by_colour(self, position: Tensor) -> Tensor:
         """What a perfect eye sees of positions (B, role, 2): the same, ordered by colour (B, colour, 2)."""
@@ -726,10 +751,38 @@ class PixelEnv(gymnasium.Env):
         picture = self._picture.repeat(scale, 0).repeat(scale, 1)
         if not self.caption:
             return picture
-        canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + 44), "white")
+        words = self.world.words(0)
+        canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + 22 * (words.count("\n") + 1)), "white")
         canvas.paste(Image.fromarray(picture))
-        ImageDraw.Draw(canvas).text((6, picture.shape[0] + 4), self.world.rule.words(0), fill="black", font_size=15)
+        ImageDraw.Draw(canvas).text((6, picture.shape[0] + 4), words, fill="black", font_size=15)
         return np.asarray(canvas)
+
+
+class PreviousStep(gymnasium.Wrapper):
+    """Shows what led to each picture, for recurrent agents that must find the rules out (RL2, Duan et al., 2016).
+
+    Observations become {"picture": as before, "previous": (A + 2,) float32}: the previous action as one-hot, its reward,
+    and 1 where an episode inside the lifetime has just ended; zeros after a reset.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        super().__init__(env)
+        self._first = np.zeros(env.action_space.n + 2, np.float32)
+        previous = gymnasium.spaces.Box(-np.inf, np.inf, self._first.shape, np.float32)
+        self.observation_space = gymnasium.spaces.Dict({"picture": env.observation_space, "previous": previous})
+
+    def reset(self, **options: Any) -> tuple[dict[str, np.ndarray], dict]:
+        """As the wrapped environment's."""
+        picture, info = self.env.reset(**options)
+        return {"picture": picture, "previous": self._first.copy()}, info
+
+    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
+        """As the wrapped environment's."""
+        picture, reward, terminated, truncated, info = self.env.step(action)
+        previous = self._first.copy()
+        previous[action], previous[-2] = 1, reward
+        previous[-1] = info.get("episode_terminated", False) or info.get("episode_truncated", False)
+        return {"picture": picture, "previous": previous}, reward, terminated, truncated, info
 
 
 class PixelVectorEnv(gymnasium.vector.VectorEnv):

@@ -1,6 +1,6 @@
 """Meta-train an agent that infers hidden rules from pixels; evaluate, resume and watch it.
 
-    python3 main.py [train] [--preset default|quick|large|switching] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
+    python3 main.py [train] [--preset default|quick|large|switching|tinted] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
     python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate PART]
     python3 main.py resume RUN [--updates N]
     python3 main.py watch RUN [--seed N]
@@ -39,8 +39,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from agent import AgentController, Planner, PlannerSettings, references, value_loss
-from context_engine import ContextInferenceEngine, ContextSettings, ExactFilter
+from agent import AgentController, Planner, PlannerSettings, references
+from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
 from environment import (
     N_ACTIONS, STATISTICS, HiddenRulesWorld, Lifetimes, WorldSettings, compare, draw_adaptation, draw_episodes, draw_lifetime,
     episode_table, play, report, require, result_table, seeded, shown, statistics, summary, task_split,
@@ -124,6 +124,12 @@ PRESETS: dict[str, dict] = {
         "world": {"lifetime": 128, "switch": 0.01},
         "training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024},
     },
+    "tinted": {
+        "world": {"tint": 0.8},
+        "vae": {"encoder_rate": 2e-3},
+        "context": {"appearance": 16},
+        "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
+    },
     "large": {"world": {"grid": 8, "episode_limit": 24}},
     "quick": {
         "world": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
@@ -141,8 +147,9 @@ PRESETS: dict[str, dict] = {
 class Settings:
     """All settings of a run. Precedence: default < preset < --config FILE < flags."""
 
-    preset: Literal["default", "quick", "large", "switching"] = "default"
-    """A named set of settings to begin from: 6x6 in minutes, a small world in seconds, 8x8, rules that change."""
+    preset: Literal["default", "quick", "large", "switching", "tinted"] = "default"
+    """A named set of settings to begin from: 6x6 in minutes, a small world in seconds, 8x8, rules that change, worlds that
+    look different."""
     seed: int = 0
     """Decides everything random in the run, 0 to 1,000,000."""
     device: str = "cpu"
@@ -189,9 +196,12 @@ class System:
     Args:
         settings: of the run; the seed decides the initial weights.
         device: where all parts live.
+        engine, planner: classes of one's own in the place of ours, built from the same arguments.
     """
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, device: torch.device, engine: type = ContextInferenceEngine, planner: type = Planner
+    ) -> None:  # fmt: skip
         torch.manual_seed(settings.seed)
         s, pixels = settings, settings.world.pixels
         perception = dataclasses.replace(s.vae, patch=s.vae.patch or s.world.cell)
@@ -199,20 +209,23 @@ class System:
         self.settings, self.device = settings, device
         self.vae = VAE(perception, picture=(pixels, pixels, 3), context_dim=context).to(device)
         self.transition = TransitionModel(s.transition, codes, self.vae.grid, context_dim=context).to(device)
-        self.engine = ContextInferenceEngine(s.context, N_ACTIONS, outcomes, codes).to(device)
+        self.engine = engine(s.context, N_ACTIONS, outcomes, codes).to(device)
+        self.appearance = None
+        if s.context.appearance:
+            self.appearance = AppearanceEngine(s.context, pixels=3 * perception.patch**2).to(device)
         self.value = Value(codes, self.vae.grid, context, s.planner.keypoints, s.planner.width).to(device)
         self.slow_value = copy.deepcopy(self.value).requires_grad_(False)  # acts, and makes the value's targets
-        self.planner = Planner(s.planner, self.transition, self.engine, self.slow_value)
+        self.planner = planner(s.planner, self.transition, self.engine, self.slow_value)
 
     def controller(self, **options: bool) -> AgentController:
         """An agent of these parts; options are those of `AgentController`."""
         parts = (self.vae, self.transition, self.engine, self.planner)
-        return AgentController(*parts, lifetime=self.settings.world.lifetime, **options)
+        return AgentController(*parts, lifetime=self.settings.world.lifetime, appearance=self.appearance, **options)
 
     def modules(self) -> dict[str, nn.Module]:
         """The parts with weights, by name."""
-        names = ("vae", "transition", "engine", "value", "slow_value")
-        return {name: getattr(self, name) for name in names}
+        names = ("vae", "transition", "engine", "appearance", "value", "slow_value")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def load(self, states: dict[str, dict]) -> None:
         """Take over the weights of all parts, from their `state_dict`s by name."""
@@ -233,7 +246,8 @@ def ablate(system: System, part: Ablation) -> None:
     with torch.no_grad():
         first = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
         held = {
-            "perception": (system.vae, first[-1]), "prior": (system.transition.prior_film, first[0]),
+            "perception": (system.vae, system.appearance.unseen() if system.appearance else first[-1]),
+            "prior": (system.transition.prior_film, first[0]),
             "consequences": (system.transition.consequence_film, first[-1]),
             "value": (system.slow_value, system.slow_value.pool(first[None])[0]),
         }  # fmt: skip
@@ -250,11 +264,11 @@ class Learner:
     """Meta-training, one `advance` at a time; everything that decides the future is in `state_dict`.
 
     Gradients do not cross: the VAE learns from pictures, the outcomes from codes, the context engine with prior and
-    consequences from cached effect posteriors, the value from the planner's look-ahead.
+    consequences from cached effect posteriors, the value from the planner's look-ahead. `parts` are those of `System`.
     """
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.settings, self.device, self.system = settings, device, System(settings, device)
+    def __init__(self, settings: Settings, device: torch.device, **parts: type) -> None:
+        self.settings, self.device, self.system = settings, device, System(settings, device, **parts)
         self.store = LifetimeStore(settings.memory, device)
         self.tasks = task_split(settings.world.holdout, "train")
         self.generator = seeded(settings.seed, stream=4, device=device)
@@ -262,8 +276,9 @@ class Learner:
         encoder = [p for name, p in self.system.vae.named_parameters() if name.startswith("encoder")]
         decoder = [p for name, p in self.system.vae.named_parameters() if not name.startswith("encoder")]
         transition, engine = self.system.transition, self.system.engine
+        look = [{"params": self.system.appearance.parameters()}] if self.system.appearance else []
         groups = {
-            "vae": [{"params": encoder}, {"params": decoder}],
+            "vae": [{"params": encoder}, {"params": decoder}, *look],
             "outcomes": transition.outcome_network.parameters(),
             "context": [*engine.parameters(), *transition.contextual_parameters()],
             "value": self.system.value.parameters(),
@@ -288,6 +303,8 @@ class Learner:
         if self.update == 0:
             for _ in range(t.random_lifetimes // t.worlds):
                 self.collect(exploration=1.0)
+        if outcome_update == 0:
+            self.merge_codes()
         if main_update in (0, -t.outcome_updates):  # perception or outcomes are new: so is all that was made by them
             for index in range(len(self.store.blocks)):
                 self.renew(index)
@@ -342,6 +359,8 @@ class Learner:
             vision = system.engine.context(system.engine.sequence(experience)[:, :-1])[:, :, -1]  # (n, T, D)
             made = []
             for frames, arrivals, seen in zip(*(x.split(rows_at_once) for x in (block.frames, block.arrivals(), vision))):
+                if system.appearance:
+                    seen = self.appearances(frames.to(self.device))
                 before, after = (
                     system.vae.encode(pictures.flatten(0, 1).to(self.device), seen.flatten(0, 1)) for pictures in (frames, arrivals)
                 )
@@ -350,19 +369,43 @@ class Learner:
             shape = experience.action.shape
             self.store.renew(index, *(torch.cat(parts).view(*shape, -1) for parts in zip(*made)), self.update)
 
+    def appearances(self, frames: Tensor) -> Tensor:
+        """Contexts (n, T, D) to see whole lifetimes of pictures (n, T, H, W, 3) with."""
+        patches = self.system.vae.patches(frames.flatten(0, 1))
+        return self.system.appearance.sequence(patches.view(*frames.shape[:2], *patches.shape[1:]))[0]
+
     def learn_perception(self, rows: Tensor, beliefs: Tensor | None = None) -> None:
-        """One update of the VAE on pictures of lifetimes `rows`; without beliefs (B, T + 1, A + 1, H) under no context."""
-        size, system = self.settings.training.picture_batch, self.system
+        """One update of the VAE on pictures of lifetimes `rows`; without beliefs (B, T + 1, A + 1, H) under no context.
+
+        Where the appearance is inferred, that learns along, from whole lifetimes of which sixteen pictures each are used.
+        """
+        size, system, lifetime = self.settings.training.picture_batch, self.system, self.settings.world.lifetime
         with self.timed("vae"):
             which = torch.randint(len(rows), (size,), generator=self.sampler)
-            step = torch.randint(self.settings.world.lifetime, (size,), generator=self.sampler)
-            frames = self.store.frames_at(rows[which], step).to(self.device)
-            vision = torch.zeros(size, self.settings.context.context, device=self.device)
-            if beliefs is not None:
-                vision = system.engine.context(beliefs[which, step])[:, -1].detach()
+            step = torch.randint(lifetime, (size,), generator=self.sampler)
+            if system.appearance:
+                few, which = which[: -(-size // 16)], torch.arange(size) // 16
+                every = torch.arange(lifetime).repeat(len(few))
+                frames = self.store.frames_at(rows[few].repeat_interleave(lifetime), every).to(self.device)
+                frames = frames.unflatten(0, (len(few), lifetime))
+                frames, vision = frames[which, step], self.appearances(frames)[which, step]
+            else:
+                frames = self.store.frames_at(rows[which], step).to(self.device)
+                vision = torch.zeros(size, self.settings.context.context, device=self.device)
+                if beliefs is not None:
+                    vision = system.engine.context(beliefs[which, step])[:, -1].detach()
             if self.update == 0:
                 system.vae.seed_codes(frames, vision)
             self._descend("vae", system.vae.loss(frames, vision, self.generator), clip=1e4)
+
+    def merge_codes(self, every: int = 16) -> None:
+        """Perception is new: let its codes that stand for the same count as one, by every so many pictures of a block."""
+        frames = self.store.blocks[0].frames.to(self.device)
+        vision = torch.zeros(*frames.shape[:2], self.settings.context.context, device=self.device)
+        if self.system.appearance:
+            with torch.no_grad():
+                vision = self.appearances(frames)
+        self.system.vae.merge_codes(frames[:, ::every].flatten(0, 1), vision[:, ::every].flatten(0, 1))
 
     def learn_outcomes(self, number: int) -> None:
         """Outcome update `number`: its phase follows from it."""
@@ -388,7 +431,7 @@ class Learner:
         """One update of the value, and a step of the slow value towards it."""
         system = self.system
         with self.timed("value"):
-            self._descend("value", value_loss(system.value, system.planner, experience, beliefs), clip=10)
+            self._descend("value", system.planner.loss(system.value, experience, beliefs), clip=10)
             with torch.no_grad():
                 for slow, fast in zip(system.slow_value.parameters(), system.value.parameters()):
                     slow.lerp_(fast, self.settings.planner.slow)
@@ -406,7 +449,7 @@ class Learner:
         done = max(0, main_update) / s.training.updates
         share = 1 - (1 - s.training.final_rate) * min(1.0, done)
         rates = {
-            "vae": [s.vae.late_rate] * 2 if late else [s.vae.encoder_rate, s.vae.decoder_rate],
+            "vae": [s.vae.late_rate] * 3 if late else [s.vae.encoder_rate, s.vae.decoder_rate, s.context.learning_rate],
             "outcomes": [s.transition.learning_rate * share],
             "context": [s.context.learning_rate * share],
             "value": [s.planner.learning_rate * share],
@@ -518,7 +561,7 @@ def film(system: System, path: Path, seed: int) -> None:
         happened = world.step(action)
         agent.observe(action, happened)
         earned += float(happened.reward)
-    draw_lifetime(moments, "hidden rule: " + world.rule.words(0).replace("\n", "; "), path)
+    draw_lifetime(moments, "hidden rule: " + world.words(0).replace("\n", "; "), path)
 
 
 # ------------------------------------------------------------------------------------------------------------- training

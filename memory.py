@@ -377,7 +377,7 @@ class RunFolder:
     `evaluation.json`, `timing.json`, `adaptation.png`, `lifetime.gif`.
     """
 
-    FORMAT = 1  # of checkpoints; raised when they change
+    FORMAT = 2  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

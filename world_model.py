@@ -81,16 +81,25 @@ class VAE(nn.Module):
         self.decoder_film = FiLMLayer(context_dim, hidden, scale=0)
         self.decoder_out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, pixels))
         self.code_prior = nn.Parameter(torch.zeros(settings.codes))  # uniform at the start
+        self.register_buffer("meaning", torch.arange(settings.codes, dtype=torch.uint8))  # see `merge_codes`
+
+    def patches(self, frames: Tensor) -> Tensor:
+        """The patches (B, S, pixels * channels) float32, range -0.5..0.5, of pictures (B, H, W, channels) uint8."""
+        if frames.shape[1:] != self.picture or frames.dtype != torch.uint8:
+            raise ValueError(f"pictures must be (B, {self.picture}) uint8, not {tuple(frames.shape)} {frames.dtype}.")
+        (rows, columns), patch, channels = self.grid, self.settings.patch, self.picture[2]
+        patches = frames.view(-1, rows, patch, columns, patch, channels).transpose(2, 3)  # (B, rows, columns, p, p, ch)
+        return patches.reshape(len(frames), rows * columns, -1).float().mul_(1 / 255).sub_(0.5)
 
     def logits(self, frames: Tensor, context: Tensor) -> Tensor:
         """Code logits (B, S, codes) of pictures (B, H, W, channels) uint8 under contexts (B, D); S patches."""
-        x = self._patches(frames)
+        x = self.patches(frames)
         return self.encoder_out(self.encoder_film(self.encoder_in(x), context))
 
     @torch.no_grad()
     def encode(self, frames: Tensor, context: Tensor) -> Tensor:
         """The likeliest codes (B, S) uint8 of pictures (B, H, W, channels) uint8 under contexts (B, D)."""
-        return self.logits(frames, context).argmax(-1).to(torch.uint8)
+        return self.meaning[self.logits(frames, context).argmax(-1)]
 
     def decode(self, codes: Tensor, context: Tensor) -> Tensor:
         """Pictures (B, H, W, channels) float32, range 0..1, of codes (B, S) uint8 under contexts (B, D)."""
@@ -111,7 +120,7 @@ class VAE(nn.Module):
 
         Args:
             frames: (B, H, W, channels) uint8.
-            context: (B, D) float32; no gradient should flow into it.
+            context: (B, D) float32; whatever made it learns along unless it is detached.
             generator: of the Gumbel noise.
 
         Returns:
@@ -121,7 +130,7 @@ class VAE(nn.Module):
         gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
         soft = ((log_q + gumbel) / self.settings.temperature).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), self.settings.codes).float()
-        error = self._decode_patches(hard + soft - soft.detach(), context) - self._patches(frames)
+        error = self._decode_patches(hard + soft - soft.detach(), context) - self.patches(frames)
         reconstruction = error.square().sum((1, 2)) / (2 * self.settings.deviation**2)
         kl = (log_q.exp() * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
         return {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
@@ -138,7 +147,7 @@ class VAE(nn.Module):
         Args:
             frames: (B, H, W, channels) uint8, a sample of what will be seen; context: (B, D).
         """
-        hidden = self.encoder_out[:-1](self.encoder_film(self.encoder_in(self._patches(frames)), context)).flatten(0, 1)
+        hidden = self.encoder_out[:-1](self.encoder_film(self.encoder_in(self.patches(frames)), context)).flatten(0, 1)
         centres = hidden.mean(0, keepdim=True)
         reach = torch.cdist(hidden, centres).amax()
         for _ in range(self.settings.codes):
@@ -161,16 +170,31 @@ class VAE(nn.Module):
         last.bias[found:] -= 10
         return found
 
+    @torch.no_grad()
+    def merge_codes(self, frames: Tensor, context: Tensor, tolerance: float = 0.5) -> int:
+        """Let codes that stand for the same kind of patch count as one from now on; returns how many have gone.
+
+        Where worlds look different, one kind of patch may have one code under some contexts and another under others, and
+        flicker between them in the middle. Such codes are known by their decoder: a patch of the one can be rebuilt by
+        the other, under its own context, almost as well. Each goes to the most frequent one that it can be exchanged for.
+
+        Args:
+            frames: (B, H, W, channels) uint8, a sample of what will be seen; context: (B, D).
+            tolerance: nats that an exchange may cost, for each number in a patch.
+        """
+        patches, codes = self.patches(frames), self.logits(frames, context).argmax(-1)
+        every = torch.eye(self.settings.codes, device=frames.device).expand(len(frames), -1, -1)
+        cost = torch.cdist(patches, self._decode_patches(every, context)).square() / (2 * self.settings.deviation**2)
+        cost = cost - cost.gather(2, codes[..., None])  # (B, S, codes): of calling a patch by another code
+        member = F.one_hot(codes, self.settings.codes).float().flatten(0, 1)
+        count = member.sum(0)
+        exchange = member.T @ cost.flatten(0, 1) / count.clamp_min(1)[:, None]  # (codes, codes)
+        alike = (torch.maximum(exchange, exchange.T) < tolerance * patches.shape[-1]) & (count > 0) & (count > 0)[:, None]
+        self.meaning.copy_(torch.where(alike, count, -1).argmax(1).where(count > 0, self.meaning))
+        return int((self.meaning != torch.arange(len(count), device=frames.device)).sum())
+
     def _decode_patches(self, one_hot: Tensor, context: Tensor) -> Tensor:
         return self.decoder_out(self.decoder_film(self.decoder_in(one_hot), context))  # (B, S, pixels of a patch)
-
-    def _patches(self, frames: Tensor) -> Tensor:
-        """(B, H, W, channels) uint8 -> (B, S, pixels of a patch) float32, range -0.5..0.5."""
-        if frames.shape[1:] != self.picture or frames.dtype != torch.uint8:
-            raise ValueError(f"pictures must be (B, {self.picture}) uint8, not {tuple(frames.shape)} {frames.dtype}.")
-        (rows, columns), patch, channels = self.grid, self.settings.patch, self.picture[2]
-        patches = frames.view(-1, rows, patch, columns, patch, channels).transpose(2, 3)  # (B, rows, columns, p, p, ch)
-        return patches.reshape(len(frames), rows * columns, -1).float().mul_(1 / 255).sub_(0.5)
 
 
 class Value(nn.Module):

@@ -4,7 +4,7 @@ import unittest
 
 import torch
 
-from agent import BayesAdaptiveAgent, KnownRuleAgent, PlannerSettings, RandomAgent, ThompsonAgent, branch, value_loss
+from agent import BayesAdaptiveAgent, KnownRuleAgent, PlannerSettings, RandomAgent, ThompsonAgent, branch
 from context_engine import ExactFilter
 from environment import HiddenRulesWorld, Rule, WorldSettings, play, rule_of, task_split, value_iteration
 from main import System
@@ -167,7 +167,7 @@ class TestValueAndPlanner(unittest.TestCase):
         agent = system.controller()
         play(world, agent)
         experience = agent.memory.experience()
-        losses = value_loss(system.value, system.planner, experience, system.engine.sequence(experience).detach())
+        losses = system.planner.loss(system.value, experience, system.engine.sequence(experience).detach())
         self.assertEqual(set(losses), {"value", "fresh"})
         sum(losses.values()).backward()
         self.assertTrue(all(p.grad is not None for p in system.value.parameters()))
@@ -187,7 +187,7 @@ class TestValueAndPlanner(unittest.TestCase):
         pooled = system.value.pool(system.engine.context(beliefs)[:, :-1].flatten(0, 1))
         predicted = system.value(system.value.statistics(experience.codes.flatten(0, 1)), pooled)
         expected = (predicted - values.amax(-1).flatten()).square().mean()
-        torch.testing.assert_close(value_loss(system.value, system.planner, never, beliefs)["value"], expected)
+        torch.testing.assert_close(system.planner.loss(system.value, never, beliefs)["value"], expected)
 
 
 class TestController(unittest.TestCase):

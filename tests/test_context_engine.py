@@ -1,10 +1,11 @@
 """The context engine: sequence equals steps, memory decides the belief, symmetry of the actions, imagination, losses."""
 
 import unittest
+from dataclasses import replace
 
 import torch
 
-from context_engine import ContextInferenceEngine, ContextSettings
+from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings
 from environment import WorldStep
 from memory import EpisodicMemory, Experience
 from tests.shared import seeded
@@ -113,16 +114,45 @@ class TestLoss(unittest.TestCase):
     def test_targets_stay_within_their_segment(self):
         experience = experience_of(segments=3)
         row = torch.arange(B).repeat_interleave(T)
-        elsewhen, same = ContextInferenceEngine._other_times(experience.segment, row, seeded())
+        elsewhen, same = engine_of()._other_times(experience.segment, row, seeded())
         step = torch.arange(B * T) % T
         self.assertTrue(torch.equal(same.bool(), elsewhen // 3 == step // 3))
         self.assertTrue(same.bool().any() and not same.bool().all())
+
+    def test_without_hindsight_every_target_is_at_its_own_time(self):
+        engine, experience = engine_of(), experience_of(segments=3)
+        engine.settings = replace(engine.settings, hindsight_weight=0.0)
+        row, step = torch.arange(B).repeat_interleave(T), torch.arange(B * T) % T
+        for asked in (None, step):
+            at, valid = engine._other_times(experience.segment, row, seeded(), asked)
+            self.assertTrue(torch.equal(at, step) and bool(valid.all()))
+        losses, _ = engine.loss(experience, TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5), seeded())
+        self.assertEqual(float(losses["hindsight"].detach()), 0)
+        self.assertGreater(float(losses["reward"].detach()), 0)
 
     def test_a_lifetime_without_events_has_a_loss(self):
         engine, experience = engine_of(), experience_of()
         quiet = experience._replace(reward=torch.zeros(B, T), terminated=torch.zeros(B, T, dtype=torch.bool))
         losses, _ = engine.loss(quiet, TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5), seeded())
         self.assertTrue(torch.isfinite(sum(losses.values())))
+
+
+class TestAppearance(unittest.TestCase):
+    def test_pictures_one_by_one_give_what_the_sequence_gives(self):
+        torch.manual_seed(0)
+        engine, patches = AppearanceEngine(ContextSettings(appearance=4), pixels=12), torch.rand(3, 7, 9, 12) - 0.5
+        contexts, last = engine.sequence(patches)
+        self.assertEqual((contexts.shape, last.shape), ((3, 7, 32), (1, 3, 64)))
+        state = None
+        for t in range(7):
+            one, state = engine.sequence(patches[:, t : t + 1], state)
+            torch.testing.assert_close(one[:, 0], contexts[:, t])
+        self.assertEqual(engine.unseen().shape, (32,))
+
+    def test_where_things_lie_says_nothing_of_how_they_look(self):
+        engine, patches = AppearanceEngine(ContextSettings(appearance=4), pixels=12), torch.rand(2, 3, 9, 12) - 0.5
+        shuffled = patches[:, :, torch.randperm(9)]
+        torch.testing.assert_close(engine.sequence(patches)[0], engine.sequence(shuffled)[0])
 
 
 if __name__ == "__main__":

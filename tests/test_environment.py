@@ -12,8 +12,8 @@ from gymnasium.utils.env_checker import check_env
 
 import environment
 from environment import (
-    MOVES, N_TASKS, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, WorldSettings, log_likelihood, reward_consistent,
-    rule_of, seeded, task_split, value_iteration,
+    MOVES, N_TASKS, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings, log_likelihood,
+    reward_consistent, rule_of, seeded, task_split, value_iteration,
 )  # fmt: skip
 from agent import RandomAgent
 from context_engine import ExactFilter
@@ -209,6 +209,30 @@ class TestSwitching(unittest.TestCase):
         self.assertGreater(belief["knows"][-1], 0.5)
 
 
+class TestTint(unittest.TestCase):
+    def test_the_picture_is_the_plain_one_through_gains_and_brightness(self):
+        plain, tinted = (HiddenRulesWorld(replace(CLEAR, tint=tint), 64, task_split("combinations", "train"), 0) for tint in (0, 0.8))
+        for _ in range(2):  # every lifetime has its own
+            before, after = plain.reset().float(), tinted.reset().float()
+            self.assertTrue(torch.equal(plain.position, tinted.position) and torch.equal(plain.task, tinted.task))
+            expected = (before * tinted.gains[:, None, None] + tinted.brightness[:, None, None]).clamp(0, 255)
+            self.assertLessEqual(float((after - expected).abs().max()), 1)
+            self.assertTrue(bool((tinted.gains >= 0.2).all()) and float(tinted.gains.min()) < 0.3)
+            self.assertTrue(0 <= float(tinted.brightness.min()) and 60 < float(tinted.brightness.max()) <= 80)
+        step = tinted.step(torch.zeros(64, dtype=torch.int64))
+        self.assertTrue(bool((step.arrival.float() <= (255 * tinted.gains + tinted.brightness)[:, None, None] + 1).all()))
+
+    def test_it_lasts_for_the_lifetime_and_is_told_in_captions_alone(self):
+        env = PixelEnv(WorldSettings(tint=0.5, noise=0), render_mode="rgb_array", caption=True)
+        env.reset(seed=0)
+        first = env.world.gains.clone()
+        for step in range(40):
+            _, _, _, _, info = env.step(step % 4)
+            self.assertLessEqual(set(info), {"episode_terminated", "episode_truncated", "final_frame"})
+        self.assertTrue(torch.equal(env.world.gains, first))
+        self.assertRegex(env.world.words(0), "gains .*brightness")
+
+
 class TestExactSolution(unittest.TestCase):
     def test_likelihoods_of_all_arrivals_sum_to_one(self):
         world, _ = world_of(WorldSettings(noise=0), batch=32)
@@ -298,6 +322,20 @@ class TestFaces(unittest.TestCase):
         self.assertEqual(info["final_obs"].shape, pictures.shape)
         self.assertFalse(np.array_equal(info["final_obs"], pictures))
         self.assertFalse(env.step(np.zeros(5, int))[3].any())
+
+    def test_recurrent_agents_can_be_shown_the_previous_step(self):
+        env = PreviousStep(gymnasium.make("HiddenRules-v0"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message=".*(different from the unwrapped version|infinity)")  # rewards may be any
+            check_env(env, skip_render_check=True)
+        seen, _ = env.reset(seed=1)
+        self.assertEqual(seen["previous"].tolist(), [0] * 6)
+        for step in range(64):
+            seen, reward, _, _, info = env.step(step % 4)
+            ended = info["episode_terminated"] or info["episode_truncated"]
+            self.assertEqual(seen["previous"].tolist(), [float(step % 4 == a) for a in range(4)] + [reward, ended])
+            self.assertTrue(env.observation_space.contains(seen))
 
     def test_bad_actions_are_refused(self):
         env, vector = PixelEnv(), PixelVectorEnv(3)

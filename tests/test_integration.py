@@ -1,6 +1,8 @@
 """The whole system through its real commands: one trained `quick` run, judged, broken on purpose, repeated."""
 
 import contextlib
+import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -13,10 +15,10 @@ from unittest import mock
 import torch
 
 from environment import HiddenRulesWorld, task_split
-from main import EVALUATION_SEED, PRESETS, Ablation, Settings, evaluate, load_system
-from memory import merge
-from tests.benchmarks import ablations, belief, robustness, switching
-from tests.shared import ROOT, command, quick_run, temporary_folder
+from main import EVALUATION_SEED, PRESETS, Ablation, Learner, Settings, evaluate, load_system
+from memory import RunFolder, merge, write_json
+from tests.benchmarks import ablations, belief, robustness, switching, tinted
+from tests.shared import ROOT, command, quick_run, temporary_folder, tiny
 
 LIFETIMES = 256
 
@@ -118,13 +120,11 @@ class TestQuickRun(unittest.TestCase):
         self.assertGreater(clear, noisy + 1)
         self.assertGreater((self.run_folder / "robustness.png").stat().st_size, 10_000)
 
-    def test_ablations_of_a_run(self):
-        with mock.patch.object(ablations, "LIFETIMES", 64), contextlib.redirect_stdout(io.StringIO()) as printed:
-            ablations.main([self.run_folder])
-        returns = {part: float(figure) for part, figure in re.findall(r"^\| ([a-z-]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M)}
-        self.assertEqual(set(returns), {"nothing", *get_args(Ablation)})
-        for part in ("belief", "prior", "consequences", "value"):
-            self.assertLess(returns[part], returns["nothing"] - 0.5, part)
+    def test_taking_a_modulation_away_costs_return(self):
+        system, _ = load_system(self.run_folder)
+        whole = evaluate(system, "validation", LIFETIMES)["return_mean"]
+        for part in ("prior", "consequences", "value"):
+            self.assertLess(evaluate(system, "validation", LIFETIMES, part)["return_mean"], whole - 0.5, part)
 
     def test_recovery_of_a_run(self):
         """The quick run has never met a switch, but the benchmark can put it where there are some."""
@@ -160,6 +160,58 @@ class TestQuickRun(unittest.TestCase):
     def test_evaluation_worlds_are_their_own(self):
         largest = merge(Settings(), {"seed": 1_000_000}).seed
         self.assertGreater(EVALUATION_SEED, (largest + 1) * 2**32 + 2**32)  # beyond any collection of any run
+
+
+class TestBenchmarks(unittest.TestCase):
+    """The benchmarks that train, on worlds so small that nothing is learnt: what they do, not what they find."""
+
+    def test_ablations_train_what_is_missing_and_print_a_row_for_each(self):
+        arguments = ablations.Arguments(seeds=(0,), updates=24, lifetimes=16, output=temporary_folder() / "ablations")
+        rows = {"nothing", *get_args(Ablation), *ablations.TRAINED}
+        peer = [ablations.PEER] if importlib.util.find_spec("sb3_contrib") else []
+        rows |= set(peer)
+        with mock.patch.object(ablations, "BASE", tiny()), mock.patch.object(ablations, "PEER", peer and ablations.PEER):
+            for trains in (True, False):
+                with contextlib.redirect_stdout(io.StringIO()) as printed:
+                    ablations.main(arguments)
+                self.assertEqual("training without" in printed.getvalue(), trains)
+        self.assertEqual(set(re.findall(r"^\| ([^|]+?) \| -?[\d.]+ \[", printed.getvalue(), re.M)), rows)
+
+    def test_without_look_ahead_it_learns_values_of_actions(self):
+        learner = Learner(tiny(planner={"discount": 1e-3}), torch.device("cpu"), planner=ablations.ModelFree)
+        while learner.update < 20:
+            learner.advance()
+        system, experience = learner.system, learner.store.experience
+        with torch.no_grad():
+            beliefs = system.engine.sequence(experience)
+            context = system.engine.context(beliefs[:, :-1].flatten(0, 1))
+            values = system.planner._values(system.value, experience.codes.flatten(0, 1), context)
+            values = values.gather(1, experience.action.flatten()[:, None])[:, 0]
+            by_hand = (values - experience.reward.flatten()).square().mean()  # nothing counts but the reward at once
+            loss = system.planner.loss(system.value, experience, beliefs)["value"]
+        self.assertAlmostEqual(float(loss), float(by_hand), places=2)
+        chosen = system.planner.action_values(experience.codes[:, 0], beliefs[:, 0])
+        self.assertEqual(chosen.shape, (len(experience.action), 4))
+
+    def test_code_accuracy_by_hand(self):
+        colours = torch.tensor([[[0, 3, 3, 1], [3, 0, 3, 1]], [[0, 3, 3, 1], [3, 0, 3, 1]]])
+        codes = torch.tensor([[[5, 2, 2, 4], [2, 5, 2, 4]], [[4, 2, 2, 4], [2, 4, 2, 4]]])  # in the second both look the same
+        self.assertEqual(tinted.code_accuracy(codes[:1], colours[:1], 6), (1.0, 1.0))
+        self.assertEqual(tinted.code_accuracy(codes, colours, 6), (0.75, 0.5))
+
+    def test_appearance_of_a_run(self):
+        runs = []
+        for features in (4, 0):
+            settings = tiny(world={"tint": 0.5}, context={"appearance": features})
+            learner, run = Learner(settings, torch.device("cpu")), temporary_folder()
+            learner.advance()
+            write_json(dataclasses.asdict(settings), run / "config.json")
+            RunFolder(run).save(learner)
+            runs.append(run)
+        with mock.patch.multiple(tinted, LIFETIMES=16, LAST=2), contextlib.redirect_stdout(io.StringIO()) as printed:
+            tinted.main(runs)
+        self.assertEqual(re.findall(r"^\| (with[a-z ]+) \|", printed.getvalue(), re.M), ["with appearance", "without it"])
+        self.assertGreater((runs[0] / "tinted.png").stat().st_size, 10_000)
 
 
 class TestReadme(unittest.TestCase):

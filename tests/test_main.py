@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import io
 import json
 import os
@@ -13,11 +14,13 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 import main
+from agent import Planner
 from environment import task_split
-from main import PRESETS, Learner, Settings
+from main import PRESETS, Learner, Settings, evaluate
 from memory import RunFolder, UserError, merge
 from tests.shared import ROOT, TINY, command, temporary_folder, tiny
 
@@ -239,6 +242,39 @@ class TestLearner(unittest.TestCase):
         learner.learn_context(learner.store.experience.rows(rows))
         for name, module in modules.items():
             self.assertTrue(all(torch.equal(p, old) for p, old in zip(module.parameters(), before[name])), name)
+
+    def test_an_inferred_appearance_learns_with_the_pictures_and_is_kept_in_checkpoints(self):
+        settings = tiny(world={"tint": 0.8}, context={"appearance": 4})
+        learner = Learner(settings, torch.device("cpu"))
+        weights = [p.detach().clone() for p in learner.system.appearance.parameters()]
+        while learner.update < 12:
+            learner.advance()
+        self.assertTrue(all(not torch.equal(p, old) for p, old in zip(learner.system.appearance.parameters(), weights)))
+        folder = temporary_folder()
+        learner.store.save_blocks(folder)
+        again = Learner(settings, torch.device("cpu"))
+        again.load_state_dict(copy.deepcopy(learner.state_dict()), folder)
+        for one in (learner, again):
+            while one.update < one.total:
+                one.advance()
+        for name, module in learner.system.modules().items():
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(torch.equal(tensor, again.system.modules()[name].state_dict()[key]), f"{name}.{key}")
+        self.assertTrue(np.isfinite(evaluate(learner.system, "test", 8, "perception")["return_mean"]))
+
+    def test_a_planner_of_ones_own_takes_the_place_of_ours(self):
+        class Still(Planner):
+            def action_values(self, codes, belief, again=True):
+                return torch.zeros(len(codes), self.engine.actions)
+
+            def loss(self, value, experience, beliefs):
+                return {"none": sum(p.sum() for p in value.parameters()) * 0}
+
+        learner = Learner(tiny(), torch.device("cpu"), planner=Still)
+        while learner.update < learner.total:
+            learner.advance()
+        self.assertIsInstance(learner.system.planner, Still)
+        self.assertIn("value/none", learner.metrics)
 
     def test_codes_are_renewed_under_the_version_that_made_them(self):
         learner = Learner(tiny(), torch.device("cpu"))

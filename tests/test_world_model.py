@@ -69,6 +69,29 @@ class TestVAE(unittest.TestCase):
             self.assertEqual(len(kinds), 4)
             self.assertEqual(len(set().union(*kinds.values())), sum(map(len, kinds.values())))
 
+    def test_codes_that_can_be_exchanged_are_merged_and_no_others(self):
+        vae, frames, context = vae_of(deviation=0.1), frames_of(noise=0), torch.zeros(64, 5)
+        vae.seed_codes(frames, context)
+        before = vae.encode(frames, context)
+        used = before.unique().tolist()
+        self.assertEqual(len(used), 4)
+        clear = vae.patches(frames)
+        with torch.no_grad():  # a decoder that knows what each code stands for
+            wanted = torch.zeros(6, 48)
+            for code in used:
+                wanted[code] = clear[before == code][0]
+            vae._decode_patches = lambda one_hot, context: one_hot @ wanted
+        self.assertEqual(vae.merge_codes(frames, context), 0)
+        self.assertTrue(torch.equal(vae.encode(frames, context), before))
+        first, second = used[0], used[1]
+        # Now two stand for the same, halfway between both kinds.
+        wanted[[first, second]] = (clear[before == first][0] + clear[before == second][0]) / 2
+        self.assertEqual(vae.merge_codes(frames, context), 1)
+        self.assertEqual(len(vae.encode(frames, context).unique()), 3)
+        again = vae_of(deviation=0.1)
+        again.load_state_dict(vae.state_dict())
+        self.assertTrue(torch.equal(again.encode(frames, context), vae.encode(frames, context)))
+
     def test_bad_sizes_are_refused(self):
         with self.assertRaisesRegex(ValueError, "vae.patch is 5.*24x24.*such as 24"):
             VAE(VAESettings(patch=5), (24, 24, 3), 5)

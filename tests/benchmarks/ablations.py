@@ -1,36 +1,142 @@
-"""What each part is worth at decision time, weights as trained: `python3 -m tests.benchmarks.ablations RUN [RUN ...]`.
+"""What each part is worth: `python3 -m tests.benchmarks.ablations [--seeds 0 1 2] [--output runs/ablations]`.
 
-Every run lives the same held-out lifetimes whole and without each part; differences are paired by lifetime.
+Trains the whole agent and every variant of TRAINED for each seed, at a third of the default updates, and takes parts from
+the whole agent whose weights stay (`main.Ablation`); all live the same held-out lifetimes, and differences are paired by
+lifetime. What is done is kept in the output folder, so the same command goes on where it was stopped, and several processes
+with different seeds may fill one folder. The last line of the table is another kind of agent: RecurrentPPO of sb3-contrib
+with previous action, reward and restart in its observation (RL2, Duan et al., 2016), for the same seconds of training.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
 
+from agent import Planner
 from environment import interval, mean, shown, statistics
-from main import Ablation, evaluate, load_system
-from tests.benchmarks import named_runs
+from main import Ablation, Learner, Settings, evaluate
+from memory import Experience, merge, write_json
+from world_model import Value
 
-LIFETIMES = 512
+BASE = Settings()
+TRAINED: dict[str, dict] = {  # what a variant does without: the settings that take it away
+    "hindsight decoding": {"context": {"hindsight_weight": 0.0}},
+    "labels consistent over the lifetime": {"transition": {"free_updates": 900}},  # of at most 684 outcome updates
+    "initial scales": {"context": {"token_scale": 1.0, "context_scale": 1.0}, "transition": {"film_scale": 1.0}},
+    "look-ahead": {},
+}
+PEER = "everything: RecurrentPPO"
 
 
-def main(runs: list[Path]) -> None:
-    """Print the table."""
-    systems = [load_system(run)[0] for run in runs]
-    whole = [evaluate(system, "test", LIFETIMES) for system in systems]
-    print("| without | return | normalised | difference |\n|---|---|---|---|")
-    for part in (None, *get_args(Ablation)):
-        results = whole if part is None else [evaluate(system, "test", LIFETIMES, part) for system in systems]
+class ModelFree(Planner):
+    """No look-ahead: the same value network, reading the row of one action in the place of the mean over all of them, is
+    Q(z, c, a), and learns by Watkins' Q(lambda) (1989) along the same stored lifetimes."""
+
+    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H), of the slow value."""
+        with torch.no_grad():
+            return self._values(self.value, codes, self.engine.context(belief))
+
+    def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
+        """Mean squared error of Q(z_t, c_t, a_t) from lambda-returns that are cut where another action was better."""
+        B, T = experience.action.shape
+        following_codes = torch.cat([experience.codes[:, 1:], experience.next_codes[:, -1:]], 1)
+        now, after = beliefs[:, :-1].flatten(0, 1), beliefs[:, 1:].flatten(0, 1)
+        choice = self.action_values(experience.codes.flatten(0, 1), now).view(B, T, -1).argmax(-1)
+        onward = self.action_values(following_codes.flatten(0, 1), after).view(B, T, -1).amax(-1)
+        target, following = torch.zeros_like(onward), onward[:, -1]
+        for t in reversed(range(T)):
+            boot = self.settings.trace * following + (1 - self.settings.trace) * onward[:, t]
+            target[:, t] = experience.reward[:, t] + self.settings.discount * boot
+            greedy = experience.action[:, t] == choice[:, t]
+            following = torch.where(greedy, target[:, t], onward[:, max(0, t - 1)])
+        context = self.engine.context(now).detach()
+        predicted = self._values(value, experience.codes.flatten(0, 1), context)
+        predicted = predicted.gather(1, experience.action.flatten()[:, None]).view(B, T)
+        return {"value": F.mse_loss(predicted, target)}
+
+    @staticmethod
+    def _values(value: Value, codes: Tensor, context: Tensor) -> Tensor:
+        seen, world = value.statistics(codes), context.shape[1] - 1
+        return torch.stack([value(seen, value.pool(context[:, [action, world]])) for action in range(world)], 1)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What each part is worth."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the trainings."""
+    updates: int = 333
+    """Updates of each training."""
+    lifetimes: int = 512
+    """Held-out lifetimes of each evaluation."""
+    output: Path = Path("runs/ablations")
+    """Where results are kept."""
+
+
+def results_of(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
+    """Evaluations of one trained variant, by what was taken away: made now, or kept from before."""
+    path = arguments.output / f"{variant.replace(' ', '-').replace(':', '')}-{seed}.json"
+    if not path.exists():
+        print(f"training without {variant}, seed {seed}", flush=True)
+        settings = merge(BASE, {"seed": seed, "training": {"updates": arguments.updates}})
+        if variant == PEER:
+            from tests.benchmarks.peers import evaluate_peer, train_recurrent_ppo  # needs tests/requirements.txt
+
+            seconds = results_of("nothing", seed, arguments)["seconds"]
+            results = {variant: evaluate_peer(train_recurrent_ppo(settings.world, seed, seconds), settings, arguments.lifetimes)}
+        else:
+            results, seconds = train_variant(variant, settings, arguments.lifetimes)
+        write_json(results | {"seconds": seconds}, path)
+    return json.loads(path.read_text())
+
+
+def train_variant(variant: str, settings: Settings, lifetimes: int) -> tuple[dict[str, Any], float]:
+    """Train, and evaluate; the whole agent also without each part at decision time."""
+    settings = merge(settings, TRAINED.get(variant, {}))
+    learner = Learner(settings, torch.device("cpu"), planner=ModelFree if variant == "look-ahead" else Planner)
+    started = time.perf_counter()
+    while learner.update < learner.total:
+        learner.advance()
+    seconds = time.perf_counter() - started
+    results = {variant: evaluate(learner.system, "test", lifetimes)}
+    if variant == "nothing":
+        results |= {part: evaluate(learner.system, "test", lifetimes, part) for part in get_args(Ablation)}
+    return results, seconds
+
+
+def main(arguments: Arguments) -> None:
+    """Train and evaluate what is missing, then print the table."""
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_json(dataclasses.asdict(arguments) | {"output": str(arguments.output)}, arguments.output / "arguments.json")
+    found: dict[str, list[dict]] = {}
+    for variant in ("nothing", *TRAINED, PEER):
+        for seed in arguments.seeds:
+            for name, result in results_of(variant, seed, arguments).items():
+                if name != "seconds":
+                    found.setdefault(name, []).append(result)
+    print("| without | return | normalised | difference | of which seeds |\n|---|---|---|---|---|")
+    whole = found["nothing"]
+    for name, results in found.items():
         said = statistics(*results)
         lost = [np.array([one["returns"]["agent"]]) - np.array([all_["returns"]["agent"]]) for one, all_ in zip(results, whole)]
-        difference = shown(float(np.mean(lost)), interval(mean, *lost), 2) if part else ""
-        figures = (shown(said[name], said[f"{name}_ci95"], digits) for name, digits in (("return_mean", 2), ("normalised", 3)))
-        print("| " + " | ".join([part or "nothing", *figures, difference]) + " |", flush=True)
-    print(f"\n{LIFETIMES} lifetimes on the test split, {len(runs)} runs")
+        difference = "" if name == "nothing" else shown(float(np.mean(lost)), interval(mean, *lost), 2)
+        figures = (shown(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3)))
+        each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
+        print("| " + " | ".join([name, *figures, difference, each]) + " |")
+    print(f"\n{arguments.lifetimes} lifetimes on the test split, {len(arguments.seeds)} runs of {arguments.updates} updates each")
 
 
 if __name__ == "__main__":
-    main(named_runs("ablations"))
+    main(tyro.cli(Arguments))

@@ -1,0 +1,91 @@
+"""Other people's agents in this world: RecurrentPPO of sb3-contrib as RL2 (Duan et al., 2016), without adaptation code.
+
+Needs tests/requirements.txt. Used by `ablations`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+import environment
+from environment import HiddenRulesWorld, PreviousStep, WorldSettings, WorldStep, compare, play
+from main import Settings, evaluation_tasks, references_in
+
+WORLDS = 32
+
+
+class StopAfter(BaseCallback):
+    """Ends training after so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.end = time.perf_counter() + seconds
+
+    def _on_step(self) -> bool:
+        return time.perf_counter() < self.end
+
+
+def enlarged(world: WorldSettings) -> WorldSettings:
+    """The same world in larger pictures: its convolutions need 36 pixels and more."""
+    return dataclasses.replace(world, cell=math.ceil(48 / world.grid))
+
+
+def train_recurrent_ppo(world: WorldSettings, seed: int, seconds: float = np.inf, frames: int = 10**12) -> RecurrentPPO:
+    """Train on the training tasks of `world`, for so many seconds or frames; about as many weights as our agent has."""
+    worlds = make_vec_env(
+        "HiddenRules-v0", WORLDS, seed=seed, env_kwargs={"settings": enlarged(world)}, wrapper_class=PreviousStep
+    )  # fmt: skip
+    policy = {
+        "lstm_hidden_size": 128, "shared_lstm": True, "enable_critic_lstm": False,
+        "net_arch": [64], "features_extractor_kwargs": {"cnn_output_dim": 64},
+    }  # fmt: skip
+    model = RecurrentPPO(
+        "MultiInputLstmPolicy", worlds, n_steps=world.lifetime, batch_size=8 * world.lifetime, n_epochs=4, learning_rate=1e-3,
+        gamma=0.95, ent_coef=0.01, policy_kwargs=policy, seed=seed, device="cpu",
+    )  # fmt: skip
+    return model.learn(frames, callback=StopAfter(seconds))
+
+
+class PeerAgent:
+    """A trained recurrent policy behind the interface of `agent.Agent`; greedy."""
+
+    def __init__(self, model: RecurrentPPO) -> None:
+        self.model = model
+
+    def begin(self, frames: torch.Tensor) -> None:
+        """A lifetime begins: the recurrent state with it."""
+        self.state, self.starts = None, np.ones(len(frames), bool)
+        self.seen = {"picture": frames.numpy(), "previous": np.zeros((len(frames), environment.N_ACTIONS + 2), np.float32)}
+
+    def act(self) -> torch.Tensor:
+        """The likeliest actions (B,) int64."""
+        pictures = self.seen["picture"].transpose(0, 3, 1, 2)  # as its policy was trained on
+        action, self.state = self.model.predict(self.seen | {"picture": pictures}, self.state, self.starts, deterministic=True)
+        self.starts = np.zeros_like(self.starts)
+        return torch.as_tensor(action)
+
+    def observe(self, action: torch.Tensor, step: WorldStep) -> None:
+        """What `PreviousStep` shows."""
+        ended = (step.terminated | step.truncated).float()
+        moved = torch.nn.functional.one_hot(action, environment.N_ACTIONS).float()
+        previous = torch.cat([moved, step.reward[:, None], ended[:, None]], 1)
+        self.seen = {"picture": step.frame.numpy(), "previous": previous.numpy()}
+
+
+def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> dict[str, Any]:
+    """As `main.evaluate`, with the same tasks, starts and slips, on pictures of its own size."""
+    tasks, seed = evaluation_tasks(settings.world, "test")
+    world = HiddenRulesWorld(enlarged(settings.world), lifetimes, tasks, seed)
+    lived = {"agent": play(world, PeerAgent(model))} | references_in(settings.world, lifetimes, "test", torch.device("cpu"))
+    lived["thompson"] = lived["thompson_step"]
+    weights = sum(parameter.numel() for parameter in model.policy.parameters())
+    return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
