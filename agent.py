@@ -1,230 +1,28 @@
-"""Agents: the planner, the controller that infers, plans and acts, and the reference agents on the exact filter.
+"""Agents: the controller that infers, plans and acts, reference agents on the exact filter; how lifetimes compare.
 
-Every agent answers `begin(frames)`, `act() -> actions` and `observe(actions, step)`; `environment.play` drives any of them.
+Every agent answers `begin(frames)`, `act() -> actions` and `observe(actions, step)`; `play` drives any of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
-from collections.abc import Callable
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import scipy.stats
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from context_engine import AppearanceEngine, ContextInferenceEngine, ExactFilter, Imagined
+from context_engine import AppearanceEngine, ContextInferenceEngine, ExactFilter
 from environment import (
-    N_ACTIONS, HiddenRulesWorld, Lifetimes, WorldSettings, WorldStep, by_role, play, require, rule_of, seeded, value_iteration,
+    N_ACTIONS, HiddenRulesWorld, WorldSettings, WorldStep, by_role, rule_of, seeded, value_iteration,
 )  # fmt: skip
-from memory import EpisodicMemory, Experience
-from transition_model import TransitionModel, pairs_present
-from world_model import VAE, Value
-
-
-@dataclass(frozen=True)
-class PlannerSettings:
-    """Planning and the value."""
-
-    discount: float = 0.95
-    """Of rewards, for each step, in (0, 1)."""
-    mass: float = 0.85
-    """Probability, in (0, 1], of the imagined outcomes and of the rewards that are followed; the least likely are left out."""
-    promising: float = 0.2
-    """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
-    second_look: int = 20
-    """Imagined steps of a state, at most so many for a second one: a vague belief is planned with one step."""
-    imagine: bool = True
-    """Plan with what would be known after an imagined step; without, information is worth nothing (as in QMDP)."""
-    keypoints: int = 8
-    """Points that the value finds in the grid, at least 1."""
-    width: int = 192
-    """Hidden features of the value, at least 1."""
-    trace: float = 0.8
-    """Lambda of the returns that the value learns from, in [0, 1]."""
-    slow: float = 0.2
-    """Share of the way that the slow value goes towards the learnt one at each update, in (0, 1]."""
-    learning_rate: float = 4e-3
-    """Adam's, of the value; it decays with the run."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6),
-            ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1), ("slow", 1e-6, 1), ("learning_rate", 0, 1),
-        ):  # fmt: skip
-            require(f"planner.{name}", getattr(self, name), low, high)
-
-
-# -------------------------------------------------------------------------------------------------------- the planner
-
-
-class Branches(NamedTuple):
-    """N imagined steps from B states: what would happen, be known, and be worth from there on."""
-
-    state: Tensor
-    """(N,) int64: which state it starts from."""
-    action: Tensor
-    """(N,) int64."""
-    weight: Tensor
-    """(N,) float: its probability, given state and action."""
-    reward: Tensor
-    """(N,) float."""
-    end: Tensor
-    """(N,) float: probability that the episode ends with it."""
-    fresh: Tensor
-    """(N,) float: W, what a new episode would be worth with what is known then."""
-    onward: Tensor
-    """(N,) float: V, what going on would be."""
-    effect: Tensor
-    """(N,) int64: row of `codes`, and of `beliefs.others`."""
-    rows: tuple[Tensor, Tensor]
-    """(N,) int64 each: rows of `beliefs.own` and of `beliefs.world`."""
-    codes: Tensor
-    """(P, S) uint8: the grids of codes that the effects lead to."""
-    beliefs: Imagined
-
-
-class Planner:
-    """A Bayes-adaptive step, a second one where it may change the choice, then the learnt value.
-
-        Q(z, h, a) = sum_k pi(k|a, c) sum_r p(r|z, z'_k, c) [ r + discount ((1 - e) U(z'_k, h'_kr) + e W(c'_kr)) ]
-
-    z'_k is the outcome's mode, e the probability that the episode ends, and h'_kr the belief after the imagined
-    experience (a, k, r), c'_kr its context: the value of what an action teaches is part of the action's value. U is the
-    learnt V(z', c'), and for actions that are close to the best one max_a' Q(z', h', a') under that belief, with V
-    below it. Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and Wefald, 1991 (search where
-    it may change the decision).
-    """
-
-    def __init__(self, settings: PlannerSettings, transition: TransitionModel, engine: ContextInferenceEngine, value: Value) -> None:
-        self.settings, self.transition, self.engine, self.value = settings, transition, engine, value
-
-    STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and branches are many
-
-    @torch.no_grad()
-    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
-        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere."""
-        parts = zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
-        return torch.cat([self._action_values(*part, again) for part in parts])
-
-    def _action_values(self, codes: Tensor, belief: Tensor, again: bool) -> Tensor:
-        branches = self._imagine(codes, belief)
-        values = self._back_up(branches, branches.onward, len(codes))
-        if not again:
-            return values
-        promising = values > values.amax(1, keepdim=True) - self.settings.promising
-        few = branches.state.bincount(minlength=len(codes)) <= self.settings.second_look
-        promising &= (few & (promising.sum(1) > 1))[:, None]  # nothing to choose, nothing to look at
-        looked = promising[branches.state, branches.action].nonzero()[:, 0]
-        if len(looked) == 0:
-            return values
-        effect, onward = branches.effect[looked], branches.onward.clone()
-        beliefs = branches.beliefs.belief(effect, branches.action[looked], *(row[looked] for row in branches.rows))
-        onward[looked] = self.action_values(branches.codes[effect], beliefs, again=False).amax(1)
-        return self._back_up(branches, onward, len(codes))
-
-    def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
-        """Learn what states and fresh episodes are worth, from stored lifetimes and the planner's own look-ahead.
-
-        Along each lifetime, backwards, with the slow value V-, W- (the planner's) and e_t = the episode ended at t:
-
-            boot_t = lambda g_t+1 + (1 - lambda) after_t,    after_t = W-(c_t+1) if e_t else V-(z'_t, c_t+1)
-            g_t    = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken was the planner's choice,
-                     max_a Q_t                                where it was not
-            loss   = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
-
-        Time limits end episodes but not the lifetime, so they too lead to W. Q is the first look's, because a second
-        one would cost several times as much.
-
-        Args:
-            value: learns.
-            experience: (B, T, ...); beliefs: (B, T + 1, A + 1, H), without gradient.
-
-        Returns:
-            scalars by name: value and fresh, mean squared errors in squared units of reward.
-        """
-        B, T = experience.action.shape
-        slow, context = self.value, self.engine.context(beliefs).detach()  # (B, T + 1, A + 1, D)
-        codes, ended = experience.codes.flatten(0, 1), experience.terminated | experience.truncated
-        best, choice = self.action_values(codes, beliefs[:, :-1].flatten(0, 1), again=False).view(B, T, -1).max(-1)
-        with torch.no_grad():
-            pooled = slow.pool(context[:, 1:].flatten(0, 1))
-            onward = slow(slow.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
-            after = torch.where(ended, slow.fresh(pooled).view(B, T), onward)
-        target, following = torch.zeros_like(best), after[:, -1]
-        for t in reversed(range(T)):
-            boot = self.settings.trace * following + (1 - self.settings.trace) * after[:, t]
-            taken = 0.5 * (experience.reward[:, t] + self.settings.discount * boot) + 0.5 * best[:, t]
-            following = torch.where(experience.action[:, t] == choice[:, t], taken, best[:, t])
-            target[:, t] = following
-        first = torch.ones_like(ended)
-        first[:, 1:] = ended[:, :-1]
-        pooled = value.pool(context[:, :-1].flatten(0, 1))
-        predicted = value(value.statistics(codes), pooled).view(B, T)
-        return {
-            "value": F.mse_loss(predicted, target),
-            "fresh": F.mse_loss(value.fresh(pooled[first.flatten()]), target[first]),
-        }
-
-    def _imagine(self, codes: Tensor, belief: Tensor) -> Branches:
-        transition, engine, value, mass = self.transition, self.engine, self.value, self.settings.mass
-        context = engine.context(belief)
-
-        # What can happen: outcomes that look alike from here are one, and take the mass of all.
-        grids, alike = transition.outcome_network.modes(codes)  # (B, K, S), (B, K, K)
-        kept, weight = branch(transition.log_prior(context[:, :-1]).exp() @ alike, mass)  # (B, A, K)
-        state, outcome = kept.any(1).nonzero(as_tuple=True)  # P effects, shared by the actions
-        index = torch.zeros(len(codes), kept.shape[-1], dtype=torch.int64, device=codes.device)  # of the effect, 0 to P - 1
-        index[state, outcome] = torch.arange(len(state), device=codes.device)
-        next_codes = grids[state, outcome]
-        present = pairs_present(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1])[state])
-        rewarded, reward_weight = branch(log_reward.exp(), mass)  # (P, bins)
-        posterior = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
-
-        # What will be known then. Taken: an action has an effect; event: an effect comes with a reward.
-        row, action, outcome = kept.nonzero(as_tuple=True)
-        effect, (origin, bin_) = index[row, outcome], rewarded.nonzero(as_tuple=True)
-        if self.settings.imagine:
-            taken, event = (effect, action), (origin, transition.reward_bins[bin_])
-            beliefs = engine.imagine(belief, state, posterior, present, taken, event)
-        else:
-            beliefs = Imagined(belief[state, :-1], belief[row, action], belief[state[origin], -1])
-        pooled_actions, pooled_world = value.pool_shared(*map(engine.context, beliefs), effect, action)
-
-        # A branch is a pair of the two with the same effect; and what it is worth.
-        event_of = torch.zeros_like(rewarded, dtype=torch.int64)
-        event_of[origin, bin_] = torch.arange(len(origin), device=codes.device)
-        taken, bin_ = rewarded[effect].nonzero(as_tuple=True)
-        effect = effect[taken]
-        event = event_of[effect, bin_]
-        pooled = torch.cat([pooled_actions[taken], pooled_world[event]], -1)
-        return Branches(
-            state=row[taken], action=action[taken], weight=weight[row, action, outcome][taken] * reward_weight[effect, bin_],
-            reward=transition.reward_bins[bin_], end=torch.sigmoid(end)[effect], fresh=value.fresh(pooled),
-            onward=value(value.statistics(next_codes)[effect], pooled), effect=effect, rows=(taken, event),
-            codes=next_codes, beliefs=beliefs,
-        )  # fmt: skip
-
-    def _back_up(self, branches: Branches, onward: Tensor, states: int) -> Tensor:
-        actions = self.engine.actions
-        worth = branches.reward + self.settings.discount * torch.lerp(onward, branches.fresh, branches.end)
-        q = torch.zeros(states * actions, device=worth.device)
-        q.index_add_(0, branches.state * actions + branches.action, worth * branches.weight)
-        return q.view(states, actions)
-
-
-def branch(probability: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-    """Which entries (bool) of probabilities (..., n) make up the smallest set of at least `mass`, and these
-    renormalised to one."""
-    ordered, index = probability.sort(-1, descending=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = torch.zeros_like(probability, dtype=torch.bool).scatter_(-1, index, (before < mass) & (ordered > 0))
-    weight = probability * kept
-    return kept, weight / weight.sum(-1, keepdim=True)
-
-
-# -------------------------------------------------------------------------------------------------------------- agents
+from memory import EpisodicMemory
+from transition_model import TransitionModel
+from world_model import VAE, Planner
 
 
 class Agent(Protocol):
@@ -502,3 +300,293 @@ def references(
     if rollouts > 0:
         lived["bayes_adaptive"] = live(lambda world: BayesAdaptiveAgent(world, q, seed, rollouts))
     return lived
+
+
+# --------------------------------------------------------------------------------------------------- lifetimes and scores
+
+
+class Lifetimes(NamedTuple):
+    """What happened in B lifetimes of T steps, on the CPU."""
+
+    reward: Tensor
+    """(B, T) float32."""
+    terminated: Tensor
+    """(B, T) bool."""
+    truncated: Tensor
+    """(B, T) bool."""
+    segment: Tensor
+    """(B, T) int64: number of the rule that the step was lived under."""
+
+
+def play(world: HiddenRulesWorld, agent: Any, watchers: Sequence[Any] = ()) -> Lifetimes:
+    """Let `agent` (see agent.Agent) live one lifetime in every world; watchers `begin` and `observe` along."""
+    frames = world.reset()
+    for listener in (agent, *watchers):
+        listener.begin(frames)
+    happened = []
+    for _ in range(world.settings.lifetime):
+        action = agent.act()
+        step = world.step(action)
+        for listener in (agent, *watchers):
+            listener.observe(action, step)
+        happened.append((step.reward, step.terminated, step.truncated, world.lived_segment))
+    return Lifetimes(*(torch.stack(part, 1).cpu() for part in zip(*happened)))
+
+
+def interval(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
+    """95% percentile bootstrap interval of `statistic`, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
+
+    Runs are evaluated in the same worlds. So lifetimes are drawn once for all strata and all quantities together:
+    whatever luck the runs share must not count as evidence as many times as there are runs.
+
+    Args:
+        statistic: of k arrays (..., runs * n), reduces their last axis.
+        strata: (k, n) each, k quantities of n lifetimes; one stratum for each run.
+
+    Returns:
+        low and high; None where the statistic has no number, such as a ratio to nothing.
+    """
+    together = np.stack(strata, 1)  # (k, runs, n)
+
+    def of_rows(rows: np.ndarray, axis: int) -> np.ndarray:
+        drawn = np.moveaxis(together[:, :, rows], 1, -2)  # (k, ..., runs, n)
+        return statistic(*drawn.reshape(*drawn.shape[:-2], -1))
+
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
+        found = scipy.stats.bootstrap(
+            [np.arange(together.shape[-1])], of_rows, n_resamples=2000, batch=100, method="percentile", vectorized=True,
+            rng=np.random.default_rng(0),
+        )  # fmt: skip
+    ends = found.confidence_interval.low, found.confidence_interval.high
+    return [float(end) if np.isfinite(end) else None for end in ends]
+
+
+def mean(x: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    return x.mean(-1)
+
+
+def interquartile_mean(x: np.ndarray) -> np.ndarray:
+    """IQM over the last axis: the mean of the middle half."""
+    return scipy.stats.trim_mean(x, 0.25, axis=-1)
+
+
+def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of two means over the last axis."""
+    return x.mean(-1) / y.mean(-1)
+
+
+def normalised(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Where the mean of x lies between those of low (0) and high (1)."""
+    return (x.mean(-1) - low.mean(-1)) / (high.mean(-1) - low.mean(-1))
+
+
+def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Probability that x is above y in the same lifetime, a tie counting half."""
+    return (x > y).mean(-1) + 0.5 * (x == y).mean(-1)
+
+
+STATISTICS: dict[str, tuple[Callable[..., np.ndarray], str, tuple[str, ...]]] = {
+    "return_mean": (mean, "returns", ("agent",)),
+    "return_iqm": (interquartile_mean, "returns", ("agent",)),
+    "normalised": (normalised, "returns", ("agent", "random", "known_rule")),
+    "of_thompson": (ratio, "returns", ("agent", "thompson")),
+    "improvement": (improvement, "returns", ("agent", "thompson")),
+    "late_of_known_rule": (ratio, "late_returns", ("agent", "known_rule")),
+}
+"""What is said of an agent beside the references: the statistic, of which quantity of a lifetime, and of whom."""
+
+
+def statistics(*results: dict[str, Any]) -> dict[str, Any]:
+    """Every one of STATISTICS with its interval, of one evaluation or of several runs' in the same worlds together."""
+    said = {}
+    for name, (statistic, quantity, whose) in STATISTICS.items():
+        strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(statistic(*np.concatenate(strata, -1)))
+        said[name], said[f"{name}_ci95"] = value if np.isfinite(value) else None, interval(statistic, *strata)
+    return said
+
+
+def compare(lived: dict[str, Lifetimes]) -> dict[str, Any]:
+    """Agents that lived the same lifetimes: a `summary` of each, `returns` and `late_returns` (of the last eighth of the
+    steps) of every lifetime, and the agent's `statistics` beside random, thompson and known_rule."""
+    late = -max(1, lived["agent"].reward.shape[1] // 8)
+    result = {name: summary(one) for name, one in lived.items()} | {
+        "returns": {name: one.reward.sum(1).tolist() for name, one in lived.items()},
+        "late_returns": {name: one.reward[:, late:].sum(1).tolist() for name, one in lived.items()},
+    }
+    return result | statistics(result)
+
+
+def summary(lifetimes: Lifetimes) -> dict[str, Any]:
+    """Return (mean, interquartile mean, intervals) and counts a lifetime; `by_step` is each step's mean
+    reward, `by_step_error` its standard error; `by_episode` see there."""
+    reward = lifetimes.reward.double()
+    returns = reward.sum(1).numpy()
+    return {
+        "return_mean": float(returns.mean()),
+        "return_iqm": float(interquartile_mean(returns)),
+        "return_mean_ci95": interval(mean, returns[None]),
+        "return_iqm_ci95": interval(interquartile_mean, returns[None]),
+        "by_step": reward.mean(0).tolist(),
+        "by_step_error": (reward.std(0) / len(returns) ** 0.5).tolist(),
+        "goals": float((reward > 0).double().sum(1).mean()),
+        "hazards": float((reward < 0).double().sum(1).mean()),
+        "timeouts": float(lifetimes.truncated.double().sum(1).mean()),
+        "by_episode": by_episode(lifetimes),
+    }
+
+
+def by_episode(lifetimes: Lifetimes) -> dict[str, list[float]]:
+    """Adaptation from episode to episode, for those numbers of which nine lifetimes in ten saw the end.
+
+    Shares of the first, second, ... episodes that ended on the goal (`success`), the hazard (`hazard`) or by the time
+    limit (`timeout`), and the mean steps of those that reached the goal (`steps_to_goal`, 0 where none did).
+    """
+    ended = lifetimes.terminated | lifetimes.truncated
+    row, step = ended.nonzero(as_tuple=True)
+    number = (ended.long().cumsum(1) - 1)[row, step]
+    begun = torch.cat([torch.zeros(1, dtype=torch.int64), step[:-1] + 1]).masked_fill(number == 0, 0)[: len(step)]
+    count = lambda which: number[which].bincount(minlength=ended.shape[1]).double()  # noqa: E731
+    reached = lifetimes.reward[row, step] > 0
+    goals, hazards = count(reached), count(lifetimes.reward[row, step] < 0)
+    spent = number[reached].bincount((step - begun + 1)[reached].double(), minlength=ended.shape[1])
+    all_, known = count(slice(None)), int((count(slice(None)) >= 0.9 * len(ended)).sum())
+    shares = {
+        "success": goals / all_, "hazard": hazards / all_, "timeout": count(lifetimes.truncated[row, step]) / all_,
+        "steps_to_goal": spent / goals.clamp_min(1),
+    }  # fmt: skip
+    return {name: share[:known].tolist() for name, share in shares.items()}
+
+
+def shown(value: float | None, ends: Sequence[float | None], digits: int) -> str:
+    """A figure with its 95% interval; a dash where there is no number."""
+    if None in (value, *ends):
+        return "-" if value is None else f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+AGENTS = {"agent": "agent", "thompson": "Thompson sampling", "known_rule": "known rule", "random": "random"}
+
+
+def report(result: dict[str, Any]) -> str:
+    """An evaluation in a few lines."""
+    lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
+    for name in AGENTS:
+        lines.append(f"  {name:18s} {shown(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
+    for name in STATISTICS:
+        if not name.startswith("return"):
+            lines.append(f"  {name:18s} {shown(result[name], result[name + '_ci95'], 3)}")
+    nats = result["belief_nats"]
+    lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
+    return "\n".join(lines)
+
+
+def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:
+    """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
+    heads = ["seed", "return", "IQM", "normalised", "of Thompson", "above Thompson", "last eighth, of known rule"]
+    lines = ["| " + " | ".join([*heads, "belief, nats over exact", "training"]) + " |", "|" + "---|" * 9]
+    for result in [*results, joined] if len(results) > 1 else results:
+        figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in STATISTICS]
+        one = result is not joined
+        rest = [f"{result['belief_nats']['late_excess']:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
+        lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
+    first, means = results[0], [result["return_mean"] for result in results]
+    bars = {name: label for name, label in AGENTS.items() if name != "agent"}
+    told = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
+    text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(told)}"
+    if first["references"]:
+        deep = first["references"]["agents"]["bayes_adaptive"]
+        text += f", Bayes-adaptive rollouts {shown(deep['return_mean'], deep['return_mean_ci95'], 2)} "
+        text += f"({first['references']['lifetimes']} lifetimes, {first['references']['rollouts']} rollouts an action)"
+    if len(results) > 1:
+        spread = scipy.stats.t.ppf(0.975, len(means) - 1) * scipy.stats.sem(means)
+        text += f"; over seeds the mean return is {np.mean(means):.2f} +- {spread:.2f} (95%, Student's t of {len(means)} runs)"
+    return "\n".join(lines) + f"\n\n{text}."
+
+
+def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> str:
+    """Markdown: how the first, second, ... episode of a lifetime ends, for every agent, averaged over evaluations."""
+    lines = ["| agent | episode | goal | hazard | time-out | steps to the goal |", "|" + "---|" * 6]
+    for name, label in AGENTS.items():
+        curves = {kind: [result[name]["by_episode"][kind] for result in results] for kind in results[0][name]["by_episode"]}
+        for number in numbers:
+            if number <= min(map(len, curves["success"])):
+                means = {kind: np.mean([curve[number - 1] for curve in each]) for kind, each in curves.items()}
+                shares = " | ".join(f"{means[kind]:.1%}" for kind in ("success", "hazard", "timeout"))
+                lines.append(f"| {label} | {number} | {shares} | {means['steps_to_goal']:.1f} |")
+    return "\n".join(lines)
+
+
+def draw_adaptation(results: Sequence[dict[str, Any]], path: Path, bin_steps: int = 4) -> None:
+    """Reward by step of the lifetime for every agent, averaged over `bin_steps` and over the evaluations, to `path`
+    (PNG); bands are 95% intervals of the mean over lifetimes."""
+    from matplotlib.figure import Figure  # here, because whoever only steps the world need not wait for it
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, runs = figure.subplots(), len(results)
+    for name, label in AGENTS.items():
+        rewards = np.array([result[name]["by_step"] for result in results]).mean(0)
+        steps = len(rewards) // bin_steps * bin_steps
+        binned = rewards[:steps].reshape(-1, bin_steps).mean(1)
+        square = np.square([result[name]["by_step_error"] for result in results]).sum(0) / runs**2
+        error = 1.96 * np.sqrt(square[:steps].reshape(-1, bin_steps).sum(1)) / bin_steps
+        at = (np.arange(len(binned)) + 0.5) * bin_steps
+        returns = np.mean([result[name]["return_mean"] for result in results])
+        (line,) = axes.plot(at, binned, label=f"{label}: {returns:.2f}")
+        axes.fill_between(at, binned - error, binned + error, alpha=0.2, color=line.get_color())
+    title = f"{results[0]['lifetimes']} lifetimes, {results[0]['split']} tasks" + (f", {runs} runs" if runs > 1 else "")
+    axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=title)
+    axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """How episodes end, and steps to the goal, by number of the episode, averaged over the evaluations, to `path` (PNG)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 4), ("success", "hazard", "timeout", "steps_to_goal")):
+        for name, label in AGENTS.items():
+            curves = [result[name]["by_episode"][kind] for result in results]
+            length = min(map(len, curves))
+            axes.plot(range(1, length + 1), np.mean([curve[:length] for curve in curves], 0), marker=".", label=label)
+        axes.set(title=kind.replace("_", " "), xlabel="episode of the lifetime")
+        axes.set_ylim(bottom=0)
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
+def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], caption: str, path: Path) -> None:
+    """A lifetime as an animation to `path` (GIF), atomically.
+
+    Args:
+        moments: for each step the picture seen and its reconstruction (H, W, 3), the belief (action, outcome) as
+            probabilities, and a heading.
+        caption: stands under all of them.
+    """
+    from matplotlib import animation
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 5.6))
+    parts = figure.subplot_mosaic([["seen", "rebuilt"], ["belief", "belief"]], height_ratios=[3, 1.5])
+    figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
+    for name, title in (("seen", "seen"), ("rebuilt", "reconstruction")):
+        parts[name].set(title=title, xticks=[], yticks=[])
+    actions = range(len(moments[0][2]))
+    parts["belief"].set(title="belief: which outcome each action has", ylabel="action", xticks=[], yticks=actions)
+    images = [parts[name].imshow(first) for name, first in (("seen", moments[0][0]), ("rebuilt", moments[0][1]))]
+    images.append(parts["belief"].imshow(moments[0][2], vmin=0, vmax=1, aspect="auto", cmap="magma"))
+    heading = figure.suptitle(" ")
+    figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
+
+    def show(moment: tuple) -> None:
+        for image, content in zip(images, moment):
+            image.set_data(content)
+        heading.set_text(moment[3])
+
+    temporary = path.with_name(f".{path.name}.tmp.gif")
+    film = animation.FuncAnimation(figure, show, moments, init_func=lambda: None, cache_frame_data=False)
+    film.save(temporary, writer=animation.PillowWriter(fps=4), dpi=70)
+    temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The pixel world whose rules are hidden: rules as data, the batched world, its exact solution, scores, Gymnasium faces.
+"""The pixel world whose rules are hidden: rules as data, the batched world, its exact solution, Gymnasium faces.
 
 Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes*
 follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from collections.abc import Callable, Sequence
 
 import gymnasium
 import numpy as np
-import scipy.stats
 import torch
 from gymnasium.vector.utils import batch_space
 from PIL import Image, ImageDraw
@@ -393,296 +389,6 @@ def value_iteration(settings: WorldSettings, discount: float = 0.95, tolerance: 
     return q
 
 
-# --------------------------------------------------------------------------------------------------- lifetimes and scores
-
-
-class Lifetimes(NamedTuple):
-    """What happened in B lifetimes of T steps, on the CPU."""
-
-    reward: Tensor
-    """(B, T) float32."""
-    terminated: Tensor
-    """(B, T) bool."""
-    truncated: Tensor
-    """(B, T) bool."""
-    segment: Tensor
-    """(B, T) int64: number of the rule that the step was lived under."""
-
-
-def play(world: HiddenRulesWorld, agent: Any, watchers: Sequence[Any] = ()) -> Lifetimes:
-    """Let `agent` (see agent.Agent) live one lifetime in every world; watchers `begin` and `observe` along."""
-    frames = world.reset()
-    for listener in (agent, *watchers):
-        listener.begin(frames)
-    happened = []
-    for _ in range(world.settings.lifetime):
-        action = agent.act()
-        step = world.step(action)
-        for listener in (agent, *watchers):
-            listener.observe(action, step)
-        happened.append((step.reward, step.terminated, step.truncated, world.lived_segment))
-    return Lifetimes(*(torch.stack(part, 1).cpu() for part in zip(*happened)))
-
-
-def interval(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
-    """95% percentile bootstrap interval of `statistic`, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
-
-    Runs are evaluated in the same worlds. So lifetimes are drawn once for all strata and all quantities together:
-    whatever luck the runs share must not count as evidence as many times as there are runs.
-
-    Args:
-        statistic: of k arrays (..., runs * n), reduces their last axis.
-        strata: (k, n) each, k quantities of n lifetimes; one stratum for each run.
-
-    Returns:
-        low and high; None where the statistic has no number, such as a ratio to nothing.
-    """
-    together = np.stack(strata, 1)  # (k, runs, n)
-
-    def of_rows(rows: np.ndarray, axis: int) -> np.ndarray:
-        drawn = np.moveaxis(together[:, :, rows], 1, -2)  # (k, ..., runs, n)
-        return statistic(*drawn.reshape(*drawn.shape[:-2], -1))
-
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
-        found = scipy.stats.bootstrap(
-            [np.arange(together.shape[-1])], of_rows, n_resamples=2000, batch=100, method="percentile", vectorized=True,
-            rng=np.random.default_rng(0),
-        )  # fmt: skip
-    ends = found.confidence_interval.low, found.confidence_interval.high
-    return [float(end) if np.isfinite(end) else None for end in ends]
-
-
-def mean(x: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    return x.mean(-1)
-
-
-def interquartile_mean(x: np.ndarray) -> np.ndarray:
-    """IQM over the last axis: the mean of the middle half."""
-    return scipy.stats.trim_mean(x, 0.25, axis=-1)
-
-
-def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of two means over the last axis."""
-    return x.mean(-1) / y.mean(-1)
-
-
-def normalised(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Where the mean of x lies between those of low (0) and high (1)."""
-    return (x.mean(-1) - low.mean(-1)) / (high.mean(-1) - low.mean(-1))
-
-
-def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Probability that x is above y in the same lifetime, a tie counting half."""
-    return (x > y).mean(-1) + 0.5 * (x == y).mean(-1)
-
-
-STATISTICS: dict[str, tuple[Callable[..., np.ndarray], str, tuple[str, ...]]] = {
-    "return_mean": (mean, "returns", ("agent",)),
-    "return_iqm": (interquartile_mean, "returns", ("agent",)),
-    "normalised": (normalised, "returns", ("agent", "random", "known_rule")),
-    "of_thompson": (ratio, "returns", ("agent", "thompson")),
-    "improvement": (improvement, "returns", ("agent", "thompson")),
-    "late_of_known_rule": (ratio, "late_returns", ("agent", "known_rule")),
-}
-"""What is said of an agent beside the references: the statistic, of which quantity of a lifetime, and of whom."""
-
-
-def statistics(*results: dict[str, Any]) -> dict[str, Any]:
-    """Every one of STATISTICS with its interval, of one evaluation or of several runs' in the same worlds together."""
-    said = {}
-    for name, (statistic, quantity, whose) in STATISTICS.items():
-        strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = float(statistic(*np.concatenate(strata, -1)))
-        said[name], said[f"{name}_ci95"] = value if np.isfinite(value) else None, interval(statistic, *strata)
-    return said
-
-
-def compare(lived: dict[str, Lifetimes]) -> dict[str, Any]:
-    """Agents that lived the same lifetimes: a `summary` of each, `returns` and `late_returns` (of the last eighth of the
-    steps) of every lifetime, and the agent's `statistics` beside random, thompson and known_rule."""
-    late = -max(1, lived["agent"].reward.shape[1] // 8)
-    result = {name: summary(one) for name, one in lived.items()} | {
-        "returns": {name: one.reward.sum(1).tolist() for name, one in lived.items()},
-        "late_returns": {name: one.reward[:, late:].sum(1).tolist() for name, one in lived.items()},
-    }
-    return result | statistics(result)
-
-
-def summary(lifetimes: Lifetimes) -> dict[str, Any]:
-    """Return (mean, interquartile mean, intervals) and counts a lifetime; `by_step` is each step's mean
-    reward, `by_step_error` its standard error; `by_episode` see there."""
-    reward = lifetimes.reward.double()
-    returns = reward.sum(1).numpy()
-    return {
-        "return_mean": float(returns.mean()),
-        "return_iqm": float(interquartile_mean(returns)),
-        "return_mean_ci95": interval(mean, returns[None]),
-        "return_iqm_ci95": interval(interquartile_mean, returns[None]),
-        "by_step": reward.mean(0).tolist(),
-        "by_step_error": (reward.std(0) / len(returns) ** 0.5).tolist(),
-        "goals": float((reward > 0).double().sum(1).mean()),
-        "hazards": float((reward < 0).double().sum(1).mean()),
-        "timeouts": float(lifetimes.truncated.double().sum(1).mean()),
-        "by_episode": by_episode(lifetimes),
-    }
-
-
-def by_episode(lifetimes: Lifetimes) -> dict[str, list[float]]:
-    """Adaptation from episode to episode, for those numbers of which nine lifetimes in ten saw the end.
-
-    Shares of the first, second, ... episodes that ended on the goal (`success`), the hazard (`hazard`) or by the time
-    limit (`timeout`), and the mean steps of those that reached the goal (`steps_to_goal`, 0 where none did).
-    """
-    ended = lifetimes.terminated | lifetimes.truncated
-    row, step = ended.nonzero(as_tuple=True)
-    number = (ended.long().cumsum(1) - 1)[row, step]
-    begun = torch.cat([torch.zeros(1, dtype=torch.int64), step[:-1] + 1]).masked_fill(number == 0, 0)[: len(step)]
-    count = lambda which: number[which].bincount(minlength=ended.shape[1]).double()  # noqa: E731
-    reached = lifetimes.reward[row, step] > 0
-    goals, hazards = count(reached), count(lifetimes.reward[row, step] < 0)
-    spent = number[reached].bincount((step - begun + 1)[reached].double(), minlength=ended.shape[1])
-    all_, known = count(slice(None)), int((count(slice(None)) >= 0.9 * len(ended)).sum())
-    shares = {
-        "success": goals / all_, "hazard": hazards / all_, "timeout": count(lifetimes.truncated[row, step]) / all_,
-        "steps_to_goal": spent / goals.clamp_min(1),
-    }  # fmt: skip
-    return {name: share[:known].tolist() for name, share in shares.items()}
-
-
-def shown(value: float | None, ends: Sequence[float | None], digits: int) -> str:
-    """A figure with its 95% interval; a dash where there is no number."""
-    if None in (value, *ends):
-        return "-" if value is None else f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
-
-
-AGENTS = {"agent": "agent", "thompson": "Thompson sampling", "known_rule": "known rule", "random": "random"}
-
-
-def report(result: dict[str, Any]) -> str:
-    """An evaluation in a few lines."""
-    lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
-    for name in AGENTS:
-        lines.append(f"  {name:18s} {shown(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
-    for name in STATISTICS:
-        if not name.startswith("return"):
-            lines.append(f"  {name:18s} {shown(result[name], result[name + '_ci95'], 3)}")
-    nats = result["belief_nats"]
-    lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
-    return "\n".join(lines)
-
-
-def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:
-    """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
-    heads = ["seed", "return", "IQM", "normalised", "of Thompson", "above Thompson", "last eighth, of known rule"]
-    lines = ["| " + " | ".join([*heads, "belief, nats over exact", "training"]) + " |", "|" + "---|" * 9]
-    for result in [*results, joined] if len(results) > 1 else results:
-        figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in STATISTICS]
-        one = result is not joined
-        rest = [f"{result['belief_nats']['late_excess']:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
-        lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
-    first, means = results[0], [result["return_mean"] for result in results]
-    bars = {name: label for name, label in AGENTS.items() if name != "agent"}
-    told = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
-    text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(told)}"
-    if first["references"]:
-        deep = first["references"]["agents"]["bayes_adaptive"]
-        text += f", Bayes-adaptive rollouts {shown(deep['return_mean'], deep['return_mean_ci95'], 2)} "
-        text += f"({first['references']['lifetimes']} lifetimes, {first['references']['rollouts']} rollouts an action)"
-    if len(results) > 1:
-        spread = scipy.stats.t.ppf(0.975, len(means) - 1) * scipy.stats.sem(means)
-        text += f"; over seeds the mean return is {np.mean(means):.2f} +- {spread:.2f} (95%, Student's t of {len(means)} runs)"
-    return "\n".join(lines) + f"\n\n{text}."
-
-
-def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> str:
-    """Markdown: how the first, second, ... episode of a lifetime ends, for every agent, averaged over evaluations."""
-    lines = ["| agent | episode | goal | hazard | time-out | steps to the goal |", "|" + "---|" * 6]
-    for name, label in AGENTS.items():
-        curves = {kind: [result[name]["by_episode"][kind] for result in results] for kind in results[0][name]["by_episode"]}
-        for number in numbers:
-            if number <= min(map(len, curves["success"])):
-                means = {kind: np.mean([curve[number - 1] for curve in each]) for kind, each in curves.items()}
-                shares = " | ".join(f"{means[kind]:.1%}" for kind in ("success", "hazard", "timeout"))
-                lines.append(f"| {label} | {number} | {shares} | {means['steps_to_goal']:.1f} |")
-    return "\n".join(lines)
-
-
-def draw_adaptation(results: Sequence[dict[str, Any]], path: Path, bin_steps: int = 4) -> None:
-    """Reward by step of the lifetime for every agent, averaged over `bin_steps` and over the evaluations, to `path`
-    (PNG); bands are 95% intervals of the mean over lifetimes."""
-    from matplotlib.figure import Figure  # here, because whoever only steps the world need not wait for it
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, runs = figure.subplots(), len(results)
-    for name, label in AGENTS.items():
-        rewards = np.array([result[name]["by_step"] for result in results]).mean(0)
-        steps = len(rewards) // bin_steps * bin_steps
-        binned = rewards[:steps].reshape(-1, bin_steps).mean(1)
-        square = np.square([result[name]["by_step_error"] for result in results]).sum(0) / runs**2
-        error = 1.96 * np.sqrt(square[:steps].reshape(-1, bin_steps).sum(1)) / bin_steps
-        at = (np.arange(len(binned)) + 0.5) * bin_steps
-        returns = np.mean([result[name]["return_mean"] for result in results])
-        (line,) = axes.plot(at, binned, label=f"{label}: {returns:.2f}")
-        axes.fill_between(at, binned - error, binned + error, alpha=0.2, color=line.get_color())
-    title = f"{results[0]['lifetimes']} lifetimes, {results[0]['split']} tasks" + (f", {runs} runs" if runs > 1 else "")
-    axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=title)
-    axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def draw_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """How episodes end, and steps to the goal, by number of the episode, averaged over the evaluations, to `path` (PNG)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 4), ("success", "hazard", "timeout", "steps_to_goal")):
-        for name, label in AGENTS.items():
-            curves = [result[name]["by_episode"][kind] for result in results]
-            length = min(map(len, curves))
-            axes.plot(range(1, length + 1), np.mean([curve[:length] for curve in curves], 0), marker=".", label=label)
-        axes.set(title=kind.replace("_", " "), xlabel="episode of the lifetime")
-        axes.set_ylim(bottom=0)
-    axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
-
-
-def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], caption: str, path: Path) -> None:
-    """A lifetime as an animation to `path` (GIF), atomically.
-
-    Args:
-        moments: for each step the picture seen and its reconstruction (H, W, 3), the belief (action, outcome) as
-            probabilities, and a heading.
-        caption: stands under all of them.
-    """
-    from matplotlib import animation
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 5.6))
-    parts = figure.subplot_mosaic([["seen", "rebuilt"], ["belief", "belief"]], height_ratios=[3, 1.5])
-    figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
-    for name, title in (("seen", "seen"), ("rebuilt", "reconstruction")):
-        parts[name].set(title=title, xticks=[], yticks=[])
-    actions = range(len(moments[0][2]))
-    parts["belief"].set(title="belief: which outcome each action has", ylabel="action", xticks=[], yticks=actions)
-    images = [parts[name].imshow(first) for name, first in (("seen", moments[0][0]), ("rebuilt", moments[0][1]))]
-    images.append(parts["belief"].imshow(moments[0][2], vmin=0, vmax=1, aspect="auto", cmap="magma"))
-    heading = figure.suptitle(" ")
-    figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
-
-    def show(moment: tuple) -> None:
-        for image, content in zip(images, moment):
-            image.set_data(content)
-        heading.set_text(moment[3])
-
-    temporary = path.with_name(f".{path.name}.tmp.gif")
-    film = animation.FuncAnimation(figure, show, moments, init_func=lambda: None, cache_frame_data=False)
-    film.save(temporary, writer=animation.PillowWriter(fps=4), dpi=70)
-    temporary.replace(path)
-
-
 # ------------------------------------------------------------------------------------------------------ Gymnasium faces
 
 
@@ -771,9 +477,9 @@ class PreviousStep(gymnasium.Wrapper):
         previous = gymnasium.spaces.Box(-np.inf, np.inf, self._first.shape, np.float32)
         self.observation_space = gymnasium.spaces.Dict({"picture": env.observation_space, "previous": previous})
 
-    def reset(self, **options: Any) -> tuple[dict[str, np.ndarray], dict]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict]:
         """As the wrapped environment's."""
-        picture, info = self.env.reset(**options)
+        picture, info = self.env.reset(seed=seed, options=options)
         return {"picture": picture, "previous": self._first.copy()}, info
 
     def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:

@@ -39,16 +39,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from agent import AgentController, Planner, PlannerSettings, references
-from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
-from environment import (
-    N_ACTIONS, STATISTICS, HiddenRulesWorld, Lifetimes, WorldSettings, compare, draw_adaptation, draw_episodes, draw_lifetime,
-    episode_table, play, report, require, result_table, seeded, shown, statistics, summary, task_split,
+from agent import (
+    STATISTICS, AgentController, Lifetimes, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play,
+    references, report, result_table, shown, statistics, summary,
 )  # fmt: skip
+from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
+from environment import N_ACTIONS, HiddenRulesWorld, WorldSettings, require, seeded, task_split
 from film_layer import FiLMLayer
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
-from world_model import VAE, VAESettings, Value
+from world_model import VAE, Planner, PlannerSettings, VAESettings, Value
 
 EVALUATION_SEED = 10**18  # above every training seed: evaluation has worlds of its own
 

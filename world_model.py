@@ -1,5 +1,5 @@
-"""What a picture shows and what it is worth: the VAE, pictures to grids of categorical codes and back, and the value of
-such grids, both modulated by the context.
+"""What a picture shows, what it is worth, and what to do: the VAE, pictures to grids of categorical codes and back; the
+value of such grids; planning with both, all modulated by the context.
 
 Each patch of the picture becomes one categorical code, so that all later inference and planning work on small integer
 grids. Source of the parts: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014; Jang et al., "Categorical
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from context_engine import ContextInferenceEngine, Imagined
 from environment import require
 from film_layer import FiLMLayer
-from transition_model import ABSENT, one_hot
+from memory import Experience
+from transition_model import ABSENT, TransitionModel, one_hot, pairs_present
 
 
 @dataclass(frozen=True)
@@ -277,3 +280,205 @@ class Value(nn.Module):
     def fresh(self, pooled: Tensor) -> Tensor:
         """W (B,): the value of beginning an episode under pooled contexts (B, 128)."""
         return self.fresh_out(pooled)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+@dataclass(frozen=True)
+class PlannerSettings:
+    """Planning and the value."""
+
+    discount: float = 0.95
+    """Of rewards, for each step, in (0, 1)."""
+    mass: float = 0.85
+    """Probability, in (0, 1], of the imagined outcomes and of the rewards that are followed; the least likely are left out."""
+    promising: float = 0.2
+    """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
+    second_look: int = 20
+    """Imagined steps of a state, at most so many for a second one: a vague belief is planned with one step."""
+    imagine: bool = True
+    """Plan with what would be known after an imagined step; without, information is worth nothing (as in QMDP)."""
+    keypoints: int = 8
+    """Points that the value finds in the grid, at least 1."""
+    width: int = 192
+    """Hidden features of the value, at least 1."""
+    trace: float = 0.8
+    """Lambda of the returns that the value learns from, in [0, 1]."""
+    slow: float = 0.2
+    """Share of the way that the slow value goes towards the learnt one at each update, in (0, 1]."""
+    learning_rate: float = 4e-3
+    """Adam's, of the value; it decays with the run."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6),
+            ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1), ("slow", 1e-6, 1), ("learning_rate", 0, 1),
+        ):  # fmt: skip
+            require(f"planner.{name}", getattr(self, name), low, high)
+
+
+class Branches(NamedTuple):
+    """N imagined steps from B states: what would happen, be known, and be worth from there on."""
+
+    state: Tensor
+    """(N,) int64: which state it starts from."""
+    action: Tensor
+    """(N,) int64."""
+    weight: Tensor
+    """(N,) float: its probability, given state and action."""
+    reward: Tensor
+    """(N,) float."""
+    end: Tensor
+    """(N,) float: probability that the episode ends with it."""
+    fresh: Tensor
+    """(N,) float: W, what a new episode would be worth with what is known then."""
+    onward: Tensor
+    """(N,) float: V, what going on would be."""
+    effect: Tensor
+    """(N,) int64: row of `codes`, and of `beliefs.others`."""
+    rows: tuple[Tensor, Tensor]
+    """(N,) int64 each: rows of `beliefs.own` and of `beliefs.world`."""
+    codes: Tensor
+    """(P, S) uint8: the grids of codes that the effects lead to."""
+    beliefs: Imagined
+
+
+class Planner:
+    """A Bayes-adaptive step, a second one where it may change the choice, then the learnt value.
+
+        Q(z, h, a) = sum_k pi(k|a, c) sum_r p(r|z, z'_k, c) [ r + discount ((1 - e) U(z'_k, h'_kr) + e W(c'_kr)) ]
+
+    z'_k is the outcome's mode, e the probability that the episode ends, and h'_kr the belief after the imagined
+    experience (a, k, r), c'_kr its context: the value of what an action teaches is part of the action's value. U is the
+    learnt V(z', c'), and for actions that are close to the best one max_a' Q(z', h', a') under that belief, with V
+    below it. Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and Wefald, 1991 (search where
+    it may change the decision).
+    """
+
+    def __init__(self, settings: PlannerSettings, transition: TransitionModel, engine: ContextInferenceEngine, value: Value) -> None:
+        self.settings, self.transition, self.engine, self.value = settings, transition, engine, value
+
+    STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and branches are many
+
+    @torch.no_grad()
+    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere."""
+        parts = zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
+        return torch.cat([self._action_values(*part, again) for part in parts])
+
+    def _action_values(self, codes: Tensor, belief: Tensor, again: bool) -> Tensor:
+        branches = self._imagine(codes, belief)
+        values = self._back_up(branches, branches.onward, len(codes))
+        if not again:
+            return values
+        promising = values > values.amax(1, keepdim=True) - self.settings.promising
+        few = branches.state.bincount(minlength=len(codes)) <= self.settings.second_look
+        promising &= (few & (promising.sum(1) > 1))[:, None]  # nothing to choose, nothing to look at
+        looked = promising[branches.state, branches.action].nonzero()[:, 0]
+        if len(looked) == 0:
+            return values
+        effect, onward = branches.effect[looked], branches.onward.clone()
+        beliefs = branches.beliefs.belief(effect, branches.action[looked], *(row[looked] for row in branches.rows))
+        onward[looked] = self.action_values(branches.codes[effect], beliefs, again=False).amax(1)
+        return self._back_up(branches, onward, len(codes))
+
+    def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
+        """Learn what states and fresh episodes are worth, from stored lifetimes and the planner's own look-ahead.
+
+        Along each lifetime, backwards, with the slow value V-, W- (the planner's) and e_t = the episode ended at t:
+
+            boot_t = lambda g_t+1 + (1 - lambda) after_t,    after_t = W-(c_t+1) if e_t else V-(z'_t, c_t+1)
+            g_t    = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken was the planner's choice,
+                     max_a Q_t                                where it was not
+            loss   = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
+
+        Time limits end episodes but not the lifetime, so they too lead to W. Q is the first look's, because a second
+        one would cost several times as much.
+
+        Args:
+            value: learns.
+            experience: (B, T, ...); beliefs: (B, T + 1, A + 1, H), without gradient.
+
+        Returns:
+            scalars by name: value and fresh, mean squared errors in squared units of reward.
+        """
+        B, T = experience.action.shape
+        slow, context = self.value, self.engine.context(beliefs).detach()  # (B, T + 1, A + 1, D)
+        codes, ended = experience.codes.flatten(0, 1), experience.terminated | experience.truncated
+        best, choice = self.action_values(codes, beliefs[:, :-1].flatten(0, 1), again=False).view(B, T, -1).max(-1)
+        with torch.no_grad():
+            pooled = slow.pool(context[:, 1:].flatten(0, 1))
+            onward = slow(slow.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
+            after = torch.where(ended, slow.fresh(pooled).view(B, T), onward)
+        target, following = torch.zeros_like(best), after[:, -1]
+        for t in reversed(range(T)):
+            boot = self.settings.trace * following + (1 - self.settings.trace) * after[:, t]
+            taken = 0.5 * (experience.reward[:, t] + self.settings.discount * boot) + 0.5 * best[:, t]
+            following = torch.where(experience.action[:, t] == choice[:, t], taken, best[:, t])
+            target[:, t] = following
+        first = torch.ones_like(ended)
+        first[:, 1:] = ended[:, :-1]
+        pooled = value.pool(context[:, :-1].flatten(0, 1))
+        predicted = value(value.statistics(codes), pooled).view(B, T)
+        return {
+            "value": F.mse_loss(predicted, target),
+            "fresh": F.mse_loss(value.fresh(pooled[first.flatten()]), target[first]),
+        }
+
+    def _imagine(self, codes: Tensor, belief: Tensor) -> Branches:
+        transition, engine, value, mass = self.transition, self.engine, self.value, self.settings.mass
+        context = engine.context(belief)
+
+        # What can happen: outcomes that look alike from here are one, and take the mass of all.
+        grids, alike = transition.outcome_network.modes(codes)  # (B, K, S), (B, K, K)
+        kept, weight = branch(transition.log_prior(context[:, :-1]).exp() @ alike, mass)  # (B, A, K)
+        state, outcome = kept.any(1).nonzero(as_tuple=True)  # P effects, shared by the actions
+        index = torch.zeros(len(codes), kept.shape[-1], dtype=torch.int64, device=codes.device)  # of the effect, 0 to P - 1
+        index[state, outcome] = torch.arange(len(state), device=codes.device)
+        next_codes = grids[state, outcome]
+        present = pairs_present(codes[state], next_codes, transition.codes)
+        log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1])[state])
+        rewarded, reward_weight = branch(log_reward.exp(), mass)  # (P, bins)
+        posterior = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
+
+        # What will be known then. Taken: an action has an effect; event: an effect comes with a reward.
+        row, action, outcome = kept.nonzero(as_tuple=True)
+        effect, (origin, bin_) = index[row, outcome], rewarded.nonzero(as_tuple=True)
+        if self.settings.imagine:
+            taken, event = (effect, action), (origin, transition.reward_bins[bin_])
+            beliefs = engine.imagine(belief, state, posterior, present, taken, event)
+        else:
+            beliefs = Imagined(belief[state, :-1], belief[row, action], belief[state[origin], -1])
+        pooled_actions, pooled_world = value.pool_shared(*map(engine.context, beliefs), effect, action)
+
+        # A branch is a pair of the two with the same effect; and what it is worth.
+        event_of = torch.zeros_like(rewarded, dtype=torch.int64)
+        event_of[origin, bin_] = torch.arange(len(origin), device=codes.device)
+        taken, bin_ = rewarded[effect].nonzero(as_tuple=True)
+        effect = effect[taken]
+        event = event_of[effect, bin_]
+        pooled = torch.cat([pooled_actions[taken], pooled_world[event]], -1)
+        return Branches(
+            state=row[taken], action=action[taken], weight=weight[row, action, outcome][taken] * reward_weight[effect, bin_],
+            reward=transition.reward_bins[bin_], end=torch.sigmoid(end)[effect], fresh=value.fresh(pooled),
+            onward=value(value.statistics(next_codes)[effect], pooled), effect=effect, rows=(taken, event),
+            codes=next_codes, beliefs=beliefs,
+        )  # fmt: skip
+
+    def _back_up(self, branches: Branches, onward: Tensor, states: int) -> Tensor:
+        actions = self.engine.actions
+        worth = branches.reward + self.settings.discount * torch.lerp(onward, branches.fresh, branches.end)
+        q = torch.zeros(states * actions, device=worth.device)
+        q.index_add_(0, branches.state * actions + branches.action, worth * branches.weight)
+        return q.view(states, actions)
+
+
+def branch(probability: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Which entries (bool) of probabilities (..., n) make up the smallest set of at least `mass`, and these
+    renormalised to one."""
+    ordered, index = probability.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(probability, dtype=torch.bool).scatter_(-1, index, (before < mass) & (ordered > 0))
+    weight = probability * kept
+    return kept, weight / weight.sum(-1, keepdim=True)

@@ -4,9 +4,10 @@ import unittest
 
 import torch
 
-from agent import BayesAdaptiveAgent, KnownRuleAgent, PlannerSettings, RandomAgent, ThompsonAgent, branch
+from agent import BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
+from environment import HiddenRulesWorld, Rule, WorldSettings, rule_of, task_split, value_iteration
+from world_model import PlannerSettings, branch
 from context_engine import ExactFilter
-from environment import HiddenRulesWorld, Rule, WorldSettings, play, rule_of, task_split, value_iteration
 from main import System
 from tests.shared import seeded, tiny
 from transition_model import pairs_present

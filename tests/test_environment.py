@@ -11,11 +11,11 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import environment
+from agent import RandomAgent
 from environment import (
     MOVES, N_TASKS, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings, log_likelihood,
     reward_consistent, rule_of, seeded, task_split, value_iteration,
 )  # fmt: skip
-from agent import RandomAgent
 from context_engine import ExactFilter
 
 CLEAR = WorldSettings(noise=0, slip=0)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 import main
-from agent import Planner
 from environment import task_split
+from world_model import Planner
 from main import PRESETS, Learner, Settings, evaluate
 from memory import RunFolder, UserError, merge
 from tests.shared import ROOT, TINY, command, temporary_folder, tiny

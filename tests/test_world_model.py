@@ -5,8 +5,8 @@ import unittest
 import torch
 
 from environment import HiddenRulesWorld, WorldSettings, task_split
-from tests.shared import seeded
 from world_model import VAE, VAESettings
+from tests.shared import seeded
 
 
 def frames_of(noise=0.1, batch=64):

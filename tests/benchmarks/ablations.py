@@ -22,11 +22,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from agent import Planner
-from environment import interval, mean, shown, statistics
+from agent import interval, mean, shown, statistics
+from world_model import Planner, Value
 from main import Ablation, Learner, Settings, evaluate
 from memory import Experience, merge, write_json
-from world_model import Value
 
 BASE = Settings()
 TRAINED: dict[str, dict] = {  # what a variant does without: the settings that take it away

@@ -17,7 +17,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 import environment
-from environment import HiddenRulesWorld, PreviousStep, WorldSettings, WorldStep, compare, play
+from agent import compare, play
+from environment import HiddenRulesWorld, PreviousStep, WorldSettings, WorldStep
 from main import Settings, evaluation_tasks, references_in
 
 WORLDS = 32

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from environment import shown, statistics
+from agent import shown, statistics
 from main import evaluate, load_system
 from tests.benchmarks import named_runs
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from agent import KnownRuleAgent, ThompsonAgent
-from environment import HiddenRulesWorld, interval, mean, play, shown, value_iteration
+from agent import KnownRuleAgent, ThompsonAgent, interval, mean, play, shown
+from environment import HiddenRulesWorld, value_iteration
 from main import evaluation_tasks, load_system
 from tests.benchmarks import named_runs
 

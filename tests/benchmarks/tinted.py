@@ -15,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from environment import PALETTE, HiddenRulesWorld, WorldStep, play, shown, statistics
+from agent import play, shown, statistics
+from environment import PALETTE, HiddenRulesWorld, WorldStep
 from main import System, evaluate, evaluation_tasks, load_system
 from tests.benchmarks import named_runs
 
