@@ -60,12 +60,26 @@ class AgentController:
         self.appearance, self.look_again = appearance, look_again
         self.exploration, self.generator = 0.0, None
 
+    @classmethod
+    def load(cls, run: Path | str, device: str | None = None) -> AgentController:
+        """The trained agent of a run's folder, for a loop of one's own: `begin`, then `act` and `observe` in turn.
+
+        Raises:
+            UserError: not the folder of a run, or its checkpoint is damaged.
+        """
+        from main import load_system  # the wiring knows its parts, not the other way round
+
+        return load_system(Path(run), device)[0].controller()
+
     def explore(self, exploration: float, generator: torch.Generator) -> None:
         """From now on act at random with probability `exploration` in [0, 1], drawn from `generator`."""
         self.exploration, self.generator = exploration, generator
 
-    def begin(self, frames: Tensor) -> None:
-        """A lifetime begins: the memory is cleared, because what happened under another rule says nothing here."""
+    def begin(self, frames: Tensor | np.ndarray) -> None:
+        """A lifetime begins: the memory is cleared, because what happened under another rule says nothing here. One
+        picture (H, W, 3) is a batch of one."""
+        frames = torch.as_tensor(frames, device=next(self.vae.parameters()).device)
+        frames = frames[None] if frames.ndim == 3 else frames
         patches = self.vae.grid[0] * self.vae.grid[1]
         self.memory = EpisodicMemory(
             len(frames), self.lifetime, patches, self.transition.settings.outcomes, frames.device, self.keep_pictures

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import gymnasium
@@ -32,6 +32,14 @@ ROLE_COLOURS = torch.tensor(list(itertools.permutations(range(len(ROLES)))))  # 
 N_ACTIONS, N_TASKS = len(MOVES), len(ACTION_MAPS) * len(ROLE_COLOURS)
 
 Split = Literal["train", "validation", "test"]
+
+WORLDS: dict[str, dict[str, Any]] = {  # what presets change in the world
+    "default": {},
+    "switching": {"lifetime": 128, "switch": 0.01},
+    "tinted": {"tint": 0.8},
+    "large": {"grid": 8, "episode_limit": 24},
+    "quick": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
+}
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,14 @@ class WorldStep(NamedTuple):
     """(B,) bool: the episode ended by its time limit."""
     frame: Tensor
     """The picture that the next action is chosen on: `arrival`, or a new episode's first picture."""
+
+    @classmethod
+    def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
+        """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
+        frame = torch.as_tensor(picture)[None]
+        arrival = torch.as_tensor(info["final_frame"])[None] if "final_frame" in info else frame
+        ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
+        return cls(arrival, torch.tensor([reward], dtype=torch.float32), *ended, frame)
 
 
 class HiddenRulesWorld:
@@ -409,18 +425,25 @@ class PixelEnv(gymnasium.Env):
         split: which tasks are drawn: train, validation or test.
         render_mode: None or "rgb_array" (a large picture).
         caption: write the hidden rule under the rendered picture.
+        reveal_rule: tell the hidden rule in every info as `rule`: `action_map` (which of up, down, left, right each action
+            is) and `colours` (which of red, green, blue is the body, the goal, the hazard). For cheats and debugging.
+        symbolic: observe (grid, grid) uint8 instead of pictures: 0 for nothing, 1 red, 2 green, 3 blue.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
 
     def __init__(
-        self, settings: WorldSettings = WorldSettings(), split: Split = "train", render_mode: str | None = None, caption: bool = False
+        self, settings: WorldSettings = WorldSettings(), split: Split = "train", render_mode: str | None = None, caption: bool = False,
+        reveal_rule: bool = False, symbolic: bool = False,
     ) -> None:  # fmt: skip
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is {render_mode!r}, but must be None or 'rgb_array'.")
         self.settings, self.render_mode, self.caption = settings, render_mode, caption
+        self.reveal_rule, self.symbolic = reveal_rule, symbolic
         self.tasks = task_split(settings.holdout, split)
         self.observation_space = gymnasium.spaces.Box(0, 255, (settings.pixels, settings.pixels, 3), np.uint8)
+        if symbolic:
+            self.observation_space = gymnasium.spaces.Box(0, len(PALETTE), (settings.grid, settings.grid), np.uint8)
         self.action_space = gymnasium.spaces.Discrete(N_ACTIONS)
         self.world: HiddenRulesWorld | None = None
 
@@ -431,7 +454,7 @@ class PixelEnv(gymnasium.Env):
             self.world = HiddenRulesWorld(self.settings, 1, self.tasks, seed_from(self.np_random))
         self.steps = 0
         self._picture = self.world.reset()[0].numpy()
-        return self._picture, {"episode_terminated": False, "episode_truncated": False}
+        return self._observation(), self._info(False, False)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Take an action; Gymnasium's five-tuple. Raises ValueError for an action outside the space."""
@@ -439,13 +462,29 @@ class PixelEnv(gymnasium.Env):
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
         if not self.action_space.contains(action):
             raise ValueError(f"action is {action!r}, but must be an integer from 0 to {N_ACTIONS - 1}.")
+        rule = self.world.rule
         arrival, reward, terminated, truncated, frame = self.world.step(torch.tensor([int(action)]))
         self.steps += 1
-        info = {"episode_terminated": bool(terminated), "episode_truncated": bool(truncated)}
+        info = self._info(bool(terminated), bool(truncated))
         if terminated or truncated:
-            info["final_frame"] = arrival[0].numpy()
+            info["final_frame"] = self._symbols(self.world.arrived_at, rule) if self.symbolic else arrival[0].numpy()
         self._picture = frame[0].numpy()
-        return self._picture, float(reward), False, self.steps >= self.settings.lifetime, info
+        return self._observation(), float(reward), False, self.steps >= self.settings.lifetime, info
+
+    def _observation(self) -> np.ndarray:
+        return self._symbols(self.world.position, self.world.rule) if self.symbolic else self._picture
+
+    def _symbols(self, position: Tensor, rule: Rule) -> np.ndarray:
+        symbols = np.zeros((self.settings.grid, self.settings.grid), np.uint8)
+        for role in (2, 1, 0):  # the body covers what it stands on
+            symbols[tuple(position[0, role].tolist())] = 1 + int(rule.colours[0, role])
+        return symbols
+
+    def _info(self, terminated: bool, truncated: bool) -> dict[str, Any]:
+        info: dict[str, Any] = {"episode_terminated": terminated, "episode_truncated": truncated}
+        if self.reveal_rule:
+            info["rule"] = {name: part[0].tolist() for name, part in self.world.rule._asdict().items()}
+        return info
 
     def render(self) -> np.ndarray | None:
         """The present picture, enlarged to at least 384 pixels, (H', W', 3) uint8; with the rule if asked for."""
@@ -464,7 +503,7 @@ class PixelEnv(gymnasium.Env):
         return np.asarray(canvas)
 
 
-class PreviousStep(gymnasium.Wrapper):
+class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """Shows what led to each picture, for recurrent agents that must find the rules out (RL2, Duan et al., 2016).
 
     Observations become {"picture": as before, "previous": (A + 2,) float32}: the previous action as one-hot, its reward,
@@ -472,7 +511,8 @@ class PreviousStep(gymnasium.Wrapper):
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
-        super().__init__(env)
+        gymnasium.utils.RecordConstructorArgs.__init__(self)
+        gymnasium.Wrapper.__init__(self, env)
         self._first = np.zeros(env.action_space.n + 2, np.float32)
         previous = gymnasium.spaces.Box(-np.inf, np.inf, self._first.shape, np.float32)
         self.observation_space = gymnasium.spaces.Dict({"picture": env.observation_space, "previous": previous})
@@ -538,9 +578,11 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
         return frame.numpy(), reward.numpy(), np.zeros_like(over), over, info
 
 
-gymnasium.register(
-    "HiddenRules-v0",
-    entry_point="environment:PixelEnv",
-    vector_entry_point="environment:PixelVectorEnv",
-    kwargs={"settings": WorldSettings(cell=8)},  # 48x48 pictures, so that everybody's convolutions fit
-)
+for preset, changes in WORLDS.items():
+    chosen = WorldSettings(**changes)
+    gymnasium.register(
+        "HiddenRules-v0" if preset == "default" else f"HiddenRules-{preset}-v0",
+        entry_point="environment:PixelEnv",
+        vector_entry_point="environment:PixelVectorEnv",
+        kwargs={"settings": replace(chosen, cell=math.ceil(48 / chosen.grid))},  # so that everybody's convolutions fit
+    )

@@ -44,7 +44,7 @@ from agent import (
     references, report, result_table, shown, statistics, summary,
 )  # fmt: skip
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
-from environment import N_ACTIONS, HiddenRulesWorld, WorldSettings, require, seeded, task_split
+from environment import N_ACTIONS, WORLDS, HiddenRulesWorld, WorldSettings, require, seeded, task_split
 from film_layer import FiLMLayer
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
@@ -120,19 +120,14 @@ class TrainingSettings:
 
 PRESETS: dict[str, dict] = {
     "default": {},
-    "switching": {
-        "world": {"lifetime": 128, "switch": 0.01},
-        "training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024},
-    },
+    "switching": {"training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
     "tinted": {
-        "world": {"tint": 0.8},
         "vae": {"encoder_rate": 2e-3},
         "context": {"appearance": 16},
         "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
-    "large": {"world": {"grid": 8, "episode_limit": 24}},
+    "large": {},
     "quick": {
-        "world": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
         "transition": {"free_updates": 150, "tempered_updates": 100},
         "planner": {"discount": 0.9},
         "training": {
@@ -176,7 +171,7 @@ class Settings:
 
 def with_preset(settings: Settings, preset: str) -> Settings:
     """Settings with what a preset, one of PRESETS, changes in them."""
-    return merge(merge(settings, {"preset": preset}), PRESETS[preset])
+    return merge(merge(settings, {"preset": preset, "world": WORLDS[preset]}), PRESETS[preset])
 
 
 def device_of(name: str) -> torch.device:
@@ -633,6 +628,8 @@ class TrainArguments(Settings):
 
     config: Path | None = None
     """A JSON file of settings, such as a run's config.json or a tuned best.json; it may be partial."""
+    init_from: Path | None = None
+    """Folder of a run to begin with the weights of; the sizes of all parts must be the same."""
 
 
 def train_command(arguments: list[str]) -> None:
@@ -654,6 +651,8 @@ def train_command(arguments: list[str]) -> None:
     parsed = tyro.cli(TrainArguments, args=arguments, default=base, prog="main.py")
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
     learner = Learner(settings, device_of(settings.device))  # refuses what does not fit, before anything is written
+    if parsed.init_from is not None:
+        restore(lambda: learner.system.load(RunFolder(parsed.init_from).load()[0]["modules"]), parsed.init_from)
     run = RunFolder.create(settings)
     with run.locked():
         train_and_evaluate(run, learner)

@@ -1,5 +1,6 @@
 """The world: rules, alignment in time, splits, noise, pairing, the exact solution and the Gymnasium faces."""
 
+import importlib.util
 import unittest
 import unittest.mock
 import warnings
@@ -17,6 +18,7 @@ from environment import (
     reward_consistent, rule_of, seeded, task_split, value_iteration,
 )  # fmt: skip
 from context_engine import ExactFilter
+from tests.shared import temporary_folder
 
 CLEAR = WorldSettings(noise=0, slip=0)
 
@@ -266,10 +268,41 @@ class TestExactSolution(unittest.TestCase):
 
 
 class TestFaces(unittest.TestCase):
-    def test_check_env_is_silent(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            check_env(gymnasium.make("HiddenRules-v0", render_mode="rgb_array").unwrapped)
+    def test_check_env_is_silent_on_every_registered_world(self):
+        for preset in environment.WORLDS:
+            name = "HiddenRules-v0" if preset == "default" else f"HiddenRules-{preset}-v0"
+            for symbolic in (False, True):
+                with self.subTest(name, symbolic=symbolic), warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    check_env(gymnasium.make(name, render_mode="rgb_array", symbolic=symbolic).unwrapped)
+            self.assertEqual(gymnasium.make_vec(name, num_envs=3).reset(seed=0)[0].shape[0], 3)
+
+    @unittest.skipUnless(importlib.util.find_spec("moviepy"), "RecordVideo needs moviepy: pip install -r tests/requirements.txt")
+    def test_common_wrappers_work(self):
+        folder = temporary_folder() / "videos"
+        env = gymnasium.make("HiddenRules-quick-v0", render_mode="rgb_array")
+        env = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.wrappers.FrameStackObservation(env, 3))
+        env = gymnasium.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True, disable_logger=True)
+        seen, _ = env.reset(seed=0)
+        self.assertEqual(seen.shape, (3, 48, 48, 3))
+        truncated, earned = False, 0.0
+        while not truncated:
+            _, reward, _, truncated, info = env.step(env.action_space.sample())
+            earned += reward
+        self.assertAlmostEqual(float(info["episode"]["r"]), earned)
+        env.close()
+        self.assertGreater(next(folder.glob("*.mp4")).stat().st_size, 1000)
+
+    def test_the_rule_is_revealed_to_those_who_ask(self):
+        env = PixelEnv(WorldSettings(slip=0, noise=0), reveal_rule=True, symbolic=True)
+        seen, info = env.reset(seed=3)
+        for step in range(64):
+            body = 1 + info["rule"]["colours"][0]
+            before, action = np.argwhere(seen == body), step % 4
+            expected = np.clip(before + MOVES[info["rule"]["action_map"][action]].numpy(), 0, 5)
+            seen, _, _, _, info = env.step(action)
+            after = info.get("final_frame", seen)
+            self.assertTrue(np.array_equal(np.argwhere(after == body), expected))
 
     def test_an_outer_episode_is_one_lifetime(self):
         env = gymnasium.make("HiddenRules-v0")

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import get_args
 from unittest import mock
 
+import gymnasium
+import numpy as np
 import torch
 
-from environment import HiddenRulesWorld, task_split
-from main import EVALUATION_SEED, PRESETS, Ablation, Learner, Settings, evaluate, load_system
+from agent import AgentController
+from environment import WORLDS, HiddenRulesWorld, WorldStep, task_split
+from main import EVALUATION_SEED, Ablation, Learner, Settings, evaluate, load_system
 from memory import RunFolder, merge, write_json
 from tests.benchmarks import ablations, belief, robustness, switching, tinted
 from tests.shared import ROOT, command, quick_run, temporary_folder, tiny
@@ -91,7 +94,7 @@ class TestQuickRun(unittest.TestCase):
         for name in ("preset", "seed", "split", "lifetimes", "env_steps", "normalised", "of_thompson", "belief_nats"):
             self.assertIn(name, self.result)
         for agent in ("agent", "random", "thompson", "known_rule"):
-            self.assertEqual(len(self.result[agent]["by_step"]), PRESETS["quick"]["world"]["lifetime"])
+            self.assertEqual(len(self.result[agent]["by_step"]), WORLDS["quick"]["lifetime"])
             low, high = self.result[agent]["return_mean_ci95"]
             self.assertTrue(low <= self.result[agent]["return_mean"] <= high)
             total = sum(self.result[agent]["by_step"])
@@ -151,6 +154,22 @@ class TestQuickRun(unittest.TestCase):
         self.assertLess(calibration, 0.1)
         self.assertGreater(min(moves, roles), 0.5)
         self.assertGreater((self.run_folder / "belief.png").stat().st_size, 10_000)
+
+    def test_a_trained_agent_acts_in_a_loop_of_ones_own(self):
+        settings = load_system(self.run_folder)[0].settings
+        env = gymnasium.make("HiddenRules-quick-v0", settings=settings.world, split="test")
+        returns, agent = [], AgentController.load(self.run_folder)
+        for seed in range(6):
+            picture, info = env.reset(seed=seed)
+            agent.begin(picture)
+            earned, truncated = 0.0, False
+            while not truncated:
+                action = agent.act()
+                picture, reward, _, truncated, info = env.step(int(action))
+                agent.observe(action, WorldStep.of(picture, reward, info))
+                earned += reward
+            returns.append(earned)
+        self.assertGreater(np.mean(returns), 0.25 * self.result["known_rule"]["return_mean"])
 
     def test_permutations_are_refused_where_they_were_trained_on(self):
         done = command("evaluate", self.run_folder, "--split", "permutations", folder=self.run_folder)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 import main
-from environment import task_split
+from context_engine import ContextInferenceEngine
+from environment import WORLDS, task_split
 from world_model import Planner
 from main import PRESETS, Learner, Settings, evaluate
 from memory import RunFolder, UserError, merge
@@ -146,7 +147,7 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         config = json.loads((only_run(folder) / "config.json").read_text())
         self.assertEqual(config["preset"], "quick")
-        self.assertEqual(config["world"]["noise"], PRESETS["quick"]["world"]["noise"])  # from the preset
+        self.assertEqual(config["world"]["noise"], WORLDS["quick"]["noise"])  # from the preset
         self.assertEqual((config["world"]["slip"], config["world"]["grid"]), (0.2, 4))  # from the file
         self.assertEqual(config["world"]["lifetime"], 10)  # from the flag
 
@@ -223,6 +224,27 @@ class TestResume(unittest.TestCase):
             self.assertIn("being trained by another process", done.stderr)
 
 
+class TestInitFrom(unittest.TestCase):
+    def test_another_run_gives_its_weights_or_is_refused(self):
+        folder = tiny_file()
+        self.assertEqual(in_process(["--config", "tiny.json"], folder)[0], 0)
+        first = only_run(folder)
+        weights = RunFolder(first).load()[0]["modules"]["vae"]
+        with mock.patch.object(main.Learner, "advance", lambda learner: setattr(learner, "update", learner.total)), \
+                mock.patch.object(main, "train_and_evaluate", lambda run, learner: kept.append(learner)):
+            kept = []
+            code, errors = in_process(["--config", "tiny.json", "--seed", "1", "--init-from", str(first)], folder)
+        self.assertEqual(code, 0, errors)
+        for name, tensor in kept[0].system.vae.state_dict().items():
+            self.assertTrue(torch.equal(tensor, weights[name]), name)
+        before = sorted((folder / "runs").iterdir())
+        for wrong, word in ((["--context.hidden", "9"], "does not fit together"), (["--init-from", "nowhere"], "nowhere")):
+            code, errors = in_process(["--config", "tiny.json", "--init-from", str(first), *wrong], folder)
+            self.assertEqual(code, 2)
+            self.assertIn(word, errors)
+        self.assertEqual(sorted((folder / "runs").iterdir()), before)
+
+
 class TestLearner(unittest.TestCase):
     def test_only_training_tasks_are_ever_stored(self):
         for holdout in ("combinations", "permutations"):
@@ -261,6 +283,18 @@ class TestLearner(unittest.TestCase):
             for key, tensor in module.state_dict().items():
                 self.assertTrue(torch.equal(tensor, again.system.modules()[name].state_dict()[key]), f"{name}.{key}")
         self.assertTrue(np.isfinite(evaluate(learner.system, "test", 8, "perception")["return_mean"]))
+
+    def test_an_engine_of_ones_own_takes_the_place_of_ours(self):
+        class Forgetful(ContextInferenceEngine):
+            def context(self, belief):
+                return super().context(belief) * 0
+
+        learner = Learner(tiny(), torch.device("cpu"), engine=Forgetful)
+        while learner.update < learner.total:
+            learner.advance()
+        system = learner.system
+        rows = system.transition.log_prior(system.engine.context(system.engine.initial_belief(1))[:, :-1])[0]
+        self.assertTrue(torch.equal(rows[0], rows[1]))  # without a context all actions are alike
 
     def test_a_planner_of_ones_own_takes_the_place_of_ours(self):
         class Still(Planner):
