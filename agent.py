@@ -131,10 +131,10 @@ class AgentController:
 
 
 class RandomAgent:
-    """Acts at random in a house world: the bottom of the scale."""
+    """Acts at random, by a seed, with `actions` to choose from: the bottom of the scale."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, actions: int = N_ACTIONS) -> None:
+        self.seed, self.actions = seed, actions
 
     def begin(self, frames: Tensor) -> None:
         """Begin with the same luck in every lifetime."""
@@ -143,7 +143,7 @@ class RandomAgent:
 
     def act(self) -> Tensor:
         """Actions (B,) int64, all equally likely."""
-        return torch.randint(N_ACTIONS, (self.batch,), generator=self.generator, device=self.device)
+        return torch.randint(self.actions, (self.batch,), generator=self.generator, device=self.device)
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Learn nothing."""
@@ -409,12 +409,18 @@ STATISTICS: dict[str, tuple[Callable[..., np.ndarray], str, tuple[str, ...]]] = 
     "late_of_known_rule": (ratio, "late_returns", ("agent", "known_rule")),
 }
 """What is said of an agent beside the references: the statistic, of which quantity of a lifetime, and of whom."""
+HEADS = {
+    "return_mean": "return", "return_iqm": "IQM", "normalised": "normalised", "of_thompson": "of Thompson",
+    "improvement": "above Thompson", "late_of_known_rule": "last eighth, of known rule",
+}  # fmt: skip
 
 
 def statistics(*results: dict[str, Any]) -> dict[str, Any]:
     """Every one of STATISTICS with its interval, of one evaluation or of several runs' in the same worlds together."""
     said = {}
     for name, (statistic, quantity, whose) in STATISTICS.items():
+        if not all(agent in result[quantity] for result in results for agent in whose):
+            continue  # see `present`
         strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(statistic(*np.concatenate(strata, -1)))
@@ -484,30 +490,38 @@ def shown(value: float | None, ends: Sequence[float | None], digits: int) -> str
 AGENTS = {"agent": "agent", "thompson": "Thompson sampling", "known_rule": "known rule", "random": "random"}
 
 
+def present(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Those of AGENTS that lived: a world of other people's has no exact solution."""
+    return {name: label for name, label in AGENTS.items() if name in results[0]}
+
+
 def report(result: dict[str, Any]) -> str:
     """An evaluation in a few lines."""
     lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
-    for name in AGENTS:
+    for name in present([result]):
         lines.append(f"  {name:18s} {shown(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
     for name in STATISTICS:
-        if not name.startswith("return"):
+        if name in result and not name.startswith("return"):
             lines.append(f"  {name:18s} {shown(result[name], result[name + '_ci95'], 3)}")
     nats = result["belief_nats"]
-    lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
+    if nats["late_excess"] is not None:
+        lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
     return "\n".join(lines)
 
 
 def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:
     """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
-    heads = ["seed", "return", "IQM", "normalised", "of Thompson", "above Thompson", "last eighth, of known rule"]
-    lines = ["| " + " | ".join([*heads, "belief, nats over exact", "training"]) + " |", "|" + "---|" * 9]
+    names = [name for name in STATISTICS if name in joined]
+    heads = ["seed", *(HEADS[name] for name in names), "belief, nats over exact", "training"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in [*results, joined] if len(results) > 1 else results:
-        figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in STATISTICS]
+        figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in names]
         one = result is not joined
-        rest = [f"{result['belief_nats']['late_excess']:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
+        excess = result["belief_nats"]["late_excess"] if one else None
+        rest = ["-" if excess is None else f"{excess:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
         lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
     first, means = results[0], [result["return_mean"] for result in results]
-    bars = {name: label for name, label in AGENTS.items() if name != "agent"}
+    bars = {name: label for name, label in present(results).items() if name != "agent"}
     told = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
     text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(told)}"
     if first["references"]:
@@ -523,7 +537,7 @@ def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> s
 def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> str:
     """Markdown: how the first, second, ... episode of a lifetime ends, for every agent, averaged over evaluations."""
     lines = ["| agent | episode | goal | hazard | time-out | steps to the goal |", "|" + "---|" * 6]
-    for name, label in AGENTS.items():
+    for name, label in present(results).items():
         curves = {kind: [result[name]["by_episode"][kind] for result in results] for kind in results[0][name]["by_episode"]}
         for number in numbers:
             if number <= min(map(len, curves["success"])):
@@ -540,7 +554,7 @@ def draw_adaptation(results: Sequence[dict[str, Any]], path: Path, bin_steps: in
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, runs = figure.subplots(), len(results)
-    for name, label in AGENTS.items():
+    for name, label in present(results).items():
         rewards = np.array([result[name]["by_step"] for result in results]).mean(0)
         steps = len(rewards) // bin_steps * bin_steps
         binned = rewards[:steps].reshape(-1, bin_steps).mean(1)
@@ -562,7 +576,7 @@ def draw_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 4), ("success", "hazard", "timeout", "steps_to_goal")):
-        for name, label in AGENTS.items():
+        for name, label in present(results).items():
             curves = [result[name]["by_episode"][kind] for result in results]
             length = min(map(len, curves))
             axes.plot(range(1, length + 1), np.mean([curve[:length] for curve in curves], 0), marker=".", label=label)

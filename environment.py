@@ -9,6 +9,7 @@ episode; otherwise it is `arrival[t]`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -68,6 +69,9 @@ class WorldSettings:
     tint: float = 0.0
     """How differently lifetimes look, in [0, 1): a hidden gain of each colour channel, from 1 - tint to 1, and a hidden
     brightness, up to tint * 100 of 255, drawn for every lifetime."""
+    gym_id: str = ""
+    """A Gymnasium world to live in instead: Discrete actions, pictures; its actions are shuffled anew for every lifetime.
+    MiniGrid-...: seen whole, `cell` pixels a tile. Of the other settings lifetime, slip (to a random action) and noise count."""
     holdout: Literal["combinations", "permutations"] = "combinations"
     """What is never trained on: 28 of the 144 pairs of action map and roles, or 6 of the 24 action maps."""
 
@@ -82,9 +86,22 @@ class WorldSettings:
             raise ValueError(f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01.")
 
     @property
+    def sizes(self) -> Sizes:
+        """Of pictures and actions; ValueError where there is no such world, or none to live in."""
+        return sizes_of_gym(self.gym_id, self.cell) if self.gym_id else Sizes((self.pixels, self.pixels, 3), N_ACTIONS)
+
+    @property
     def pixels(self) -> int:
         """Height and width of the picture in pixels."""
         return self.grid * self.cell
+
+
+class Sizes(NamedTuple):
+    """What a world shows and what can be done in it."""
+
+    picture: tuple[int, int, int]
+    """(height, width, 3)."""
+    actions: int
 
 
 def require(name: str, value: float, low: float, high: float) -> None:
@@ -501,6 +518,195 @@ class PixelEnv(gymnasium.Env):
         canvas.paste(Image.fromarray(picture))
         ImageDraw.Draw(canvas).text((6, picture.shape[0] + 4), words, fill="black", font_size=15)
         return np.asarray(canvas)
+
+
+class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
+    """Makes a world with hidden rules of any Gymnasium world with Discrete actions and pictures.
+
+    Every reset begins a lifetime of several inner episodes under a new rule: which action does what. To the outside an
+    episode is one lifetime; infos are as in `PixelEnv`.
+
+    Args:
+        env: the world; observations (H, W, 3) uint8.
+        lifetime: steps that one rule lasts, at least 2.
+        split: which permutations are drawn; a fifth of them are for validation, a fifth for the test.
+        shuffled: actions that are permuted among themselves, at least 4; all of them if not given.
+        slip: probability in [0, 1] that an action turns into a random one.
+        noise: standard deviation of the Gaussian pixel noise, as a share of the range 0..255, at least 0.
+
+    Raises:
+        ValueError: a world that is none of this kind; at a step, a reward that is no number.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env, lifetime: int = 256, split: Split = "train", shuffled: tuple[int, ...] | None = None,
+        slip: float = 0.0, noise: float = 0.0,
+    ) -> None:  # fmt: skip
+        gymnasium.utils.RecordConstructorArgs.__init__(self, lifetime=lifetime, split=split, shuffled=shuffled, slip=slip, noise=noise)
+        gymnasium.Wrapper.__init__(self, env)
+        if not isinstance(env.action_space, gymnasium.spaces.Discrete) or env.action_space.start != 0:
+            raise ValueError(f"actions are {env.action_space}, but must be Discrete, from 0 on: discretise them first.")
+        seen = env.observation_space
+        if not isinstance(seen, gymnasium.spaces.Box) or seen.dtype != np.uint8 or len(seen.shape) != 3 or seen.shape[2] != 3:
+            raise ValueError(
+                f"observations are {seen}, but must be pictures, Box (height, width, 3) uint8: wrap the world in one of "
+                "gymnasium.wrappers, such as AddRenderObservation, first."
+            )
+        self.shuffled = np.arange(env.action_space.n) if shuffled is None else np.array(shuffled)
+        if len(self.shuffled) < 4 or len(set(self.shuffled)) < len(self.shuffled) or not np.isin(self.shuffled, range(env.action_space.n)).all():
+            raise ValueError(f"shuffled is {shuffled}, but must name at least 4 different actions of {env.action_space}.")
+        require("lifetime", lifetime, 2, 10_000), require("slip", slip, 0, 1), require("noise", noise, 0, 10)
+        if split not in SPLIT_SHARES:
+            raise ValueError(f"split is {split!r}, but must be one of {', '.join(SPLIT_SHARES)}.")
+        self.lifetime, self.split, self.slip, self.noise = lifetime, split, slip, noise
+        self._random: np.random.Generator | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Begin a lifetime under a newly drawn rule; a seed fixes this and all later lifetimes."""
+        if self._random is None or seed is not None:
+            self._random = np.random.default_rng(seed)
+        picture, _ = self.env.reset(seed=seed, options=options)
+        while True:
+            order = self._random.permutation(len(self.shuffled))
+            self.task = permutation_rank(order)
+            if permutation_split(self.task) == self.split:
+                break
+        self.action_map = np.arange(self.env.action_space.n)  # action -> the world's own
+        self.action_map[self.shuffled] = self.shuffled[order]
+        self.steps = 0
+        return self._noisy(picture), {"episode_terminated": False, "episode_truncated": False}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Take an action under the hidden rule; Gymnasium's five-tuple."""
+        chance, other = self._random.random(), self._random.integers(len(self.action_map))
+        taken = self.action_map[other if chance < self.slip else action]
+        picture, reward, terminated, truncated, _ = self.env.step(taken)
+        if not math.isfinite(reward):
+            raise ValueError(f"the world {self.env.spec.id if self.env.spec else self.env} gave the reward {reward}, which is no number.")
+        info: dict[str, Any] = {"episode_terminated": bool(terminated), "episode_truncated": bool(truncated and not terminated)}
+        if terminated or truncated:
+            info["final_frame"] = self._noisy(picture)
+            picture, _ = self.env.reset()
+        self.steps += 1
+        return self._noisy(picture), float(reward), False, self.steps >= self.lifetime, info
+
+    def words(self) -> str:
+        """The rule in words, for captions."""
+        return "actions stand for the world's own " + " ".join(map(str, self.action_map.tolist()))
+
+    def _noisy(self, picture: np.ndarray) -> np.ndarray:
+        if not self.noise:
+            return picture
+        noisy = picture + self._random.normal(0, 255 * self.noise, picture.shape)
+        return noisy.round().clip(0, 255).astype(np.uint8)
+
+
+SPLIT_SHARES = {"train": range(0, 3), "validation": range(3, 4), "test": range(4, 5)}
+
+
+def permutation_rank(order: np.ndarray) -> int:
+    """The place of a permutation of 0, 1, ..., n - 1 in lexicographic order, from 0 on."""
+    rank = 0
+    for place, value in enumerate(order):
+        rank = rank * (len(order) - place) + int((order[place + 1 :] < value).sum())
+    return rank
+
+
+def permutation_split(rank: int) -> str:
+    """Which split a permutation belongs to, for ever."""
+    fifth = int(np.random.SeedSequence(rank).generate_state(1)[0]) % 5
+    return next(split for split, share in SPLIT_SHARES.items() if fifth in share)
+
+
+def make_gym(gym_id: str, cell: int) -> gymnasium.Env:
+    """The Gymnasium world of that id as pictures; MiniGrid's whole, without the highlighted view, `cell` pixels a tile."""
+    try:
+        if not gym_id.startswith("MiniGrid-"):
+            return gymnasium.make(gym_id)
+        from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper  # optional; importing it registers its worlds
+
+        return ImgObsWrapper(RGBImgObsWrapper(gymnasium.make(gym_id, highlight=False), tile_size=cell))
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"world.gym_id is {gym_id!r}, which cannot be made: {error}") from error
+
+
+@functools.cache
+def sizes_of_gym(gym_id: str, cell: int) -> Sizes:
+    """Sizes of pictures and actions of a Gymnasium world; ValueError where it cannot be lived in."""
+    env = HiddenRulesWrapper(make_gym(gym_id, cell))
+    sizes = Sizes(env.observation_space.shape, int(env.action_space.n))
+    env.close()
+    return sizes
+
+
+class WorldError(RuntimeError):
+    """A world of other people's failed in mid-life."""
+
+
+class GymWorlds:
+    """B Gymnasium worlds with hidden rules behind the interface of `HiddenRulesWorld`, for one lifetime each.
+
+    Args:
+        settings: with a `gym_id`.
+        batch: number of worlds, B.
+        split: which permutations of the actions are drawn.
+        seed: worlds made with one seed give every agent the same rules and first episodes.
+        device: where the tensors are put; the worlds themselves live on the CPU.
+
+    Raises:
+        WorldError: at a step, whatever the world raised.
+    """
+
+    def __init__(self, settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu") -> None:
+        self.settings, self.batch, self.device, self.seed = settings, batch, torch.device(device), seed
+
+        def make() -> HiddenRulesWrapper:
+            inner = make_gym(settings.gym_id, settings.cell)
+            return HiddenRulesWrapper(inner, settings.lifetime, split, slip=settings.slip, noise=settings.noise)
+
+        self.vector = gymnasium.vector.SyncVectorEnv([make] * batch)
+
+    def reset(self) -> Tensor:
+        """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
+        seeds = np.random.SeedSequence(self.seed).generate_state(self.batch)
+        frames, _ = self.vector.reset(seed=[int(seed >> 1) for seed in seeds])
+        self.task = torch.tensor(self.vector.get_attr("task"))
+        self.lived_segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        return self._tensor(frames)
+
+    def step(self, action: Tensor) -> WorldStep:
+        """Take `action` (B,) int64 in every world; see `WorldStep`."""
+        try:
+            frames, reward, _, _, info = self.vector.step(action.cpu().numpy())
+        except Exception as error:  # whatever it was: it was not ours
+            raise WorldError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
+        frame = self._tensor(frames)
+        arrival, ended = frame, info.get("_final_frame")
+        if ended is not None:
+            arrival = frame.clone()
+            arrival[torch.as_tensor(ended)] = self._tensor(np.stack(info["final_frame"][ended]))
+        flags = (self._tensor(info[name]) for name in ("episode_terminated", "episode_truncated"))
+        return WorldStep(arrival, self._tensor(reward).float(), *flags, frame)
+
+    def words(self, row: int) -> str:
+        """What is hidden in one world in words, for captions."""
+        return self.vector.envs[row].words()
+
+    def close(self) -> None:
+        """Let the worlds go."""
+        self.vector.close()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.as_tensor(array.copy()).to(self.device)
+
+
+def make_worlds(
+    settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu"
+) -> HiddenRulesWorld | GymWorlds:  # fmt: skip
+    """Worlds of the split's tasks: of the house, or of the Gymnasium world that the settings name."""
+    if settings.gym_id:
+        return GymWorlds(settings, batch, split, seed, device)
+    return HiddenRulesWorld(settings, batch, task_split(settings.holdout, split), seed, device)
 
 
 class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):

@@ -1,6 +1,6 @@
 """Meta-train an agent that infers hidden rules from pixels; evaluate, resume and watch it.
 
-    python3 main.py [train] [--preset default|quick|large|switching|tinted] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
+    python3 main.py [train] [--preset default|quick|large|switching|tinted|gym] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
     python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate PART]
     python3 main.py resume RUN [--updates N]
     python3 main.py watch RUN [--seed N]
@@ -40,17 +40,19 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from agent import (
-    STATISTICS, AgentController, Lifetimes, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play,
+    STATISTICS, AgentController, Lifetimes, RandomAgent, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play,
     references, report, result_table, shown, statistics, summary,
 )  # fmt: skip
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
-from environment import N_ACTIONS, WORLDS, HiddenRulesWorld, WorldSettings, require, seeded, task_split
+from environment import WORLDS, WorldError, WorldSettings, make_worlds, require, seeded, task_split
 from film_layer import FiLMLayer
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
 from world_model import VAE, Planner, PlannerSettings, VAESettings, Value
 
 EVALUATION_SEED = 10**18  # above every training seed: evaluation has worlds of its own
+EVALUATION_SEEDS = {split: EVALUATION_SEED + i for i, split in enumerate(("validation", "test", "permutations"))}
+HELD_OUT = {"validation": "validation", "test": "test", "permutations": "test"}  # evaluation split -> whose tasks it draws
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -127,6 +129,14 @@ PRESETS: dict[str, dict] = {
         "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
     "large": {},
+    "gym": {  # for a world of other people's
+        "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
+        "memory": {"budget_mb": 512.0},
+        "vae": {"codes": 12, "alike": 0.05, "encoder_rate": 2e-5},
+        "training": {
+            "worlds": 16, "random_lifetimes": 128, "batch": 12, "value_batch": 4, "outcome_batch": 2, "evaluation_lifetimes": 64,
+        },
+    },
     "quick": {
         "transition": {"free_updates": 150, "tempered_updates": 100},
         "planner": {"discount": 0.9},
@@ -142,9 +152,9 @@ PRESETS: dict[str, dict] = {
 class Settings:
     """All settings of a run. Precedence: default < preset < --config FILE < flags."""
 
-    preset: Literal["default", "quick", "large", "switching", "tinted"] = "default"
+    preset: Literal["default", "quick", "large", "switching", "tinted", "gym"] = "default"
     """A named set of settings to begin from: 6x6 in minutes, a small world in seconds, 8x8, rules that change, worlds that
-    look different."""
+    look different, a Gymnasium world (chosen of itself with --world.gym-id)."""
     seed: int = 0
     """Decides everything random in the run, 0 to 1,000,000."""
     device: str = "cpu"
@@ -161,7 +171,7 @@ class Settings:
         require("seed", self.seed, 0, 1_000_000)
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
-        picture_bytes = 6 * self.world.pixels**2 * self.world.lifetime * self.training.worlds  # frames and arrivals
+        picture_bytes = 2 * math.prod(self.world.sizes.picture) * self.world.lifetime * self.training.worlds  # and arrivals
         if picture_bytes > self.memory.budget_mb * 2**20:
             raise ValueError(
                 f"memory.budget_mb is {self.memory.budget_mb:g}, but {self.training.worlds} lifetimes may take "
@@ -171,7 +181,7 @@ class Settings:
 
 def with_preset(settings: Settings, preset: str) -> Settings:
     """Settings with what a preset, one of PRESETS, changes in them."""
-    return merge(merge(settings, {"preset": preset, "world": WORLDS[preset]}), PRESETS[preset])
+    return merge(merge(settings, {"preset": preset, "world": WORLDS.get(preset, {})}), PRESETS[preset])
 
 
 def device_of(name: str) -> torch.device:
@@ -198,13 +208,13 @@ class System:
         self, settings: Settings, device: torch.device, engine: type = ContextInferenceEngine, planner: type = Planner
     ) -> None:  # fmt: skip
         torch.manual_seed(settings.seed)
-        s, pixels = settings, settings.world.pixels
+        s, sizes = settings, settings.world.sizes
         perception = dataclasses.replace(s.vae, patch=s.vae.patch or s.world.cell)
         codes, outcomes, context = s.vae.codes, s.transition.outcomes, s.context.context
         self.settings, self.device = settings, device
-        self.vae = VAE(perception, picture=(pixels, pixels, 3), context_dim=context).to(device)
+        self.vae = VAE(perception, picture=sizes.picture, context_dim=context).to(device)
         self.transition = TransitionModel(s.transition, codes, self.vae.grid, context_dim=context).to(device)
-        self.engine = engine(s.context, N_ACTIONS, outcomes, codes).to(device)
+        self.engine = engine(s.context, sizes.actions, outcomes, codes).to(device)
         self.appearance = None
         if s.context.appearance:
             self.appearance = AppearanceEngine(s.context, pixels=3 * perception.patch**2).to(device)
@@ -265,7 +275,6 @@ class Learner:
     def __init__(self, settings: Settings, device: torch.device, **parts: type) -> None:
         self.settings, self.device, self.system = settings, device, System(settings, device, **parts)
         self.store = LifetimeStore(settings.memory, device)
-        self.tasks = task_split(settings.world.holdout, "train")
         self.generator = seeded(settings.seed, stream=4, device=device)
         self.sampler = seeded(settings.seed, stream=5)  # of stored lifetimes, on the CPU
         encoder = [p for name, p in self.system.vae.named_parameters() if name.startswith("encoder")]
@@ -336,7 +345,7 @@ class Learner:
         s = self.settings
         seed = (s.seed + 1) * 2**32 + self.collections  # another world for every collection of every run
         with self.timed("collect"):
-            world = HiddenRulesWorld(s.world, s.training.worlds, self.tasks, seed, self.device)
+            world = make_worlds(s.world, s.training.worlds, "train", seed, self.device)
             agent = self.system.controller(keep_pictures=True, look_again=False)  # cheaper, and teaches as well
             agent.explore(exploration, self.generator)
             lifetimes = play(world, agent)
@@ -412,7 +421,7 @@ class Learner:
                 transition.outcome_network.split(codes, next_codes, self.generator)
             experience = self.store.experience.rows(self.store.sample(t.outcome_batch, self.sampler).to(self.device))
             temper = transition.settings.temper(number)
-            self._descend("outcomes", transition.outcome_loss(experience, N_ACTIONS, temper), clip=20)
+            self._descend("outcomes", transition.outcome_loss(experience, self.system.engine.actions, temper), clip=20)
 
     def learn_context(self, experience: Experience) -> Tensor:
         """One update of context engine, prior and consequences; the beliefs (B, T + 1, A + 1, H) on the way."""
@@ -506,22 +515,25 @@ def evaluate(
         raise UserError(
             "this run has trained on all action maps, so none is held out: train with --world.holdout permutations."
         )
-    tasks, seed = evaluation_tasks(settings.world, split)
-    world = HiddenRulesWorld(settings.world, lifetimes, tasks, seed, system.device)
+    seed = EVALUATION_SEEDS[split]
+    world = make_worlds(settings.world, lifetimes, HELD_OUT[split], seed, system.device)
     if without is not None:
         system = copy.deepcopy(system)
         ablate(system, without)
     agent = system.controller(freeze_belief=without == "belief", look_again=without != "second-look")
-    exact = ExactFilter(world)
-    lived = {"agent": play(world, agent, [exact])} | references_in(settings.world, lifetimes, split, system.device)
-    samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode")}
-    better = max(samplers, key=lambda each: samplers[each].reward.sum())
-    nats = {name: torch.stack(seen).double().mean(1).tolist() for name, seen in (("agent", agent.nats), ("exact", exact.nats))}
-    late = min(16, settings.world.lifetime // 2)
-    excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:]))
+    exact = [] if settings.world.gym_id else [ExactFilter(world)]
+    lived = {"agent": play(world, agent, exact)} | references_in(settings.world, lifetimes, split, system.device)
+    nats = {"agent": torch.stack(agent.nats)} | {"exact": torch.stack(filter_.nats) for filter_ in exact}
+    nats = {name: seen.double().mean(1).tolist() for name, seen in nats.items()}
+    late, better = min(16, settings.world.lifetime // 2), None
+    if exact:
+        samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode")}
+        better = max(samplers, key=lambda each: samplers[each].reward.sum())
+        lived["thompson"] = samplers[better]
+    excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:])) if exact else None
     return {
         "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": without, "lifetimes": lifetimes,
-        "env_steps": env_steps, "thompson_draws_each": better, **compare(lived | {"thompson": samplers[better]}),
+        "env_steps": env_steps, "thompson_draws_each": better, **compare(lived),
         "belief_nats": {**nats, "late": late, "late_excess": excess},
     }  # fmt: skip
 
@@ -530,20 +542,18 @@ def evaluate(
 def references_in(
     world: WorldSettings, lifetimes: int, split: str, device: torch.device, rollouts: int = 0
 ) -> dict[str, Lifetimes]:  # fmt: skip
-    """The reference agents' lifetimes of an evaluation; kept, because several agents may be evaluated in one world."""
-    return references(world, lifetimes, *evaluation_tasks(world, split), device, rollouts)
-
-
-def evaluation_tasks(world: WorldSettings, split: str) -> tuple[Tensor, int]:
-    """The tasks of an evaluation, and the seed of its worlds."""
-    tasks = task_split(world.holdout, "test" if split == "permutations" else split)
-    return tasks, EVALUATION_SEED + ("validation", "test", "permutations").index(split)
+    """The reference agents' lifetimes of an evaluation; kept, because several agents may be evaluated in one world. Other
+    people's worlds have no exact solution, so there is only the random agent."""
+    if world.gym_id:
+        worlds = make_worlds(world, lifetimes, HELD_OUT[split], EVALUATION_SEEDS[split], device)
+        return {"random": play(worlds, RandomAgent(EVALUATION_SEEDS[split], world.sizes.actions))}
+    return references(world, lifetimes, task_split(world.holdout, HELD_OUT[split]), EVALUATION_SEEDS[split], device, rollouts)
 
 
 def film(system: System, path: Path, seed: int) -> None:
     """Let the agent live one lifetime in a validation task, chosen by `seed`, and draw it to `path` (GIF)."""
     settings, seed = system.settings, EVALUATION_SEED + 100 + seed
-    world = HiddenRulesWorld(settings.world, 1, task_split(settings.world.holdout, "validation"), seed, system.device)
+    world = make_worlds(settings.world, 1, "validation", seed, system.device)
     agent, moments, earned = system.controller(), [], 0.0
     agent.begin(world.reset())
     for step in range(settings.world.lifetime):
@@ -587,6 +597,10 @@ def train(run: RunFolder, learner: Learner) -> bool:
             if over or stopped or learner.update % t.checkpoint_every == 0:
                 learner.seconds["total"] = time.perf_counter() - started
                 run.save(learner)
+    except WorldError:
+        if len(learner.store):
+            run.save(learner)
+        raise
     finally:
         bar.close()
         board.close()
@@ -637,12 +651,14 @@ def train_command(arguments: list[str]) -> None:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default=None)
     early.add_argument("--config", type=Path, default=None)
+    early.add_argument("--world.gym-id", dest="gym_id", default="")
     chosen, _ = early.parse_known_args(arguments)
     try:
         base, changes = TrainArguments(), {}
         if chosen.config is not None:
             changes = json.loads(chosen.config.read_text())
-        preset = chosen.preset or (changes.get("preset") if isinstance(changes, dict) else None) or "default"
+        preset = chosen.preset or (changes.get("preset") if isinstance(changes, dict) else None)
+        preset = preset or ("gym" if chosen.gym_id else "default")
         if preset in PRESETS:  # an unknown one is refused below, with the names that exist
             base = with_preset(base, preset)
         base = merge(base, changes)
@@ -650,12 +666,29 @@ def train_command(arguments: list[str]) -> None:
         raise UserError(f"{chosen.config}: {error}") from error
     parsed = tyro.cli(TrainArguments, args=arguments, default=base, prog="main.py")
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
+    if settings.world.gym_id and settings.transition.reward_bins == TransitionSettings().reward_bins:
+        settings = merge(settings, {"transition": {"reward_bins": rewards_of(settings.world)}})
     learner = Learner(settings, device_of(settings.device))  # refuses what does not fit, before anything is written
     if parsed.init_from is not None:
         restore(lambda: learner.system.load(RunFolder(parsed.init_from).load()[0]["modules"]), parsed.init_from)
     run = RunFolder.create(settings)
     with run.locked():
         train_and_evaluate(run, learner)
+
+
+def rewards_of(world: WorldSettings, lifetimes: int = 16, most: int = 4) -> tuple[float, ...]:
+    """Reward bins for a world of which nothing is known, from random lifetimes: 0, and on either side the rewards seen if
+    these are at most so many, else as many evenly spaced ones, up to the largest seen and at least to 1: whoever learns
+    earns more than whoever does not."""
+    worlds = make_worlds(world, lifetimes, "train", seed=0)
+    seen = play(worlds, RandomAgent(0, world.sizes.actions)).reward
+    bins = {0.0}
+    for kinds in (seen[seen > 0].unique().tolist(), seen[seen < 0].unique().tolist()):
+        if len(kinds) > most:
+            largest = math.copysign(max(1.0, *map(abs, kinds)), kinds[0])
+            kinds = [largest * k / most for k in range(1, most + 1)]
+        bins |= set(kinds)
+    return tuple(sorted(bins)) if len(bins) > 1 else TransitionSettings().reward_bins
 
 
 def resume_command(run: Positional[Path], updates: int | None = None) -> None:
@@ -783,7 +816,7 @@ def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = Non
         try:
             result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
             result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
-            result["said"] = {key: result[key] for name in STATISTICS for key in (name, f"{name}_ci95")}
+            result["said"] = {key: result[key] for name in STATISTICS if name in result for key in (name, f"{name}_ci95")}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{run} has no final evaluation of this version: make it with python3 main.py resume {run}.") from error
         groups.setdefault(described(settings), []).append(result)
@@ -834,7 +867,7 @@ def main() -> None:
             tyro.cli(COMMANDS[name], args=arguments, prog=f"main.py {name}")
         else:
             train_command(arguments if name == "train" else [name, *arguments])
-    except (UserError, ValueError, OSError) as error:
+    except (UserError, ValueError, OSError, WorldError) as error:
         print(f"main.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -252,9 +252,14 @@ class TransitionModel(nn.Module):
 
     # -------------------------------------------------------------------------------------------- losses
 
-    def reward_bin(self, reward: Tensor) -> Tensor:
-        """The nearest bin's index (int64) for rewards of any shape."""
-        return (reward[..., None] - self.reward_bins).abs().argmin(-1)
+    def two_hot(self, reward: Tensor) -> Tensor:
+        """Rewards (N,) as weights (N, bins) of the two bins around them, whose mean they are (as in DreamerV3, Hafner et
+        al., 2023); beyond the outer bins as those."""
+        bins, reward = self.reward_bins, reward.clamp(self.reward_bins[0], self.reward_bins[-1])
+        above = torch.searchsorted(bins, reward).clamp_min(1)
+        share = (reward - bins[above - 1]) / (bins[above] - bins[above - 1])
+        low, high = F.one_hot(above - 1, len(bins)), F.one_hot(above, len(bins))
+        return low * (1 - share[:, None]) + high * share[:, None]
 
     def outcome_loss(self, experience: Experience, n_actions: int, temper: float) -> dict[str, Tensor]:
         """Learn what can happen; nats a step, mean over (B, T) steps. Three phases by `temper`:
@@ -319,7 +324,7 @@ class TransitionModel(nn.Module):
         """Cross-entropies (N,), nats, of rewards (N,) and ends (N,) bool; context (N, D), present (N, C*C) bool."""
         log_reward, end = self.consequences(present, self.consequence_table(context))
         return {
-            "reward": F.nll_loss(log_reward, self.reward_bin(reward), reduction="none"),
+            "reward": -(self.two_hot(reward) * log_reward).sum(-1),
             "termination": F.binary_cross_entropy_with_logits(end, terminated.float(), reduction="none"),
         }
 

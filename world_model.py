@@ -33,6 +33,8 @@ class VAESettings:
     """Number of categories of a patch, 2 to 255."""
     width: int = 32
     """Hidden features of encoder and decoder, at least 1."""
+    alike: float = 0.5
+    """Patches nearer than this share of the largest distance begin with one code, in [0, 1]: what noise is taken to do."""
     deviation: float = 0.1
     """Standard deviation of a pixel around its reconstruction, as a share of the range, above 0."""
     temperature: float = 1.0
@@ -46,7 +48,7 @@ class VAESettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("patch", 0, 64), ("codes", 2, 255), ("width", 1, 4096), ("deviation", 1e-3, 10), ("temperature", 1e-2, 100),
+            ("patch", 0, 64), ("codes", 2, 255), ("width", 1, 4096), ("alike", 0, 1), ("deviation", 1e-3, 10), ("temperature", 1e-2, 100),
             ("decoder_rate", 0, 1), ("encoder_rate", 0, 1), ("late_rate", 0, 1),
         ):  # fmt: skip
             require(f"vae.{name}", getattr(self, name), low, high)
@@ -155,7 +157,7 @@ class VAE(nn.Module):
         reach = torch.cdist(hidden, centres).amax()
         for _ in range(self.settings.codes):
             distance, farthest = torch.cdist(hidden, centres).amin(1).max(0)
-            if len(centres) == self.settings.codes or distance < reach / 2:  # nearer than that is noise
+            if len(centres) == self.settings.codes or distance <= reach * self.settings.alike:
                 break
             centres = torch.cat([centres, hidden[farthest][None]])
         for _ in range(10):

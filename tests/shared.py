@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import torch
 
 from main import Settings
@@ -27,6 +29,43 @@ TINY = {
         "evaluation_lifetimes": 16, "log_every": 3, "checkpoint_every": 3,
     },
 }  # fmt: skip
+
+
+class Room(gymnasium.Env):
+    """Somebody else's world: 3x3 cells of 4 pixels, five actions (four moves and none), .5 in the corner, ten steps.
+
+    Args:
+        reward: in the corner.
+        fails_after: steps after which it raises, for ever if not given.
+    """
+
+    MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
+    observation_space = gymnasium.spaces.Box(0, 255, (12, 12, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(5)
+
+    def __init__(self, reward: float = 0.5, fails_after: float = np.inf) -> None:
+        self.reward, self.left = reward, fails_after
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.age = self.np_random.integers(0, 3, 2) * [1, 0], 0
+        return self._draw(), {}
+
+    def step(self, action):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("the roof came down")
+        self.place, self.age = np.clip(self.place + self.MOVES[action], 0, 2), self.age + 1
+        there = bool((self.place == 2).all())
+        return self._draw(), self.reward if there else 0.0, there, self.age >= 10, {}
+
+    def _draw(self):
+        picture = np.zeros((3, 4, 3, 4, 3), np.uint8)
+        picture[2, :, 2, :, 1], picture[self.place[0], :, self.place[1], :, 0] = 250, 250
+        return picture.reshape(12, 12, 3)
+
+
+gymnasium.register("Room-v0", entry_point=Room)
 
 
 def tiny(**changes: dict) -> Settings:

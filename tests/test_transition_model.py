@@ -151,7 +151,8 @@ class TestPredictions(unittest.TestCase):
         torch.testing.assert_close(model.surprise(likelihood, action, context), by_hand)
 
     def test_rewards_fall_into_the_nearest_bin(self):
-        self.assertEqual(model_of(reward_bins=(-1.0, 0.0, 2.0)).reward_bin(torch.tensor([-3.0, 0.2, 1.5])).tolist(), [0, 1, 2])
+        weights = model_of(reward_bins=(-1.0, 0.0, 2.0)).two_hot(torch.tensor([-3.0, -1, 0, 0.5, 2, 7]))
+        self.assertEqual(weights.tolist(), [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0.75, 0.25], [0, 0, 1], [0, 0, 1]])
 
     def test_entropy_of_certainty_and_of_a_coin(self):
         torch.testing.assert_close(entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]])), torch.tensor([0.0, 0.6931]), atol=1e-4, rtol=0)

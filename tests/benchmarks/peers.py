@@ -18,8 +18,8 @@ from stable_baselines3.common.env_util import make_vec_env
 
 import environment
 from agent import compare, play
-from environment import HiddenRulesWorld, PreviousStep, WorldSettings, WorldStep
-from main import Settings, evaluation_tasks, references_in
+from environment import PreviousStep, WorldSettings, WorldStep, make_worlds
+from main import EVALUATION_SEEDS, Settings, references_in
 
 WORLDS = 32
 
@@ -84,8 +84,7 @@ class PeerAgent:
 
 def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> dict[str, Any]:
     """As `main.evaluate`, with the same tasks, starts and slips, on pictures of its own size."""
-    tasks, seed = evaluation_tasks(settings.world, "test")
-    world = HiddenRulesWorld(enlarged(settings.world), lifetimes, tasks, seed)
+    world = make_worlds(enlarged(settings.world), lifetimes, "test", EVALUATION_SEEDS["test"])
     lived = {"agent": play(world, PeerAgent(model))} | references_in(settings.world, lifetimes, "test", torch.device("cpu"))
     lived["thompson"] = lived["thompson_step"]
     weights = sum(parameter.numel() for parameter in model.policy.parameters())

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from agent import KnownRuleAgent, ThompsonAgent, interval, mean, play, shown
-from environment import HiddenRulesWorld, value_iteration
-from main import evaluation_tasks, load_system
+from environment import make_worlds, value_iteration
+from main import EVALUATION_SEEDS, load_system
 from tests.benchmarks import named_runs
 
 LIFETIMES, WINDOW, FLOOR = 2048, 8, 1e-3
@@ -29,11 +29,11 @@ def rewards(systems: list) -> dict[str, list[np.ndarray]]:
     if not settings.world.switch:
         sys.exit("the rules of this run's world never switch: train one with python3 main.py --preset switching")
     world = dataclasses.replace(settings.world, switch_step=settings.world.lifetime // 2)
-    tasks, seed = evaluation_tasks(world, "test")
+    seed = EVALUATION_SEEDS["test"]
     q = value_iteration(world)
 
     def live(make) -> np.ndarray:
-        there = HiddenRulesWorld(world, LIFETIMES, tasks, seed)
+        there = make_worlds(world, LIFETIMES, "test", seed)
         return play(there, make(there)).reward.numpy()
 
     return {

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from agent import play, shown, statistics
-from environment import PALETTE, HiddenRulesWorld, WorldStep
-from main import System, evaluate, evaluation_tasks, load_system
+from environment import PALETTE, HiddenRulesWorld, WorldStep, make_worlds
+from main import EVALUATION_SEEDS, System, evaluate, load_system
 from tests.benchmarks import named_runs
 
 LIFETIMES, LAST = 512, 10
@@ -70,8 +70,7 @@ def code_accuracy(codes: Tensor, colours: Tensor, n_codes: int) -> tuple[float, 
 def measure(system: System) -> dict:
     """Figures of one run, pictures beside their reconstructions, and its evaluation."""
     settings = system.settings
-    tasks, seed = evaluation_tasks(settings.world, "test")
-    world = HiddenRulesWorld(settings.world, LIFETIMES, tasks, seed)
+    world = make_worlds(settings.world, LIFETIMES, "test", EVALUATION_SEEDS["test"])
     agent = system.controller()
     eye = Eye(world, agent, system)
     play(world, agent, [eye])
