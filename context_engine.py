@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import N_TASKS, HiddenRulesWorld, WorldStep, log_likelihood, require, reward_consistent
+from environment import ACTION_MAPS, MOVES, N_TASKS, ROLE_COLOURS, HiddenRulesWorld, WorldStep, require, rule_of
 from memory import EpisodicMemory, Experience
 from transition_model import ABSENT, TransitionModel, pair_codes, pairs_present
 
@@ -302,6 +302,34 @@ class AppearanceEngine(nn.Module):
     def unseen(self) -> Tensor:
         """The context (D,) before any picture."""
         return self.to_context(torch.zeros(self.gru.hidden_size, device=self.to_context.weight.device))
+
+
+def log_likelihood(world: HiddenRulesWorld, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
+    """Log probability of what a perfect eye saw happen, under every rule: (B, N_TASKS) float32.
+
+    Args:
+        world: for its slip settings alone; its rule is not read.
+        before, after: (B, colour, 2) int64 positions by colour around the step, before any restart.
+        action: (B,) int64.
+    """
+    # A rule enters only by its body's colour and by the move that the action makes, so twelve cases stand for all rules.
+    s, device = world.settings, before.device
+    still = (before == after).all(-1)  # (B, colour)
+    landed = (before[:, :, None] + MOVES.to(device)).clamp(0, s.grid - 1)
+    reached = (landed == after[:, :, None]).all(-1).float()  # (B, colour, move)
+    slipped = s.slip * ((1 - s.slip_random) * still.float() + s.slip_random * reached.mean(-1))
+    alone = (~still).sum(1, keepdim=True) == (~still).long()  # (B, colour): goal and hazard never move
+    probability = ((1 - s.slip) * reached + slipped[:, :, None]) * alone[:, :, None]
+    rule = rule_of(torch.arange(N_TASKS, device=device))
+    case = rule.colours[:, 0] * len(MOVES) + rule.action_map.T[action]  # (B, N_TASKS)
+    return probability.flatten(1).log().gather(1, case)
+
+
+def reward_consistent(after: Tensor, reward: Tensor) -> Tensor:
+    """Which rules explain `reward` (B,) at positions by colour `after` (B, colour, 2): (B, N_TASKS) bool."""
+    body, goal, hazard = (after[:, colours] for colours in ROLE_COLOURS.T.to(after.device))  # (B, role assignment, 2)
+    expected = (body == goal).all(-1).float() - (body == hazard).all(-1).float()
+    return (expected == reward[:, None]).repeat(1, len(ACTION_MAPS))
 
 
 class ExactFilter:

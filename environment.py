@@ -367,34 +367,6 @@ class HiddenRulesWorld:
 # ------------------------------------------------------------------------------------------------------- exact solution
 
 
-def log_likelihood(world: HiddenRulesWorld, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-    """Log probability of what a perfect eye saw happen, under every rule: (B, N_TASKS) float32.
-
-    Args:
-        world: for its slip settings alone; its rule is not read.
-        before, after: (B, colour, 2) int64 positions by colour around the step, before any restart.
-        action: (B,) int64.
-    """
-    # A rule enters only by its body's colour and by the move that the action makes, so twelve cases stand for all rules.
-    s, device = world.settings, before.device
-    still = (before == after).all(-1)  # (B, colour)
-    landed = (before[:, :, None] + MOVES.to(device)).clamp(0, s.grid - 1)
-    reached = (landed == after[:, :, None]).all(-1).float()  # (B, colour, move)
-    slipped = s.slip * ((1 - s.slip_random) * still.float() + s.slip_random * reached.mean(-1))
-    alone = (~still).sum(1, keepdim=True) == (~still).long()  # (B, colour): goal and hazard never move
-    probability = ((1 - s.slip) * reached + slipped[:, :, None]) * alone[:, :, None]
-    rule = rule_of(torch.arange(N_TASKS, device=device))
-    case = rule.colours[:, 0] * len(MOVES) + rule.action_map.T[action]  # (B, N_TASKS)
-    return probability.flatten(1).log().gather(1, case)
-
-
-def reward_consistent(after: Tensor, reward: Tensor) -> Tensor:
-    """Which rules explain `reward` (B,) at positions by colour `after` (B, colour, 2): (B, N_TASKS) bool."""
-    body, goal, hazard = (after[:, colours] for colours in ROLE_COLOURS.T.to(after.device))  # (B, role assignment, 2)
-    expected = (body == goal).all(-1).float() - (body == hazard).all(-1).float()
-    return (expected == reward[:, None]).repeat(1, len(ACTION_MAPS))
-
-
 def value_iteration(settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4) -> Tensor:
     """Action values of a world whose rule is known: (S, S, S, move) float32 for cells of body, goal and hazard.
 

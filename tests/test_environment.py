@@ -14,10 +14,10 @@ from gymnasium.utils.env_checker import check_env
 import environment
 from agent import RandomAgent
 from environment import (
-    MOVES, N_TASKS, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings, log_likelihood,
-    reward_consistent, rule_of, seeded, task_split, value_iteration,
+    MOVES, N_TASKS, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings,
+    rule_of, seeded, task_split, value_iteration,
 )  # fmt: skip
-from context_engine import ExactFilter
+from context_engine import ExactFilter, log_likelihood, reward_consistent
 from tests.shared import temporary_folder
 
 CLEAR = WorldSettings(noise=0, slip=0)

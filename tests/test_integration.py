@@ -18,10 +18,10 @@ import torch
 
 from agent import AgentController
 from environment import WORLDS, HiddenRulesWorld, WorldStep, task_split
-from main import EVALUATION_SEED, Ablation, Learner, Settings, evaluate, load_system
+from main import EVALUATION_SEED, Ablation, Learner, Settings, evaluate, load_system, with_preset
 from memory import RunFolder, merge, write_json
 from tests.benchmarks import ablations, belief, robustness, switching, tinted
-from tests.shared import ROOT, command, quick_run, temporary_folder, tiny
+from tests.shared import ROOT, TINY, command, quick_run, temporary_folder, tiny
 
 LIFETIMES = 256
 
@@ -218,15 +218,43 @@ class TestBenchmarks(unittest.TestCase):
         self.assertEqual(tinted.code_accuracy(codes[:1], colours[:1], 6), (1.0, 1.0))
         self.assertEqual(tinted.code_accuracy(codes, colours, 6), (0.75, 0.5))
 
+    @staticmethod
+    def begun(settings: Settings) -> Path:
+        """The folder of a run that has seen one update."""
+        learner, run = Learner(settings, torch.device("cpu")), temporary_folder()
+        learner.advance()
+        write_json(dataclasses.asdict(settings), run / "config.json")
+        write_json({"total": 1.0}, run / "timing.json")
+        RunFolder(run).save(learner)
+        return run
+
+    @unittest.skipUnless(importlib.util.find_spec("sb3_contrib"), "needs pip install -r tests/requirements.txt")
+    def test_peers_of_a_run(self):
+        from tests.benchmarks import peers
+
+        run, train = self.begun(tiny()), peers.train_recurrent_ppo
+        with mock.patch.multiple(peers, LIFETIMES=16, train_recurrent_ppo=lambda world, seed, **_: train(world, seed, frames=100)):
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                peers.main(run)
+        rows = re.findall(r"^\| (RecurrentPPO, [a-z ]+) \| \d+ \| ([\d,]+) \| -?[\d.]+ \[", printed.getvalue(), re.M)
+        self.assertEqual([name for name, _ in rows], [f"RecurrentPPO, {b}" for b in ("as many frames", "as many seconds", "five times the seconds")])
+        self.assertTrue(all(int(frames.replace(",", "")) >= 100 for _, frames in rows))
+
+    @unittest.skipUnless(importlib.util.find_spec("minigrid"), "needs pip install -r tests/requirements.txt")
+    def test_a_foreign_run_beside_shortest_paths(self):
+        from tests.benchmarks import foreign
+
+        settings = merge(with_preset(Settings(), "gym"), TINY)
+        run = self.begun(merge(settings, {"world": {"gym_id": "MiniGrid-Empty-5x5-v0", "lifetime": 24, "cell": 8}}))
+        with mock.patch.multiple(foreign, LIFETIMES=4, BIN=8), contextlib.redirect_stdout(io.StringIO()) as printed:
+            foreign.main([run])
+        returns = dict(re.findall(r"^\| ([a-z ,]+) \| (-?[\d.]+) \[?", printed.getvalue(), re.M))
+        self.assertGreater(float(returns["known rule, shortest path"]), 3)  # five steps to the goal, and again
+        self.assertLess(float(returns["random"]), 1)
+        self.assertGreater((run / "foreign.png").stat().st_size, 10_000)
+
     def test_appearance_of_a_run(self):
-        runs = []
-        for features in (4, 0):
-            settings = tiny(world={"tint": 0.5}, context={"appearance": features})
-            learner, run = Learner(settings, torch.device("cpu")), temporary_folder()
-            learner.advance()
-            write_json(dataclasses.asdict(settings), run / "config.json")
-            RunFolder(run).save(learner)
-            runs.append(run)
+        runs = [self.begun(tiny(world={"tint": 0.5}, context={"appearance": features})) for features in (4, 0)]
         with mock.patch.multiple(tinted, LIFETIMES=16, LAST=2), contextlib.redirect_stdout(io.StringIO()) as printed:
             tinted.main(runs)
         self.assertEqual(re.findall(r"^\| (with[a-z ]+) \|", printed.getvalue(), re.M), ["with appearance", "without it"])
@@ -253,9 +281,19 @@ class TestReadme(unittest.TestCase):
         for flag in re.findall(r"(?<= )--[a-z][\w.-]*", "\n".join(line for b in blocks for line in b.splitlines() if ".py" in line)):
             self.assertIn(flag, helped)
 
-    def test_the_python_example_runs(self):
-        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-        exec(compile(example, "README.md", "exec"), {})
+    def test_the_python_examples_run(self):
+        worlds, loop = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+        exec(compile(worlds, "README.md", "exec"), {})
+        run = temporary_folder()
+        settings = merge(Settings(), {"transition": {"outcomes": 4}, "context": {"hidden": 8}})
+        learner = Learner(settings, torch.device("cpu"))
+        learner.collect(exploration=1.0)
+        write_json(dataclasses.asdict(settings), run / "config.json")
+        RunFolder(run).save(learner)
+        names = {"RUN": run}
+        exec(compile(loop, "README.md", "exec"), names)
+        self.assertTrue(names["truncated"])
+        self.assertEqual(len(names["agent"].memory), 64)
 
     def test_pictures_exist(self):
         for picture in re.findall(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text()):

@@ -1,13 +1,17 @@
-"""Other people's agents in this world: RecurrentPPO of sb3-contrib as RL2 (Duan et al., 2016), without adaptation code.
+"""Other people's agents in this world: `python3 -m tests.benchmarks.peers RUN`.
 
-Needs tests/requirements.txt. Used by `ablations`.
+RecurrentPPO of sb3-contrib as RL2 (Duan et al., 2016), without adaptation code, beside this project's agent of a RUN: trained
+for as many frames, for as many seconds, and for five times as many seconds, and evaluated in the same lifetimes. The seconds
+of RUN compare only where nothing else ran beside it. Needs tests/requirements.txt.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +21,15 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 import environment
-from agent import compare, play
+from agent import compare, interval, normalised, play, shown
 from environment import PreviousStep, WorldSettings, WorldStep, make_worlds
-from main import EVALUATION_SEEDS, Settings, references_in
+from main import EVALUATION_SEEDS, Settings, evaluate, load_system, references_in
+from tests.benchmarks import named_runs
 
 WORLDS = 32
+
+
+LIFETIMES = 512
 
 
 class StopAfter(BaseCallback):
@@ -89,3 +97,35 @@ def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> di
     lived["thompson"] = lived["thompson_step"]
     weights = sum(parameter.numel() for parameter in model.policy.parameters())
     return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
+
+
+def main(run: Path) -> None:
+    """Train the peers and print the table."""
+    system, state = load_system(run)
+    settings, seconds = system.settings, json.loads((run / "timing.json").read_text())["total"]
+    ours = evaluate(system, "test", LIFETIMES)
+    budgets = {
+        "as many frames": {"frames": state["counters"][2]}, "as many seconds": {"seconds": seconds},
+        "five times the seconds": {"seconds": 5 * seconds},
+    }  # fmt: skip
+    heads = ["agent", "seconds", "frames", "return", "normalised", "less than ours, normalised"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    own = np.array([ours["returns"][name] for name in ("agent", "random", "known_rule")], float)
+    for name, budget in ({"this project's": None} | budgets).items():
+        result, spent, frames = ours, seconds, state["counters"][2]
+        if budget is not None:
+            started = time.perf_counter()
+            model = train_recurrent_ppo(settings.world, settings.seed, **budget)
+            spent, result = time.perf_counter() - started, evaluate_peer(model, settings, LIFETIMES)
+            frames, name = result["frames"], f"RecurrentPPO, {name}"
+        theirs = np.array([result["returns"]["agent"]], float)
+        less = lambda x, y, low, high: normalised(x, low, high) - normalised(y, low, high)  # noqa: E731
+        strata = [np.stack([own[0], theirs[0], own[1], own[2]])]
+        gap = shown(float(less(*strata[0])), interval(less, *strata), 3) if budget else ""
+        figures = (shown(result[key], result[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3)))
+        print(f"| {name} | {spent:.0f} | {frames:,} | {' | '.join(figures)} | {gap} |", flush=True)
+    print(f"\n{LIFETIMES} lifetimes on the test split")
+
+
+if __name__ == "__main__":
+    main(*named_runs("peers", several=False))
