@@ -18,7 +18,7 @@ from torch import Tensor
 
 from context_engine import AppearanceEngine, ContextInferenceEngine, ExactFilter
 from environment import (
-    N_ACTIONS, HiddenRulesWorld, WorldSettings, WorldStep, by_role, rule_of, seeded, value_iteration,
+    N_ACTIONS, GymWorlds, HiddenRulesWorld, WorldSettings, WorldStep, by_role, rule_of, seeded, value_iteration,
 )  # fmt: skip
 from memory import EpisodicMemory
 from transition_model import TransitionModel
@@ -103,6 +103,7 @@ class AgentController:
     @torch.no_grad()
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Name what happened, remember it, and update the belief."""
+        action, step = action.to(self.frame.device), WorldStep(*(part.to(self.frame.device) for part in step))
         next_codes = self.vae.encode(step.arrival, self.vision)
         likelihood = self.transition.outcome_network.log_likelihood(self.codes, next_codes)
         posterior = self.transition.effect_posterior(likelihood)
@@ -332,7 +333,7 @@ class Lifetimes(NamedTuple):
     """(B, T) int64: number of the rule that the step was lived under."""
 
 
-def play(world: HiddenRulesWorld, agent: Any, watchers: Sequence[Any] = ()) -> Lifetimes:
+def play(world: HiddenRulesWorld | GymWorlds, agent: Any, watchers: Sequence[Any] = ()) -> Lifetimes:
     """Let `agent` (see agent.Agent) live one lifetime in every world; watchers `begin` and `observe` along."""
     frames = world.reset()
     for listener in (agent, *watchers):

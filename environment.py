@@ -14,6 +14,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
 
 import gymnasium
 import numpy as np
@@ -71,7 +72,8 @@ class WorldSettings:
     brightness, up to tint * 100 of 255, drawn for every lifetime."""
     gym_id: str = ""
     """A Gymnasium world to live in instead: Discrete actions, pictures; its actions are shuffled anew for every lifetime.
-    MiniGrid-...: seen whole, `cell` pixels a tile. Of the other settings lifetime, slip (to a random action) and noise count."""
+    MiniGrid-...: seen whole, `cell` pixels a tile. Of the other settings lifetime, slip (always to a random action) and
+    noise count. `package:Id-v0` imports the package that registers the world first."""
     holdout: Literal["combinations", "permutations"] = "combinations"
     """What is never trained on: 28 of the 144 pairs of action map and roles, or 6 of the 24 action maps."""
 
@@ -84,6 +86,8 @@ class WorldSettings:
             require(f"world.{name}", getattr(self, name), low, high)
         if self.switch_step and not self.switch:
             raise ValueError(f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01.")
+        if self.gym_id and (self.switch or self.tint):
+            raise ValueError(f"world.switch and world.tint are not for a world of other people's: leave them at 0 with {self.gym_id}.")
 
     @property
     def sizes(self) -> Sizes:
@@ -502,7 +506,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         env: the world; observations (H, W, 3) uint8.
         lifetime: steps that one rule lasts, at least 2.
         split: which permutations are drawn; a fifth of them are for validation, a fifth for the test.
-        shuffled: actions that are permuted among themselves, at least 4; all of them if not given.
+        shuffled: actions that are permuted among themselves, 4 to 20; all of them if not given.
         slip: probability in [0, 1] that an action turns into a random one.
         noise: standard deviation of the Gaussian pixel noise, as a share of the range 0..255, at least 0.
 
@@ -525,8 +529,9 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
                 "gymnasium.wrappers, such as AddRenderObservation, first."
             )
         self.shuffled = np.arange(env.action_space.n) if shuffled is None else np.array(shuffled)
-        if len(self.shuffled) < 4 or len(set(self.shuffled)) < len(self.shuffled) or not np.isin(self.shuffled, range(env.action_space.n)).all():
-            raise ValueError(f"shuffled is {shuffled}, but must name at least 4 different actions of {env.action_space}.")
+        known = len(set(self.shuffled)) == len(self.shuffled) and np.isin(self.shuffled, range(env.action_space.n)).all()
+        if not known or not 4 <= len(self.shuffled) <= 20:  # the number of a permutation of 20 is the last to fit 64 bits
+            raise ValueError(f"shuffled is {shuffled or 'all'}, but must be 4 to 20 different actions of {env.action_space}.")
         require("lifetime", lifetime, 2, 10_000), require("slip", slip, 0, 1), require("noise", noise, 0, 10)
         if split not in SPLIT_SHARES:
             raise ValueError(f"split is {split!r}, but must be one of {', '.join(SPLIT_SHARES)}.")
@@ -536,7 +541,8 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Begin a lifetime under a newly drawn rule; a seed fixes this and all later lifetimes."""
         if self._random is None or seed is not None:
-            self._random = np.random.default_rng(seed)
+            # A stream of its own: seeded like the world inside, the rule could be read off where things begin.
+            self._random = np.random.default_rng(None if seed is None else np.random.SeedSequence(seed, spawn_key=(8,)))
         picture, _ = self.env.reset(seed=seed, options=options)
         while True:
             order = self._random.permutation(len(self.shuffled))
@@ -623,10 +629,10 @@ class GymWorlds:
         batch: number of worlds, B.
         split: which permutations of the actions are drawn.
         seed: worlds made with one seed give every agent the same rules and first episodes.
-        device: where the tensors are put; the worlds themselves live on the CPU.
+        device: where the tensors are put; the worlds themselves live on the CPU, and end when nobody holds this object.
 
     Raises:
-        WorldError: at a step, whatever the world raised.
+        WorldError: at a reset or a step, whatever the world raised.
     """
 
     def __init__(self, settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu") -> None:
@@ -641,17 +647,14 @@ class GymWorlds:
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
         seeds = np.random.SeedSequence(self.seed).generate_state(self.batch)
-        frames, _ = self.vector.reset(seed=[int(seed >> 1) for seed in seeds])
+        frames, _ = self._guarded(self.vector.reset, seed=[int(seed >> 1) for seed in seeds])
         self.task = torch.tensor(self.vector.get_attr("task"))
         self.lived_segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         return self._tensor(frames)
 
     def step(self, action: Tensor) -> WorldStep:
         """Take `action` (B,) int64 in every world; see `WorldStep`."""
-        try:
-            frames, reward, _, _, info = self.vector.step(action.cpu().numpy())
-        except Exception as error:  # whatever it was: it was not ours
-            raise WorldError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
+        frames, reward, _, _, info = self._guarded(self.vector.step, action.cpu().numpy())
         frame = self._tensor(frames)
         arrival, ended = frame, info.get("_final_frame")
         if ended is not None:
@@ -664,9 +667,15 @@ class GymWorlds:
         """What is hidden in one world in words, for captions."""
         return self.vector.envs[row].words()
 
-    def close(self) -> None:
-        """Let the worlds go."""
-        self.vector.close()
+    def __del__(self) -> None:
+        if hasattr(self, "vector"):
+            self.vector.close()
+
+    def _guarded(self, call: Callable, *arguments: Any, **options: Any) -> Any:
+        try:
+            return call(*arguments, **options)
+        except Exception as error:  # whatever it was: it was not ours
+            raise WorldError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array.copy()).to(self.device)

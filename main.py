@@ -133,8 +133,10 @@ PRESETS: dict[str, dict] = {
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
         "vae": {"codes": 12, "alike": 0.05, "encoder_rate": 2e-5},
+        "planner": {"reward_mass": 0.999},
         "training": {
-            "worlds": 16, "random_lifetimes": 128, "batch": 12, "value_batch": 4, "outcome_batch": 2, "evaluation_lifetimes": 64,
+            "updates": 600, "worlds": 16, "random_lifetimes": 128, "batch": 12, "value_batch": 4, "outcome_batch": 2,
+            "evaluation_lifetimes": 64,
         },
     },
     "quick": {
@@ -159,6 +161,8 @@ class Settings:
     """Decides everything random in the run, 0 to 1,000,000."""
     device: str = "cpu"
     """Where everything is computed: cpu, cuda, cuda:1, ..."""
+    init_from: str = ""
+    """Folder of a run to begin with the weights of, perception and outcomes learnt; all sizes must be the same."""
     world: WorldSettings = field(default_factory=WorldSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     vae: VAESettings = field(default_factory=VAESettings)
@@ -305,8 +309,7 @@ class Learner:
         main_update = outcome_update - t.outcome_updates
         self._set_rates(main_update)
         if self.update == 0:
-            for _ in range(t.random_lifetimes // t.worlds):
-                self.collect(exploration=1.0)
+            self._collect_first()
         if outcome_update == 0:
             self.merge_codes()
         if main_update in (0, -t.outcome_updates):  # perception or outcomes are new: so is all that was made by them
@@ -319,6 +322,19 @@ class Learner:
         else:
             self._adapt(main_update)
         self.update += 1
+
+    def inherit(self, run: RunFolder) -> None:
+        """Begin where perception and outcomes are learnt, with the weights of `run`; UserError if sizes differ."""
+        try:
+            self.system.load(run.load()[0]["modules"])
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{run.folder} has parts of other sizes: give the settings that it was trained with.") from error
+        self._collect_first()
+        self.update = self.settings.training.perception_updates + self.settings.training.outcome_updates
+
+    def _collect_first(self) -> None:
+        while self.collections < self.settings.training.random_lifetimes // self.settings.training.worlds:
+            self.collect(exploration=1.0)
 
     def _adapt(self, update: int) -> None:
         t = self.settings.training
@@ -344,11 +360,16 @@ class Learner:
         """Live new lifetimes in training tasks, with `exploration` of the actions at random, and store them."""
         s = self.settings
         seed = (s.seed + 1) * 2**32 + self.collections  # another world for every collection of every run
+        before = self.generator.get_state()
         with self.timed("collect"):
             world = make_worlds(s.world, s.training.worlds, "train", seed, self.device)
             agent = self.system.controller(keep_pictures=True, look_again=False)  # cheaper, and teaches as well
             agent.explore(exploration, self.generator)
-            lifetimes = play(world, agent)
+            try:
+                lifetimes = play(world, agent)
+            except WorldError:  # as if this collection had never begun, so that it can be done again
+                self.generator.set_state(before)
+                raise
             self.store.add(agent.memory, world.task, lifetimes.segment, self.update)
         self.collections += 1
         self.env_steps += lifetimes.reward.numel()
@@ -511,6 +532,8 @@ def evaluate(
         UserError: the split asks for held-out permutations that this run has trained on.
     """
     settings = system.settings
+    if split == "permutations" and settings.world.gym_id:
+        raise UserError("other people's worlds always hold permutations out: the split test is theirs.")
     if split == "permutations" and settings.world.holdout != "permutations":
         raise UserError(
             "this run has trained on all action maps, so none is held out: train with --world.holdout permutations."
@@ -562,7 +585,7 @@ def film(system: System, path: Path, seed: int) -> None:
             rebuilt = system.vae.decode(agent.codes, agent.vision)[0].clamp(0, 1)
             belief = system.transition.log_prior(system.engine.context(agent.belief)[:, :-1])[0].exp()
         seen = (x.cpu().numpy() for x in (agent.frame[0], rebuilt, belief))
-        moments.append((*seen, f"step {step}   action {int(action)}   return {earned:+.0f}"))
+        moments.append((*seen, f"step {step}   action {int(action)}   return {earned:+g}"))
         happened = world.step(action)
         agent.observe(action, happened)
         earned += float(happened.reward)
@@ -597,8 +620,9 @@ def train(run: RunFolder, learner: Learner) -> bool:
             if over or stopped or learner.update % t.checkpoint_every == 0:
                 learner.seconds["total"] = time.perf_counter() - started
                 run.save(learner)
-    except WorldError:
+    except WorldError:  # in a collection, which comes first in an update: nothing else has begun
         if len(learner.store):
+            learner.seconds["total"] = time.perf_counter() - started
             run.save(learner)
         raise
     finally:
@@ -642,8 +666,6 @@ class TrainArguments(Settings):
 
     config: Path | None = None
     """A JSON file of settings, such as a run's config.json or a tuned best.json; it may be partial."""
-    init_from: Path | None = None
-    """Folder of a run to begin with the weights of; the sizes of all parts must be the same."""
 
 
 def train_command(arguments: list[str]) -> None:
@@ -651,14 +673,17 @@ def train_command(arguments: list[str]) -> None:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default=None)
     early.add_argument("--config", type=Path, default=None)
-    early.add_argument("--world.gym-id", dest="gym_id", default="")
+    early.add_argument("--world.gym-id", "--world.gym_id", dest="gym_id", default="")
+    early.add_argument("--transition.reward-bins", "--transition.reward_bins", dest="bins", nargs="+", default=())
     chosen, _ = early.parse_known_args(arguments)
     try:
         base, changes = TrainArguments(), {}
         if chosen.config is not None:
             changes = json.loads(chosen.config.read_text())
-        preset = chosen.preset or (changes.get("preset") if isinstance(changes, dict) else None)
-        preset = preset or ("gym" if chosen.gym_id else "default")
+        said = changes if isinstance(changes, dict) else {}
+        known = said.get("world", {}) if isinstance(said.get("world", {}), dict) else {}
+        gym_id = chosen.gym_id or known.get("gym_id")
+        preset = chosen.preset or said.get("preset") or ("gym" if gym_id else "default")
         if preset in PRESETS:  # an unknown one is refused below, with the names that exist
             base = with_preset(base, preset)
         base = merge(base, changes)
@@ -666,11 +691,14 @@ def train_command(arguments: list[str]) -> None:
         raise UserError(f"{chosen.config}: {error}") from error
     parsed = tyro.cli(TrainArguments, args=arguments, default=base, prog="main.py")
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
-    if settings.world.gym_id and settings.transition.reward_bins == TransitionSettings().reward_bins:
+    if settings.preset == "gym" and not settings.world.gym_id:
+        raise UserError("preset gym is for a world of other people's: name it with --world.gym-id.")
+    told = chosen.bins or ("reward_bins" in said.get("transition", {}) and known.get("gym_id") == settings.world.gym_id)
+    if settings.world.gym_id and not told:
         settings = merge(settings, {"transition": {"reward_bins": rewards_of(settings.world)}})
     learner = Learner(settings, device_of(settings.device))  # refuses what does not fit, before anything is written
-    if parsed.init_from is not None:
-        restore(lambda: learner.system.load(RunFolder(parsed.init_from).load()[0]["modules"]), parsed.init_from)
+    if settings.init_from:
+        learner.inherit(RunFolder(Path(settings.init_from)))
     run = RunFolder.create(settings)
     with run.locked():
         train_and_evaluate(run, learner)
@@ -678,17 +706,20 @@ def train_command(arguments: list[str]) -> None:
 
 def rewards_of(world: WorldSettings, lifetimes: int = 16, most: int = 4) -> tuple[float, ...]:
     """Reward bins for a world of which nothing is known, from random lifetimes: 0, and on either side the rewards seen if
-    these are at most so many, else as many evenly spaced ones, up to the largest seen and at least to 1: whoever learns
-    earns more than whoever does not."""
+    these are at most so many, else as many evenly spaced ones up to the largest seen. They reach at least to 1, because
+    whoever learns earns more than whoever does not; what lies beyond them counts as the outermost. -1, 0, 1 if nothing was
+    earned at all."""
     worlds = make_worlds(world, lifetimes, "train", seed=0)
     seen = play(worlds, RandomAgent(0, world.sizes.actions)).reward
-    bins = {0.0}
+    if not seen.any():
+        return TransitionSettings().reward_bins
+    bins = {0.0, max(1.0, float(seen.max()))}
     for kinds in (seen[seen > 0].unique().tolist(), seen[seen < 0].unique().tolist()):
         if len(kinds) > most:
             largest = math.copysign(max(1.0, *map(abs, kinds)), kinds[0])
             kinds = [largest * k / most for k in range(1, most + 1)]
         bins |= set(kinds)
-    return tuple(sorted(bins)) if len(bins) > 1 else TransitionSettings().reward_bins
+    return tuple(sorted({round(x, 6) for x in bins}))
 
 
 def resume_command(run: Positional[Path], updates: int | None = None) -> None:
@@ -787,6 +818,8 @@ def references_command(
     require("lifetimes", lifetimes, 2, 10**6)
     require("rollouts", rollouts, 1, 10**6)
     world = RunFolder(run).settings(Settings()).world
+    if world.gym_id:
+        raise UserError(f"{world.gym_id} has no exact solution, so no references but the random agent, which evaluate shows.")
     asked = {"world": dataclasses.asdict(world), "split": split, "lifetimes": lifetimes, "rollouts": rollouts}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     path = run.parent / "references" / f"{split}-{digest}.json"
@@ -843,7 +876,7 @@ def described(settings: Settings) -> str:
         for section, values in dataclasses.asdict(settings).items() if isinstance(values, dict)
         for name, value in values.items() if value != getattr(getattr(base, section), name)
     ]  # fmt: skip
-    return ", ".join([settings.preset, *changed])
+    return ", ".join([settings.preset, *changed, *([f"begun from {settings.init_from}"] if settings.init_from else [])])
 
 
 def known_references(run: Path, world: WorldSettings) -> dict | None:

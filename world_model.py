@@ -195,8 +195,11 @@ class VAE(nn.Module):
         count = member.sum(0)
         exchange = member.T @ cost.flatten(0, 1) / count.clamp_min(1)[:, None]  # (codes, codes)
         alike = (torch.maximum(exchange, exchange.T) < tolerance * patches.shape[-1]) & (count > 0) & (count > 0)[:, None]
-        self.meaning.copy_(torch.where(alike, count, -1).argmax(1).where(count > 0, self.meaning))
-        return int((self.meaning != torch.arange(len(count), device=frames.device)).sum())
+        meaning = torch.where(alike, count, -1).argmax(1).where(count > 0, self.meaning.long())
+        for _ in range(len(count)):  # a code whose better name has a better name itself
+            meaning = meaning[meaning]
+        self.meaning.copy_(meaning)
+        return len(count) - len(meaning.unique())
 
     def _decode_patches(self, one_hot: Tensor, context: Tensor) -> Tensor:
         return self.decoder_out(self.decoder_film(self.decoder_in(one_hot), context))  # (B, S, pixels of a patch)
@@ -294,7 +297,9 @@ class PlannerSettings:
     discount: float = 0.95
     """Of rewards, for each step, in (0, 1)."""
     mass: float = 0.85
-    """Probability, in (0, 1], of the imagined outcomes and of the rewards that are followed; the least likely are left out."""
+    """Probability, in (0, 1], of the imagined outcomes that are followed; the least likely are left out."""
+    reward_mass: float = 0.85
+    """The same for the rewards of an outcome; nearly 1 where bins stand for rewards between them."""
     promising: float = 0.2
     """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
     second_look: int = 20
@@ -314,7 +319,7 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6),
+            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("reward_mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6),
             ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1), ("slow", 1e-6, 1), ("learning_rate", 0, 1),
         ):  # fmt: skip
             require(f"planner.{name}", getattr(self, name), low, high)
@@ -441,7 +446,7 @@ class Planner:
         next_codes = grids[state, outcome]
         present = pairs_present(codes[state], next_codes, transition.codes)
         log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1])[state])
-        rewarded, reward_weight = branch(log_reward.exp(), mass)  # (P, bins)
+        rewarded, reward_weight = branch(log_reward.exp(), self.settings.reward_mass)  # (P, bins)
         posterior = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
 
         # What will be known then. Taken: an action has an effect; event: an effect comes with a reward.

@@ -133,7 +133,7 @@ class TestWorld(unittest.TestCase):
     def test_no_agent_shares_its_luck_with_the_world(self):
         """An agent seeded like its world must not choose its actions by the hidden task."""
         seeds = (0, 1, 2**32, 10**18)
-        draws = [tuple(torch.randint(1000, (9,), generator=seeded(seed, stream)).tolist()) for seed in seeds for stream in range(6)]
+        draws = [tuple(torch.randint(1000, (9,), generator=seeded(seed, stream)).tolist()) for seed in seeds for stream in range(9)]
         self.assertEqual(len(set(draws)), len(draws))
         world, frames = world_of(WorldSettings(), batch=4000, seed=3)
         agent = RandomAgent(3)

@@ -13,13 +13,19 @@ import numpy as np
 import torch
 from gymnasium.utils.env_checker import check_env
 
+import main
 from environment import GymWorlds, HiddenRulesWrapper, PreviousStep, WorldSettings, permutation_rank, permutation_split
 from main import Learner, Settings, evaluate, rewards_of, with_preset
 from memory import RunFolder, merge
 from tests.shared import TINY, Room, temporary_folder
 from tests.test_main import in_process, only_run
 
+gymnasium.register("Room-v1", entry_point=Room)  # another of the same kind
 ROOM = WorldSettings(gym_id="Room-v0", lifetime=25, cell=4, slip=0, noise=0)
+
+
+def merge_json(one: dict, other: dict) -> dict:
+    return {key: {**one.get(key, {}), **other.get(key, {})} for key in {*one, *other}}
 
 
 class TestPermutations(unittest.TestCase):
@@ -75,6 +81,21 @@ class TestWrapper(unittest.TestCase):
                 ranks[split].add(env.task)
         self.assertEqual(sum(map(len, ranks.values())), len(set().union(*ranks.values())))
 
+    def test_the_rule_shares_no_luck_with_the_world_inside(self):
+        class Ordered(Room):  # begins as its own generator says, by the very draw that the rule is made with
+            def reset(self, *, seed=None, options=None):
+                seen = super().reset(seed=seed)
+                if seed is not None:
+                    self.order = np.random.default_rng(seed).permutation(5)
+                return seen
+
+        env = HiddenRulesWrapper(Ordered())
+        same = 0
+        for seed in range(120):
+            env.reset(seed=seed)
+            same += env.action_map.tolist() == env.unwrapped.order.tolist()
+        self.assertLess(same, 8)  # 1 in 120 is chance; sharing a stream gives 60% and more
+
     def test_slips_and_noise(self):
         env = HiddenRulesWrapper(Room(), slip=0.5, noise=0.1, lifetime=400)
         first, _ = env.reset(seed=0)
@@ -94,7 +115,7 @@ class TestWrapper(unittest.TestCase):
             observation_space = gymnasium.spaces.Discrete(9)
 
         for env, options, word in (
-            (Continuous(), {}, "must be Discrete"), (Symbolic(), {}, "must be pictures"), (Room(), {"shuffled": (0, 1)}, "at least 4"),
+            (Continuous(), {}, "must be Discrete"), (Symbolic(), {}, "must be pictures"), (Room(), {"shuffled": (0, 1)}, "must be 4 to 20"),
             (Room(), {"shuffled": (0, 1, 2, 9)}, "Discrete\\(5\\)"), (Room(), {"lifetime": 1}, "lifetime is 1"),
             (Room(), {"split": "best"}, "split is 'best'"), (Room(), {"slip": 2}, "slip is 2"),
         ):  # fmt: skip
@@ -130,12 +151,18 @@ class TestGymWorlds(unittest.TestCase):
                 seen.append(happened.frame)
             self.assertIn("actions stand for", worlds.words(0))
             lived.append((frames, torch.stack(seen), worlds.task))
-            worlds.close()
+        vector = worlds.vector
+        del worlds
+        self.assertTrue(vector.closed)
         self.assertTrue(all(torch.equal(a, b) for a, b in zip(lived[0], lived[1])))
         self.assertFalse(torch.equal(lived[0][2], lived[2][2]))
 
     def test_reward_bins_are_found_in_the_data(self):
-        self.assertEqual(rewards_of(ROOM), (0.0, 0.5))
+        self.assertEqual(rewards_of(ROOM), (0.0, 0.5, 1.0))  # whoever learns may earn more than was seen
+        with mock.patch.object(Room, "step", lambda self, action: (self._draw(), -0.01, False, False, {})):
+            self.assertEqual(rewards_of(ROOM), (-0.01, 0.0, 1.0))
+        with mock.patch.object(Room, "step", lambda self, action: (self._draw(), 0.0, False, False, {})):
+            self.assertEqual(rewards_of(ROOM), (-1.0, 0.0, 1.0))
         with mock.patch.object(Room, "step", lambda self, action: (self._draw(), float(np.random.uniform(-3, 0.4)), False, False, {})):
             bins = rewards_of(ROOM)
         self.assertEqual(len(bins), 9)
@@ -150,7 +177,7 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(code, 0, errors)
         run = only_run(folder)
         config = json.loads((run / "config.json").read_text())
-        self.assertEqual((config["preset"], config["transition"]["reward_bins"]), ("gym", [0.0, 0.5]))
+        self.assertEqual((config["preset"], config["transition"]["reward_bins"]), ("gym", [0.0, 0.5, 1.0]))
         result = json.loads((run / "evaluation.json").read_text())
         self.assertNotIn("thompson", result)
         self.assertNotIn("normalised", result)
@@ -159,9 +186,32 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(code, 0, errors)
         again = run / f"evaluation-test-{result['lifetimes']}.json"
         self.assertEqual(again.read_bytes(), (run / "evaluation.json").read_bytes())
+        for arguments, word in ((["references", str(run)], "no exact solution"), (["evaluate", str(run), "--split", "permutations"], "test is theirs")):
+            code, errors = in_process(arguments, folder)
+            self.assertEqual(code, 2)
+            self.assertIn(word, errors)
         for arguments in (["watch", str(run)], ["report", str(run)]):
             code, errors = in_process(arguments, folder)
             self.assertEqual(code, 0, errors)
+
+    def test_the_preset_is_found_and_bins_belong_to_their_world(self):
+        for arguments, content, bins in (
+            (["--world.gym_id", "Room-v0"], {}, [0.0, 0.5, 1.0]),
+            ([], {"world": {"gym_id": "Room-v0"}}, [0.0, 0.5, 1.0]),
+            ([], {"world": {"gym_id": "Room-v0"}, "transition": {"reward_bins": [0, 0.5]}}, [0.0, 0.5]),
+            (["--world.gym-id", "Room-v0"], {"world": {"gym_id": "Room-v1"}, "transition": {"reward_bins": [0, 9]}}, [0.0, 0.5, 1.0]),
+            (["--world.gym-id", "Room-v0", "--transition.reward-bins", "-1", "0", "1"], {}, [-1.0, 0.0, 1.0]),
+        ):  # fmt: skip
+            folder = temporary_folder()
+            (folder / "some.json").write_text(json.dumps(merge_json({"world": {"cell": 4}}, content)))
+            with self.subTest(arguments, **content), mock.patch.object(main, "train_and_evaluate"):
+                code, errors = in_process(["--config", "some.json", *arguments], folder)
+                self.assertEqual(code, 0, errors)
+                config = json.loads((only_run(folder) / "config.json").read_text())
+                self.assertEqual((config["preset"], config["transition"]["reward_bins"]), ("gym", bins))
+        code, errors = in_process(["--preset", "gym"], temporary_folder())
+        self.assertEqual(code, 2)
+        self.assertIn("--world.gym-id", errors)
 
     def test_training_draws_only_training_rules(self):
         settings = merge(merge(with_preset(Settings(), "gym"), TINY), {"world": {"gym_id": "Room-v0", "cell": 4}})
@@ -173,23 +223,29 @@ class TestTraining(unittest.TestCase):
         held = evaluate(learner.system, "test", 4)
         self.assertTrue(np.isfinite(held["return_mean"]))
 
-    def test_a_world_that_fails_in_mid_life_leaves_a_run_to_go_on_with(self):
-        folder = temporary_folder()
-        (folder / "tiny.json").write_text(json.dumps(TINY | {"world": {"lifetime": 12, "cell": 4}}))
-        lived = itertools.count()
-
+    def test_a_world_that_fails_leaves_a_run_that_goes_on_as_if_it_had_not(self):
         class Worn(Room):
+            steps, fails = 0, ()
+
             def step(self, action):
-                if next(lived) > 1200:  # all worlds together: after the random lifetimes, in mid-training
+                Worn.steps += 1  # of all worlds together
+                if Worn.steps in Worn.fails:
                     raise RuntimeError("the roof came down")
                 return super().step(action)
 
         gymnasium.register("Worn-v0", entry_point=Worn)
-        code, errors = in_process(["--config", "tiny.json", "--world.gym-id", "Worn-v0"], folder)
-        self.assertEqual(code, 2)
-        self.assertIn("Worn-v0 failed: RuntimeError: the roof came down", errors)
-        state, _ = RunFolder(only_run(folder)).load()
-        self.assertGreater(state["counters"][0], 0)
+        ended = []
+        for fails in ((), (192 + 150, 192 + 700)):  # 192 steps are for the reward bins; then among random lifetimes, then later
+            folder, (Worn.steps, Worn.fails) = temporary_folder(), (0, fails)
+            (folder / "tiny.json").write_text(json.dumps(TINY | {"world": {"lifetime": 12, "cell": 4}}))
+            code, errors = in_process(["--config", "tiny.json", "--world.gym-id", "Worn-v0"], folder)
+            for _ in fails:
+                self.assertEqual(code, 2)
+                self.assertIn("Worn-v0 failed: RuntimeError: the roof came down", errors)
+                code, errors = in_process(["resume", str(only_run(folder))], folder)
+            self.assertEqual(code, 0, errors)
+            ended.append([(only_run(folder) / name).read_bytes() for name in ("metrics.jsonl", "evaluation.json")])
+        self.assertEqual(ended[0], ended[1])
 
     def test_what_cannot_be_lived_in_is_refused_before_anything_is_written(self):
         folder = temporary_folder()
@@ -210,7 +266,6 @@ class TestTraining(unittest.TestCase):
         frames = worlds.reset()
         tiles = frames.view(2, 6, 8, 6, 8, 3).transpose(2, 3).reshape(2, 36, -1)
         self.assertEqual([len(tile.unique(dim=0)) for tile in tiles], [4, 4])  # wall, floor, goal, agent
-        worlds.close()
 
 
 if __name__ == "__main__":

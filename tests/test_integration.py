@@ -186,31 +186,41 @@ class TestBenchmarks(unittest.TestCase):
 
     def test_ablations_train_what_is_missing_and_print_a_row_for_each(self):
         arguments = ablations.Arguments(seeds=(0,), updates=24, lifetimes=16, output=temporary_folder() / "ablations")
-        rows = {"nothing", *get_args(Ablation), *ablations.TRAINED}
-        peer = [ablations.PEER] if importlib.util.find_spec("sb3_contrib") else []
-        rows |= set(peer)
-        with mock.patch.object(ablations, "BASE", tiny()), mock.patch.object(ablations, "PEER", peer and ablations.PEER):
+        rows = {"nothing", *get_args(Ablation), *ablations.TRAINED, *ablations.PEERS}
+        with mock.patch.object(ablations, "BASE", tiny()):
             for trains in (True, False):
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
                     ablations.main(arguments)
                 self.assertEqual("training without" in printed.getvalue(), trains)
         self.assertEqual(set(re.findall(r"^\| ([^|]+?) \| -?[\d.]+ \[", printed.getvalue(), re.M)), rows)
+        with self.assertRaisesRegex(SystemExit, "another --output"):
+            ablations.main(dataclasses.replace(arguments, updates=25))
 
     def test_without_look_ahead_it_learns_values_of_actions(self):
-        learner = Learner(tiny(planner={"discount": 1e-3}), torch.device("cpu"), planner=ablations.ModelFree)
+        """Watkins' targets of one lifetime by hand: cut where another action was better, the last step from its own arrival."""
+        learner = Learner(tiny(planner={"discount": 0.9, "trace": 0.8}), torch.device("cpu"), planner=ablations.ModelFree)
         while learner.update < 20:
             learner.advance()
-        system, experience = learner.system, learner.store.experience
+        system, experience = learner.system, learner.store.experience.rows(slice(3))
         with torch.no_grad():
             beliefs = system.engine.sequence(experience)
-            context = system.engine.context(beliefs[:, :-1].flatten(0, 1))
-            values = system.planner._values(system.value, experience.codes.flatten(0, 1), context)
-            values = values.gather(1, experience.action.flatten()[:, None])[:, 0]
-            by_hand = (values - experience.reward.flatten()).square().mean()  # nothing counts but the reward at once
-            loss = system.planner.loss(system.value, experience, beliefs)["value"]
-        self.assertAlmostEqual(float(loss), float(by_hand), places=2)
-        chosen = system.planner.action_values(experience.codes[:, 0], beliefs[:, 0])
-        self.assertEqual(chosen.shape, (len(experience.action), 4))
+            loss = float(system.planner.loss(system.value, experience, beliefs)["value"])
+            squares, T = [], experience.action.shape[1]
+            for row in range(3):
+                action = experience.action[row].tolist()
+                codes = [*experience.codes[row], experience.next_codes[row, -1]]  # what is seen before each step and at the end
+                slow = [system.planner.action_values(codes[t][None], beliefs[row, t][None])[0] for t in range(T + 1)]
+                target = None
+                for t in reversed(range(T)):
+                    kept = t + 1 < T and action[t + 1] == int(slow[t + 1].argmax())
+                    best = float(slow[t + 1].max())
+                    boot = 0.8 * (target if kept else best) + 0.2 * best
+                    target = float(experience.reward[row, t]) + 0.9 * boot
+                    context = system.engine.context(beliefs[row, t][None])
+                    own = system.planner._values(system.value, codes[t][None], context)[0, action[t]]
+                    squares.append((float(own) - target) ** 2)
+        self.assertAlmostEqual(loss, float(np.mean(squares)), places=5)
+        self.assertGreater(loss, 0)
 
     def test_code_accuracy_by_hand(self):
         colours = torch.tensor([[[0, 3, 3, 1], [3, 0, 3, 1]], [[0, 3, 3, 1], [3, 0, 3, 1]]])

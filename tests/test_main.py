@@ -225,24 +225,32 @@ class TestResume(unittest.TestCase):
 
 
 class TestInitFrom(unittest.TestCase):
-    def test_another_run_gives_its_weights_or_is_refused(self):
+    def test_another_run_gives_what_it_has_learnt_or_is_refused(self):
         folder = tiny_file()
         self.assertEqual(in_process(["--config", "tiny.json"], folder)[0], 0)
         first = only_run(folder)
-        weights = RunFolder(first).load()[0]["modules"]["vae"]
-        with mock.patch.object(main.Learner, "advance", lambda learner: setattr(learner, "update", learner.total)), \
-                mock.patch.object(main, "train_and_evaluate", lambda run, learner: kept.append(learner)):
+        weights = RunFolder(first).load()[0]["modules"]
+        with mock.patch.object(main, "train_and_evaluate", lambda run, learner: kept.append(learner)):
             kept = []
             code, errors = in_process(["--config", "tiny.json", "--seed", "1", "--init-from", str(first)], folder)
         self.assertEqual(code, 0, errors)
-        for name, tensor in kept[0].system.vae.state_dict().items():
-            self.assertTrue(torch.equal(tensor, weights[name]), name)
-        before = sorted((folder / "runs").iterdir())
-        for wrong, word in ((["--context.hidden", "9"], "does not fit together"), (["--init-from", "nowhere"], "nowhere")):
+        (learner,) = kept
+        for name, module in learner.system.modules().items():
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(torch.equal(tensor, weights[name][key]), f"{name}.{key}")
+        self.assertEqual(len(learner.store), 16)
+        frames, vision = learner.store.blocks[0].frames[:, 0], torch.zeros(8, 32)
+        before = learner.system.vae.encode(frames, vision)
+        learner.advance()  # adapts at once: what is seen keeps its name
+        self.assertTrue(torch.equal(learner.system.vae.encode(frames, vision), before))
+        self.assertIn("context/filter", learner.metrics)
+        self.assertIn("begun from", main.described(learner.settings))
+        runs = sorted((folder / "runs").iterdir())
+        for wrong, word in ((["--context.hidden", "9"], "other sizes"), (["--init-from", "nowhere"], "nowhere")):
             code, errors = in_process(["--config", "tiny.json", "--init-from", str(first), *wrong], folder)
             self.assertEqual(code, 2)
             self.assertIn(word, errors)
-        self.assertEqual(sorted((folder / "runs").iterdir()), before)
+        self.assertEqual(sorted((folder / "runs").iterdir()), runs)
 
 
 class TestLearner(unittest.TestCase):

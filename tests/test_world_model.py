@@ -1,6 +1,7 @@
 """The VAE: shapes, the bound, seeding, and the context's place in it."""
 
 import unittest
+from unittest import mock
 
 import torch
 
@@ -88,6 +89,11 @@ class TestVAE(unittest.TestCase):
         wanted[[first, second]] = (clear[before == first][0] + clear[before == second][0]) / 2
         self.assertEqual(vae.merge_codes(frames, context), 1)
         self.assertEqual(len(vae.encode(frames, context).unique()), 3)
+        third = used[2]  # a chain: the third can be exchanged for the first, the first for the second
+        with mock.patch("torch.cdist", return_value=torch.zeros(64, 36, 6)):
+            self.assertEqual(vae.merge_codes(frames, context), 3)  # of four that are used
+        self.assertEqual(len(vae.encode(frames, context).unique()), 1)
+        self.assertEqual(int(vae.meaning[third]), int(vae.meaning[first]))
         again = vae_of(deviation=0.1)
         again.load_state_dict(vae.state_dict())
         self.assertTrue(torch.equal(again.encode(frames, context), vae.encode(frames, context)))

@@ -9,8 +9,9 @@ with previous action, reward and restart in its observation (RL2, Duan et al., 2
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ TRAINED: dict[str, dict] = {  # what a variant does without: the settings that t
     "look-ahead": {},
 }
 PEER = "everything: RecurrentPPO"
+PEERS = [PEER] if importlib.util.find_spec("sb3_contrib") else []
 
 
 class ModelFree(Planner):
@@ -90,7 +92,7 @@ def results_of(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
     if not path.exists():
         print(f"training without {variant}, seed {seed}", flush=True)
         settings = merge(BASE, {"seed": seed, "training": {"updates": arguments.updates}})
-        if variant == PEER:
+        if variant in PEERS:
             from tests.benchmarks.peers import evaluate_peer, train_recurrent_ppo  # needs tests/requirements.txt
 
             seconds = results_of("nothing", seed, arguments)["seconds"]
@@ -118,9 +120,14 @@ def train_variant(variant: str, settings: Settings, lifetimes: int) -> tuple[dic
 def main(arguments: Arguments) -> None:
     """Train and evaluate what is missing, then print the table."""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(dataclasses.asdict(arguments) | {"output": str(arguments.output)}, arguments.output / "arguments.json")
+    asked, begun = {"updates": arguments.updates, "lifetimes": arguments.lifetimes}, arguments.output / "arguments.json"
+    if begun.exists() and json.loads(begun.read_text()) != asked:
+        sys.exit(f"{arguments.output} was begun with {json.loads(begun.read_text())}: use the same or another --output.")
+    write_json(asked, begun)
+    if not PEERS:
+        print("RecurrentPPO is left out: pip install -r tests/requirements.txt")
     found: dict[str, list[dict]] = {}
-    for variant in ("nothing", *TRAINED, PEER):
+    for variant in ("nothing", *TRAINED, *PEERS):
         for seed in arguments.seeds:
             for name, result in results_of(variant, seed, arguments).items():
                 if name != "seconds":

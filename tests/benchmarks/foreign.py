@@ -69,10 +69,8 @@ def main(runs: list[Path]) -> None:
     world, seed = systems[0].settings.world, EVALUATION_SEEDS["test"]
 
     def live(make) -> np.ndarray:
-        worlds = GymWorlds(world, LIFETIMES, "test", seed)
-        reward = play(worlds, make(worlds)).reward.numpy()
-        worlds.close()
-        return reward
+        worlds = GymWorlds(world, LIFETIMES, "test", seed, systems[0].device)
+        return play(worlds, make(worlds)).reward.numpy()
 
     found = {
         "agent": [live(lambda _, system=system: system.controller()) for system in systems],

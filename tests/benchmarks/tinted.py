@@ -70,7 +70,7 @@ def code_accuracy(codes: Tensor, colours: Tensor, n_codes: int) -> tuple[float, 
 def measure(system: System) -> dict:
     """Figures of one run, pictures beside their reconstructions, and its evaluation."""
     settings = system.settings
-    world = make_worlds(settings.world, LIFETIMES, "test", EVALUATION_SEEDS["test"])
+    world = make_worlds(settings.world, LIFETIMES, "test", EVALUATION_SEEDS["test"], system.device)
     agent = system.controller()
     eye = Eye(world, agent, system)
     play(world, agent, [eye])
