@@ -16,7 +16,7 @@ from gymnasium.utils.env_checker import check_env
 import main
 from environment import GymWorlds, HiddenRulesWrapper, PreviousStep, WorldSettings, permutation_rank, permutation_split
 from main import Learner, Settings, evaluate, rewards_of, with_preset
-from memory import RunFolder, merge
+from memory import merge
 from tests.shared import TINY, Room, temporary_folder
 from tests.test_main import in_process, only_run
 

@@ -123,11 +123,13 @@ class TestQuickRun(unittest.TestCase):
         self.assertGreater(clear, noisy + 1)
         self.assertGreater((self.run_folder / "robustness.png").stat().st_size, 10_000)
 
-    def test_taking_a_modulation_away_costs_return(self):
-        system, _ = load_system(self.run_folder)
-        whole = evaluate(system, "validation", LIFETIMES)["return_mean"]
-        for part in ("prior", "consequences", "value"):
-            self.assertLess(evaluate(system, "validation", LIFETIMES, part)["return_mean"], whole - 0.5, part)
+    def test_ablations_of_a_run(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            ablations.main(ablations.Arguments(runs=(self.run_folder,), lifetimes=64))
+        returns = {part: float(figure) for part, figure in re.findall(r"^\| ([a-z-]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M)}
+        self.assertEqual(set(returns), {"nothing", *get_args(Ablation)})
+        for part in ("belief", "prior", "consequences", "value"):
+            self.assertLess(returns[part], returns["nothing"] - 0.5, part)
 
     def test_recovery_of_a_run(self):
         """The quick run has never met a switch, but the benchmark can put it where there are some."""

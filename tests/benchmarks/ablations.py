@@ -1,6 +1,6 @@
-"""What each part is worth: `python3 -m tests.benchmarks.ablations [--seeds 0 1 2] [--output runs/ablations]`.
+"""What each part is worth: `python3 -m tests.benchmarks.ablations [RUN ...] [--seeds 0 1 2] [--output runs/ablations]`.
 
-Trains the whole agent and every variant of TRAINED for each seed, at a third of the default updates, and takes parts from
+With RUNs: takes every part of `main.Ablation` from these trained agents, whose weights stay. Without: trains the whole agent and every variant of TRAINED for each seed, at a third of the default updates, and takes parts from
 the whole agent whose weights stay (`main.Ablation`); all live the same held-out lifetimes, and differences are paired by
 lifetime. What is done is kept in the output folder, so the same command goes on where it was stopped, and several processes
 with different seeds may fill one folder. The last line of the table is another kind of agent: RecurrentPPO of sb3-contrib
@@ -16,16 +16,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from tyro.conf import Positional
 
 from agent import interval, mean, shown, statistics
 from world_model import Planner, Value
-from main import Ablation, Learner, Settings, evaluate
+from main import Ablation, Learner, Settings, System, evaluate, load_system
 from memory import Experience, merge, write_json
 
 BASE = Settings()
@@ -76,6 +78,8 @@ class ModelFree(Planner):
 class Arguments:
     """What each part is worth."""
 
+    runs: Positional[tuple[Path, ...]] = ()
+    """Folders of trained runs to take parts from; if there are none, agents are trained without each."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings."""
     updates: int = 333
@@ -111,14 +115,19 @@ def train_variant(variant: str, settings: Settings, lifetimes: int) -> tuple[dic
     while learner.update < learner.total:
         learner.advance()
     seconds = time.perf_counter() - started
-    results = {variant: evaluate(learner.system, "test", lifetimes)}
+    return decided_without(learner.system, variant, lifetimes), seconds
+
+
+def decided_without(system: System, variant: str, lifetimes: int) -> dict[str, Any]:
+    """Evaluations of a trained agent, and of the whole agent ("nothing") also without each part at decision time."""
+    results = {variant: evaluate(system, "test", lifetimes)}
     if variant == "nothing":
-        results |= {part: evaluate(learner.system, "test", lifetimes, part) for part in get_args(Ablation)}
-    return results, seconds
+        results |= {part: evaluate(system, "test", lifetimes, part) for part in get_args(Ablation)}
+    return results
 
 
-def main(arguments: Arguments) -> None:
-    """Train and evaluate what is missing, then print the table."""
+def trained(arguments: Arguments) -> Iterator[dict[str, Any]]:
+    """Results of every variant and seed, what is missing trained first."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     asked, begun = {"updates": arguments.updates, "lifetimes": arguments.lifetimes}, arguments.output / "arguments.json"
     if begun.exists() and json.loads(begun.read_text()) != asked:
@@ -126,12 +135,19 @@ def main(arguments: Arguments) -> None:
     write_json(asked, begun)
     if not PEERS:
         print("RecurrentPPO is left out: pip install -r tests/requirements.txt")
-    found: dict[str, list[dict]] = {}
     for variant in ("nothing", *TRAINED, *PEERS):
         for seed in arguments.seeds:
-            for name, result in results_of(variant, seed, arguments).items():
-                if name != "seconds":
-                    found.setdefault(name, []).append(result)
+            results = results_of(variant, seed, arguments)
+            yield {name: result for name, result in results.items() if name != "seconds"}
+
+
+def main(arguments: Arguments) -> None:
+    """Evaluate, train what is missing, and print the table."""
+    found: dict[str, list[dict]] = {}
+    given = (decided_without(load_system(run)[0], "nothing", arguments.lifetimes) for run in arguments.runs)
+    for results in given if arguments.runs else trained(arguments):
+        for name, result in results.items():
+            found.setdefault(name, []).append(result)
     print("| without | return | normalised | difference | of which seeds |\n|---|---|---|---|---|")
     whole = found["nothing"]
     for name, results in found.items():
@@ -141,7 +157,8 @@ def main(arguments: Arguments) -> None:
         figures = (shown(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3)))
         each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
         print("| " + " | ".join([name, *figures, difference, each]) + " |")
-    print(f"\n{arguments.lifetimes} lifetimes on the test split, {len(arguments.seeds)} runs of {arguments.updates} updates each")
+    told = "as they are" if arguments.runs else f"of {arguments.updates} updates each"
+    print(f"\n{arguments.lifetimes} lifetimes on the test split, {len(whole)} runs {told}")
 
 
 if __name__ == "__main__":
