@@ -124,7 +124,7 @@ PRESETS: dict[str, dict] = {
     "default": {},
     "switching": {"training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
     "tinted": {
-        "vae": {"encoder_rate": 2e-3},
+        "vae": {"exact": True, "encoder_rate": 5e-4, "final_rate": 0.05},
         "context": {"appearance": 16},
         "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
@@ -473,8 +473,9 @@ class Learner:
         s, late = self.settings, main_update >= 0
         done = max(0, main_update) / s.training.updates
         share = 1 - (1 - s.training.final_rate) * min(1.0, done)
+        early = 1 - (1 - s.vae.final_rate) * min(1.0, self.update / s.training.perception_updates)
         rates = {
-            "vae": [s.vae.late_rate] * 3 if late else [s.vae.encoder_rate, s.vae.decoder_rate, s.context.learning_rate],
+            "vae": [s.vae.late_rate] * 3 if late else [early * rate for rate in (s.vae.encoder_rate, s.vae.decoder_rate, s.context.learning_rate)],
             "outcomes": [s.transition.learning_rate * share],
             "context": [s.context.learning_rate * share],
             "value": [s.planner.learning_rate * share],

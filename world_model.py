@@ -39,17 +39,21 @@ class VAESettings:
     """Standard deviation of a pixel around its reconstruction, as a share of the range, above 0."""
     temperature: float = 1.0
     """Of the Gumbel-softmax sample, above 0."""
+    exact: bool = False
+    """Sum the bound over all codes of a patch instead of drawing one: without noise, and steadier where worlds look different."""
     decoder_rate: float = 1e-2
     """Adam's learning rate of the decoder while perception is learnt alone."""
     encoder_rate: float = 2e-4
     """That of the encoder: slow, because an untrained decoder would pull its well-begun codes together."""
+    final_rate: float = 1.0
+    """Meanwhile these rates fall evenly to this share of their beginning, in [0, 1]."""
     late_rate: float = 3e-5
     """Adam's learning rate of both from then on."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("patch", 0, 64), ("codes", 2, 255), ("width", 1, 4096), ("alike", 0, 1), ("deviation", 1e-3, 10), ("temperature", 1e-2, 100),
-            ("decoder_rate", 0, 1), ("encoder_rate", 0, 1), ("late_rate", 0, 1),
+            ("decoder_rate", 0, 1), ("encoder_rate", 0, 1), ("final_rate", 0, 1), ("late_rate", 0, 1),
         ):  # fmt: skip
             require(f"vae.{name}", getattr(self, name), low, high)
 
@@ -117,7 +121,7 @@ class VAE(nn.Module):
     def loss(self, frames: Tensor, context: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The negative evidence lower bound, in nats a picture, mean over the batch.
 
-            -log p(x|z, c) + KL(q(z|x, c) || p(z)),   z ~ q by straight-through Gumbel-softmax,
+            -log p(x|z, c) + KL(q(z|x, c) || p(z)),   z ~ q by straight-through Gumbel-softmax, or summed over z,
 
         with p(x|z, c) Gaussian of fixed deviation (its constant left out), summed over pixels, and the KL summed over
         patches. p(z) is one categorical for all patches: uniform at the start and learnt, because under a uniform
@@ -132,12 +136,15 @@ class VAE(nn.Module):
             scalars by name: reconstruction, kl; their sum is the bound.
         """
         log_q = self.logits(frames, context).log_softmax(-1)  # (B, S, codes)
+        kl = (log_q.exp() * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
+        if self.settings.exact:
+            square = (log_q.exp() * self._square_errors(frames, context)).sum((1, 2))
+            return {"reconstruction": square.mean() / (2 * self.settings.deviation**2), "kl": kl.mean()}
         gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
         soft = ((log_q + gumbel) / self.settings.temperature).softmax(-1)
         hard = F.one_hot(soft.argmax(-1), self.settings.codes).float()
         error = self._decode_patches(hard + soft - soft.detach(), context) - self.patches(frames)
         reconstruction = error.square().sum((1, 2)) / (2 * self.settings.deviation**2)
-        kl = (log_q.exp() * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
         return {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
 
     @torch.no_grad()
@@ -180,26 +187,32 @@ class VAE(nn.Module):
         """Let codes that stand for the same kind of patch count as one from now on; returns how many have gone.
 
         Where worlds look different, one kind of patch may have one code under some contexts and another under others, and
-        flicker between them in the middle. Such codes are known by their decoder: a patch of the one can be rebuilt by
-        the other, under its own context, almost as well. Each goes to the most frequent one that it can be exchanged for.
+        flicker between them in the middle. Such codes are known by their decoder: the patches of the rarer one can be
+        rebuilt by the other, under their own contexts, almost as well. Each goes to the most frequent such code.
 
         Args:
             frames: (B, H, W, channels) uint8, a sample of what will be seen; context: (B, D).
             tolerance: nats that an exchange may cost, for each number in a patch.
         """
-        patches, codes = self.patches(frames), self.logits(frames, context).argmax(-1)
-        every = torch.eye(self.settings.codes, device=frames.device).expand(len(frames), -1, -1)
-        cost = torch.cdist(patches, self._decode_patches(every, context)).square() / (2 * self.settings.deviation**2)
+        codes = self.logits(frames, context).argmax(-1)
+        cost = self._square_errors(frames, context) / (2 * self.settings.deviation**2)
         cost = cost - cost.gather(2, codes[..., None])  # (B, S, codes): of calling a patch by another code
         member = F.one_hot(codes, self.settings.codes).float().flatten(0, 1)
         count = member.sum(0)
         exchange = member.T @ cost.flatten(0, 1) / count.clamp_min(1)[:, None]  # (codes, codes)
-        alike = (torch.maximum(exchange, exchange.T) < tolerance * patches.shape[-1]) & (count > 0) & (count > 0)[:, None]
+        alike = (exchange < tolerance * self.encoder_in.in_features) & (count >= count[:, None])  # the rarer goes
         meaning = torch.where(alike, count, -1).argmax(1).where(count > 0, self.meaning.long())
         for _ in range(len(count)):  # a code whose better name has a better name itself
             meaning = meaning[meaning]
         self.meaning.copy_(meaning)
         return len(count) - len(meaning.unique())
+
+    def _square_errors(self, frames: Tensor, context: Tensor) -> Tensor:
+        """Squared errors (B, S, codes), summed over a patch, if patches were rebuilt from each of the codes."""
+        patches, every = self.patches(frames), torch.eye(self.settings.codes, device=frames.device)
+        rebuilt = self._decode_patches(every.expand(len(frames), -1, -1), context)  # (B, codes, P)
+        cross = patches @ rebuilt.transpose(1, 2)
+        return patches.square().sum(-1, keepdim=True) - 2 * cross + rebuilt.square().sum(-1)[:, None]
 
     def _decode_patches(self, one_hot: Tensor, context: Tensor) -> Tensor:
         return self.decoder_out(self.decoder_film(self.decoder_in(one_hot), context))  # (B, S, pixels of a patch)
