@@ -59,6 +59,19 @@ class TestVAE(unittest.TestCase):
         expected = ((frames / 255.0 - 0.5) ** 2).sum((1, 2, 3)).mean() / (2 * 0.25)
         torch.testing.assert_close(vae.loss(frames, context, seeded())["reconstruction"], expected)
 
+    def test_the_exact_bound_sums_over_codes_by_hand(self):
+        vae, frames, context = vae_of(deviation=0.5, exact=True), frames_of(batch=3), torch.randn(3, 5)
+        torch.nn.init.normal_(vae.decoder_film.generator.weight)
+        q, expected = vae.logits(frames, context).softmax(-1), 0.0
+        for code in range(6):
+            rebuilt = vae.decode(torch.full((3, 36), code, dtype=torch.uint8), context)
+            error = (rebuilt - frames / 255).square().view(3, 6, 4, 6, 4, 3).sum((2, 4, 5)).flatten(1)  # of each patch
+            expected += (q[..., code] * error).sum(1).mean() / (2 * 0.25)
+        loss = vae.loss(frames, context, None)  # draws nothing
+        torch.testing.assert_close(loss["reconstruction"], expected)
+        sum(loss.values()).backward()
+        self.assertGreater(float(vae.encoder_in.weight.grad.abs().sum()), 0)
+
     def test_seeding_separates_background_and_colours_on_every_seed(self):
         for seed in range(5):
             torch.manual_seed(seed)
