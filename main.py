@@ -850,7 +850,8 @@ def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = Non
         try:
             result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
             result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
-            result["said"] = {key: result[key] for name in STATISTICS if name in result for key in (name, f"{name}_ci95")}
+            told = [name for name, (_, _, whose) in STATISTICS.items() if set(whose) <= set(result["returns"])]
+            result["said"] = {key: result[key] for name in told for key in (name, f"{name}_ci95")}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{run} has no final evaluation of this version: make it with python3 main.py resume {run}.") from error
         groups.setdefault(described(settings), []).append(result)

@@ -20,7 +20,7 @@ from memory import merge
 from tests.shared import TINY, Room, temporary_folder
 from tests.test_main import in_process, only_run
 
-gymnasium.register("Room-v1", entry_point=Room)  # another of the same kind
+gymnasium.register("OtherRoom-v0", entry_point=Room)  # another of the same kind
 ROOM = WorldSettings(gym_id="Room-v0", lifetime=25, cell=4, slip=0, noise=0)
 
 
@@ -199,7 +199,7 @@ class TestTraining(unittest.TestCase):
             (["--world.gym_id", "Room-v0"], {}, [0.0, 0.5, 1.0]),
             ([], {"world": {"gym_id": "Room-v0"}}, [0.0, 0.5, 1.0]),
             ([], {"world": {"gym_id": "Room-v0"}, "transition": {"reward_bins": [0, 0.5]}}, [0.0, 0.5]),
-            (["--world.gym-id", "Room-v0"], {"world": {"gym_id": "Room-v1"}, "transition": {"reward_bins": [0, 9]}}, [0.0, 0.5, 1.0]),
+            (["--world.gym-id", "Room-v0"], {"world": {"gym_id": "OtherRoom-v0"}, "transition": {"reward_bins": [0, 9]}}, [0.0, 0.5, 1.0]),
             (["--world.gym-id", "Room-v0", "--transition.reward-bins", "-1", "0", "1"], {}, [-1.0, 0.0, 1.0]),
         ):  # fmt: skip
             folder = temporary_folder()
