@@ -136,8 +136,8 @@ class VAE(nn.Module):
             scalars by name: reconstruction, kl; their sum is the bound.
         """
         log_q = self.logits(frames, context).log_softmax(-1)  # (B, S, codes)
-        kl = (log_q.exp() * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
         if self.settings.exact:
+            kl = self._divergence(log_q)
             square = (log_q.exp() * self._square_errors(frames, context)).sum((1, 2))
             return {"reconstruction": square.mean() / (2 * self.settings.deviation**2), "kl": kl.mean()}
         gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
@@ -145,7 +145,11 @@ class VAE(nn.Module):
         hard = F.one_hot(soft.argmax(-1), self.settings.codes).float()
         error = self._decode_patches(hard + soft - soft.detach(), context) - self.patches(frames)
         reconstruction = error.square().sum((1, 2)) / (2 * self.settings.deviation**2)
-        return {"reconstruction": reconstruction.mean(), "kl": kl.mean()}
+        return {"reconstruction": reconstruction.mean(), "kl": self._divergence(log_q).mean()}
+
+    def _divergence(self, log_q: Tensor) -> Tensor:
+        """KL(q || p) (B,), nats, of log posteriors (B, S, codes) from the prior, summed over patches."""
+        return (log_q.exp() * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
 
     @torch.no_grad()
     def seed_codes(self, frames: Tensor, context: Tensor) -> int:
