@@ -267,7 +267,7 @@ class TestBenchmarks(unittest.TestCase):
 
     def test_appearance_of_a_run(self):
         runs = [self.begun(tiny(world={"tint": 0.5}, context={"appearance": features})) for features in (4, 0)]
-        with mock.patch.multiple(tinted, LIFETIMES=16, LAST=2), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with mock.patch.object(tinted, "LIFETIMES", 16), contextlib.redirect_stdout(io.StringIO()) as printed:
             tinted.main(runs)
         self.assertEqual(re.findall(r"^\| (with[a-z ]+) \|", printed.getvalue(), re.M), ["with appearance", "without it"])
         self.assertGreater((runs[0] / "tinted.png").stat().st_size, 10_000)

@@ -20,7 +20,7 @@ from environment import PALETTE, HiddenRulesWorld, WorldStep, make_worlds
 from main import EVALUATION_SEEDS, System, evaluate, load_system
 from tests.benchmarks import named_runs
 
-LIFETIMES, LAST = 512, 10
+LIFETIMES = 512
 BACKGROUND = len(PALETTE)  # number of the colour that is none
 
 
@@ -77,11 +77,11 @@ def measure(system: System) -> dict:
     patches, pictures = code_accuracy(torch.stack(eye.codes, 1), torch.stack(eye.colours, 1), settings.vae.codes)
     error = float(torch.stack(eye.errors).mean().sqrt())
     result = evaluate(system, "test", LIFETIMES)
-    return {"error": error, "patches": patches, "pictures": pictures, "result": result, "seen": eye.pictures[LAST]}
+    return {"error": error, "patches": patches, "pictures": pictures, "result": result, "seen": eye.pictures[0]}
 
 
 def draw(kinds: dict[str, list[dict]], path: Path) -> None:
-    """Six worlds as they are, and as each kind of agent rebuilds them at step LAST, to `path` (PNG)."""
+    """Six worlds as they are in the first step, and as each kind of agent rebuilds them, to `path` (PNG)."""
     figure = Figure(figsize=(8, 1.5 * (1 + len(kinds))), layout="constrained")
     axes = figure.subplots(1 + len(kinds), len(next(iter(kinds.values()))[0]["seen"][0]))
     rows = [("seen", next(iter(kinds.values()))[0]["seen"][0] / 255)]
