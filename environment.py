@@ -1,4 +1,5 @@
-"""The pixel world whose rules are hidden: rules as data, the batched world, its exact solution, Gymnasium faces.
+"""The pixel world whose rules are hidden: rules as data, the batched world, value iteration, Gymnasium faces; and worlds of
+other people's with shuffled actions.
 
 Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes*
 follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
@@ -368,7 +369,7 @@ class HiddenRulesWorld:
         return torch.stack([cell // self.settings.grid, cell % self.settings.grid], -1)
 
 
-# ------------------------------------------------------------------------------------------------------- exact solution
+# ------------------------------------------------------------------------------------------------------ value iteration
 
 
 def value_iteration(settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4) -> Tensor:
@@ -518,7 +519,9 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         self, env: gymnasium.Env, lifetime: int = 256, split: Split = "train", shuffled: tuple[int, ...] | None = None,
         slip: float = 0.0, noise: float = 0.0,
     ) -> None:  # fmt: skip
-        gymnasium.utils.RecordConstructorArgs.__init__(self, lifetime=lifetime, split=split, shuffled=shuffled, slip=slip, noise=noise)
+        gymnasium.utils.RecordConstructorArgs.__init__(
+            self, lifetime=lifetime, split=split, shuffled=shuffled, slip=slip, noise=noise
+        )
         gymnasium.Wrapper.__init__(self, env)
         if not isinstance(env.action_space, gymnasium.spaces.Discrete) or env.action_space.start != 0:
             raise ValueError(f"actions are {env.action_space}, but must be Discrete, from 0 on: discretise them first.")
@@ -560,7 +563,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         taken = self.action_map[other if chance < self.slip else action]
         picture, reward, terminated, truncated, _ = self.env.step(taken)
         if not math.isfinite(reward):
-            raise ValueError(f"the world {self.env.spec.id if self.env.spec else self.env} gave the reward {reward}, which is no number.")
+            raise ValueError(f"the world {self.env} gave the reward {reward}, which is no number.")
         info: dict[str, Any] = {"episode_terminated": bool(terminated), "episode_truncated": bool(truncated and not terminated)}
         if terminated or truncated:
             info["final_frame"] = self._noisy(picture)

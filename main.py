@@ -473,9 +473,10 @@ class Learner:
         s, late = self.settings, main_update >= 0
         done = max(0, main_update) / s.training.updates
         share = 1 - (1 - s.training.final_rate) * min(1.0, done)
+        first = (s.vae.encoder_rate, s.vae.decoder_rate, s.context.learning_rate)
         early = 1 - (1 - s.vae.final_rate) * min(1.0, self.update / s.training.perception_updates)
         rates = {
-            "vae": [s.vae.late_rate] * 3 if late else [early * rate for rate in (s.vae.encoder_rate, s.vae.decoder_rate, s.context.learning_rate)],
+            "vae": [s.vae.late_rate] * 3 if late else [early * rate for rate in first],
             "outcomes": [s.transition.learning_rate * share],
             "context": [s.context.learning_rate * share],
             "value": [s.planner.learning_rate * share],
