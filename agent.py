@@ -5,11 +5,13 @@ Every agent answers `begin(frames)`, `act() -> actions` and `observe(actions, st
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import scipy.stats
@@ -18,9 +20,9 @@ from torch import Tensor
 
 from context_engine import AppearanceEngine, ContextInferenceEngine, ExactFilter
 from environment import (
-    N_ACTIONS, GymWorlds, HiddenRulesWorld, WorldSettings, WorldStep, by_role, rule_of, seeded, value_iteration,
+    ActionValues, GymWorlds, HiddenRulesWorld, Split, WorldSettings, WorldStep, by_role, seeded,
 )  # fmt: skip
-from memory import EpisodicMemory
+from memory import EpisodicMemory, UserError
 from transition_model import TransitionModel
 from world_model import VAE, Planner
 
@@ -134,7 +136,7 @@ class AgentController:
 class RandomAgent:
     """Acts at random, by a seed, with `actions` to choose from: the bottom of the scale."""
 
-    def __init__(self, seed: int, actions: int = N_ACTIONS) -> None:
+    def __init__(self, seed: int, actions: int = 4) -> None:
         self.seed, self.actions = seed, actions
 
     def begin(self, frames: Tensor) -> None:
@@ -155,11 +157,11 @@ class KnownRuleAgent:
 
     Args:
         world: the world it acts in, which it may read.
-        q: (S, S, S, move) float32, see `environment.value_iteration`.
+        q: what moves are worth in such worlds.
     """
 
-    def __init__(self, world: HiddenRulesWorld, q: Tensor) -> None:
-        self.world, self.q = world, q.to(world.device)
+    def __init__(self, world: HiddenRulesWorld, q: ActionValues) -> None:
+        self.world, self.q = world, q
 
     def begin(self, frames: Tensor) -> None:
         """Nothing to forget."""
@@ -177,11 +179,10 @@ class KnownRuleAgent:
 
     def values(self) -> Tensor:
         """Q (B, A) float32 if the assumed tasks were true."""
-        action_map, colours = rule_of(self.assumed_task())
-        seen = self.world.by_colour(self.world.position)  # (B, colour, 2)
-        cell = seen[..., 0] * self.world.settings.grid + seen[..., 1]
-        body, goal, hazard = cell.gather(1, colours).unbind(1)
-        return self.q[body, goal, hazard].gather(1, action_map)
+        task = self.assumed_task()
+        rule = self.world.space.rule(task)
+        position = by_role(self.world.by_colour(self.world.position), rule)
+        return self.q(self.world, task, position).gather(1, rule.action_map)
 
 
 class ThompsonAgent(KnownRuleAgent):
@@ -193,7 +194,7 @@ class ThompsonAgent(KnownRuleAgent):
         options: of the `ExactFilter`.
     """
 
-    def __init__(self, world: HiddenRulesWorld, q: Tensor, each: str, seed: int, **options: float) -> None:
+    def __init__(self, world: HiddenRulesWorld, q: ActionValues, each: str, seed: int, **options: float) -> None:
         super().__init__(world, q)
         if each not in ("step", "episode"):
             raise ValueError(f"each is {each!r}, but must be 'step' or 'episode'.")
@@ -216,7 +217,18 @@ class ThompsonAgent(KnownRuleAgent):
         return self.assumed
 
     def _draw(self) -> Tensor:
-        return torch.multinomial(self.filter.log_posterior.exp(), 1, generator=self.generator)[:, 0]
+        return self.draw_task(self.filter.log_posterior)
+
+    def draw_task(self, log_posterior: Tensor) -> Tensor:
+        """One task (n,) int64 of each of the log posteriors (n, rules): wind and edges first, then the rest, because to draw
+        among few is much cheaper than among all."""
+        by_weather = log_posterior.unflatten(1, (-1, self.world.space.pairs))
+        weather = torch.zeros(len(by_weather), 1, dtype=torch.int64, device=by_weather.device)
+        if by_weather.shape[1] > 1:
+            weather = torch.multinomial(by_weather.logsumexp(2).exp(), 1, generator=self.generator)
+        pairs = by_weather.take_along_dim(weather[..., None], 1)[:, 0]
+        pair = torch.multinomial(pairs.exp(), 1, generator=self.generator)
+        return (weather * self.world.space.pairs + pair)[:, 0]
 
 
 class BayesAdaptiveAgent(ThompsonAgent):
@@ -234,10 +246,10 @@ class BayesAdaptiveAgent(ThompsonAgent):
         certain: nats of entropy below which the posterior counts as certain.
     """
 
-    ROWS_AT_ONCE = 8192  # imagined lifetimes; bounds memory
+    AT_ONCE = 8192 * 144  # numbers in the posteriors of imagined lifetimes; bounds memory
 
     def __init__(
-        self, world: HiddenRulesWorld, q: Tensor, seed: int, rollouts: int = 64, horizon: int = 16, certain: float = 0.01
+        self, world: HiddenRulesWorld, q: ActionValues, seed: int, rollouts: int = 64, horizon: int = 16, certain: float = 0.01
     ) -> None:  # fmt: skip
         super().__init__(world, q, "step", seed)
         self.rollouts, self.horizon, self.certain = rollouts, horizon, certain
@@ -257,7 +269,8 @@ class BayesAdaptiveAgent(ThompsonAgent):
         """The actions (B,) int64 with the best mean; Thompson sampling's where the posterior is certain."""
         action = super().act()
         unsure = (torch.special.entr(self.filter.log_posterior.exp()).sum(1) > self.certain).nonzero()[:, 0]
-        for rows in unsure.split(max(1, self.ROWS_AT_ONCE // self.rollouts)) if len(unsure) else ():
+        some = max(1, self.AT_ONCE // (len(self.world.space) * self.rollouts))
+        for rows in unsure.split(some) if len(unsure) else ():
             action[rows] = self._mean_returns(rows).argmax(1)
         return action
 
@@ -265,20 +278,21 @@ class BayesAdaptiveAgent(ThompsonAgent):
         """Means (n, A) over the imagined lifetimes of worlds `rows` (n,) that begin with each action."""
         each = rows.repeat_interleave(self.rollouts)
         log_posterior = self.filter.log_posterior[each]
-        task = torch.multinomial(log_posterior.exp(), 1, generator=self.generator)[:, 0]
-        position = by_role(self.world.by_colour(self.world.position)[each], rule_of(task))  # if that rule held
+        task = self.draw_task(log_posterior)
+        position = by_role(self.world.by_colour(self.world.position)[each], self.world.space.rule(task))  # if that rule held
         unseen = replace(self.world.settings, noise=0, switch=0, switch_step=0)  # rules last for as long as it imagines
         self.imagined += 1
         means = []
-        for action in range(N_ACTIONS):
+        walls = None if self.world.walls is None else self.world.walls[each]
+        for action in range(self.world.settings.actions):
             world = HiddenRulesWorld(unseen, len(each), task, self.imagined, self.world.device)
-            world.place(task, position, self.world.age[each])
+            world.place(task, position, self.world.age[each], walls)
             returns = self._imagine(world, torch.full_like(task, action), log_posterior)
             means.append(returns.view(len(rows), self.rollouts).mean(1))
         return torch.stack(means, 1)
 
     def _imagine(self, world: HiddenRulesWorld, action: Tensor, log_posterior: Tensor) -> Tensor:
-        """Returns (N,) of imagined worlds that begin with `action` (N,) under log posteriors (N, N_TASKS)."""
+        """Returns (N,) of imagined worlds that begin with `action` (N,) under log posteriors (N, rules)."""
         agent = ThompsonAgent(world, self.q, "step", self.imagined)
         agent.begin(action)  # instead of pictures, of which it only counts the rows
         agent.filter.log_posterior = log_posterior
@@ -293,19 +307,19 @@ class BayesAdaptiveAgent(ThompsonAgent):
 
 
 def references(
-    settings: WorldSettings, lifetimes: int, tasks: Tensor, seed: int, device: torch.device, rollouts: int = 0
+    settings: WorldSettings, lifetimes: int, split: Split, seed: int, device: torch.device, rollouts: int = 0
 ) -> dict[str, Lifetimes]:  # fmt: skip
     """The lifetimes of the agents to compare with, all in the same worlds: random, both Thompson samplers, the known
     rule; where rules switch Thompson sampling that expects no switch, its likelihoods floored at .001; and with
     `rollouts` above 0 the Bayes-adaptive agent, which takes minutes to hours."""
-    q = value_iteration(settings)
+    q = ActionValues(settings, device=device)
 
     def live(make: Callable) -> Lifetimes:
-        world = HiddenRulesWorld(settings, lifetimes, tasks, seed, device)
+        world = HiddenRulesWorld(settings, lifetimes, split, seed, device)
         return play(world, make(world))
 
     lived = {
-        "random": live(lambda world: RandomAgent(seed)),
+        "random": live(lambda world: RandomAgent(seed, settings.actions)),
         "thompson_step": live(lambda world: ThompsonAgent(world, q, "step", seed)),
         "thompson_episode": live(lambda world: ThompsonAgent(world, q, "episode", seed)),
         "known_rule": live(lambda world: KnownRuleAgent(world, q)),
@@ -416,12 +430,16 @@ HEADS = {
 }  # fmt: skip
 
 
+def told(result: dict[str, Any]) -> list[str]:
+    """Which of STATISTICS an evaluation can tell: those whose agents lived."""
+    return [name for name, (_, quantity, whose) in STATISTICS.items() if set(whose) <= set(result[quantity])]
+
+
 def statistics(*results: dict[str, Any]) -> dict[str, Any]:
     """Every one of STATISTICS with its interval, of one evaluation or of several runs' in the same worlds together."""
     said = {}
-    for name, (statistic, quantity, whose) in STATISTICS.items():
-        if not all(agent in result[quantity] for result in results for agent in whose):
-            continue  # see `present`
+    for name in told(results[0]):
+        statistic, quantity, whose = STATISTICS[name]
         strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(statistic(*np.concatenate(strata, -1)))
@@ -501,8 +519,8 @@ def report(result: dict[str, Any]) -> str:
     lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
     for name in present([result]):
         lines.append(f"  {name:18s} {shown(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
-    for name in STATISTICS:
-        if name in result and not name.startswith("return"):
+    for name in told(result):
+        if not name.startswith("return"):
             lines.append(f"  {name:18s} {shown(result[name], result[name + '_ci95'], 3)}")
     nats = result["belief_nats"]
     if nats["late_excess"] is not None:
@@ -512,7 +530,7 @@ def report(result: dict[str, Any]) -> str:
 
 def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:
     """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
-    names = [name for name in STATISTICS if name in joined]
+    names = told(results[0])
     heads = ["seed", *(HEADS[name] for name in names), "belief, nats over exact", "training"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in [*results, joined] if len(results) > 1 else results:
@@ -523,9 +541,9 @@ def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> s
         lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
     first, means = results[0], [result["return_mean"] for result in results]
     bars = {name: label for name, label in present(results).items() if name != "agent"}
-    told = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
-    text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(told)}"
-    if first["references"]:
+    said = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
+    text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(said)}"
+    if first["references"] and "bayes_adaptive" in first["references"]["agents"]:
         deep = first["references"]["agents"]["bayes_adaptive"]
         text += f", Bayes-adaptive rollouts {shown(deep['return_mean'], deep['return_mean_ci95'], 2)} "
         text += f"({first['references']['lifetimes']} lifetimes, {first['references']['rollouts']} rollouts an action)"
@@ -587,35 +605,90 @@ def draw_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def draw_lifetime(moments: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str]], caption: str, path: Path) -> None:
-    """A lifetime as an animation to `path` (GIF), atomically.
+Moment = tuple[np.ndarray, np.ndarray, np.ndarray, str]
+"""Of one step: the picture seen and its reconstruction (H, W, 3), the belief (action, outcome) as probabilities, a heading."""
 
-    Args:
-        moments: for each step the picture seen and its reconstruction (H, W, 3), the belief (action, outcome) as
-            probabilities, and a heading.
-        caption: stands under all of them.
-    """
-    from matplotlib import animation
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 5.6))
-    parts = figure.subplot_mosaic([["seen", "rebuilt"], ["belief", "belief"]], height_ratios=[3, 1.5])
-    figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
-    for name, title in (("seen", "seen"), ("rebuilt", "reconstruction")):
-        parts[name].set(title=title, xticks=[], yticks=[])
-    actions = range(len(moments[0][2]))
-    parts["belief"].set(title="belief: which outcome each action has", ylabel="action", xticks=[], yticks=actions)
-    images = [parts[name].imshow(first) for name, first in (("seen", moments[0][0]), ("rebuilt", moments[0][1]))]
-    images.append(parts["belief"].imshow(moments[0][2], vmin=0, vmax=1, aspect="auto", cmap="magma"))
-    heading = figure.suptitle(" ")
-    figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
+class LifetimeFigure:
+    """A figure that shows one moment of a lifetime after the other, with a caption under all of them."""
 
-    def show(moment: tuple) -> None:
-        for image, content in zip(images, moment):
+    def __init__(self, first: Moment, caption: str) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.figure = Figure(figsize=(6, 5.6), dpi=100)
+        self.canvas = FigureCanvasAgg(self.figure)
+        parts = self.figure.subplot_mosaic([["seen", "rebuilt"], ["belief", "belief"]], height_ratios=[3, 1.5])
+        self.figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
+        for name, title in (("seen", "seen"), ("rebuilt", "reconstruction")):
+            parts[name].set(title=title, xticks=[], yticks=[])
+        title = "belief: which outcome each action has"
+        parts["belief"].set(title=title, ylabel="action", xticks=[], yticks=range(len(first[2])))
+        self.images = [parts[name].imshow(image) for name, image in (("seen", first[0]), ("rebuilt", first[1]))]
+        self.images.append(parts["belief"].imshow(first[2], vmin=0, vmax=1, aspect="auto", cmap="magma"))
+        self.heading = self.figure.suptitle(first[3])
+        self.figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
+
+    def show(self, moment: Moment) -> None:
+        """Put another moment in the place of the last."""
+        for image, content in zip(self.images, moment):
             image.set_data(content)
-        heading.set_text(moment[3])
+        self.heading.set_text(moment[3])
 
-    temporary = path.with_name(f".{path.name}.tmp.gif")
-    film = animation.FuncAnimation(figure, show, moments, init_func=lambda: None, cache_frame_data=False)
-    film.save(temporary, writer=animation.PillowWriter(fps=4), dpi=70)
+    def picture(self) -> np.ndarray:
+        """What it shows now, (height, width, 3) uint8."""
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[..., :3]
+
+
+def draw_lifetime(moments: Iterable[Moment], caption: str, path: Path, fps: int) -> None:
+    """A lifetime as an animation to `path`, .gif or .mp4, atomically; it is lived when the ending is known to be one of them.
+
+    Raises:
+        UserError: another ending, or an MP4 where ffmpeg is missing.
+    """
+    import matplotlib
+    from matplotlib import animation
+
+    if path.suffix == ".mp4":
+        if importlib.util.find_spec("imageio_ffmpeg"):  # brings an ffmpeg along
+            import imageio_ffmpeg
+
+            matplotlib.rcParams["animation.ffmpeg_path"] = imageio_ffmpeg.get_ffmpeg_exe()
+        if not animation.FFMpegWriter.isAvailable():
+            raise UserError("an MP4 needs ffmpeg: pip install imageio-ffmpeg, or name a file that ends in .gif.")
+    elif path.suffix != ".gif":
+        raise UserError(f"{path} ends neither in .gif nor in .mp4: choose one of them.")
+    moments = list(moments)
+    figure = LifetimeFigure(moments[0], caption)
+    writer = animation.FFMpegWriter(fps=fps) if path.suffix == ".mp4" else animation.PillowWriter(fps=fps)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    film = animation.FuncAnimation(figure.figure, figure.show, moments, init_func=lambda: None, cache_frame_data=False)
+    film.save(temporary, writer=writer, dpi=70)
     temporary.replace(path)
+
+
+def show_lifetime(moments: Iterator[Moment], caption: str, fps: int) -> bool:
+    """A lifetime in a window while it is lived, until its end or until the window is closed; False, and nothing is lived, if the
+    display turns out to be none. Needs pygame, which Gymnasium's human mode uses too."""
+    import pygame
+
+    try:
+        pygame.display.init()
+    except pygame.error:
+        return False
+    if pygame.display.get_driver() in ("offscreen", "dummy") and "SDL_VIDEODRIVER" not in os.environ:
+        return False
+    clock, screen, figure = pygame.time.Clock(), None, None
+    for moment in moments:
+        figure = figure or LifetimeFigure(moment, caption)
+        figure.show(moment)
+        picture = figure.picture()
+        screen = screen or pygame.display.set_mode(picture.shape[1::-1])
+        screen.blit(pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
+        pygame.display.flip()
+        clock.tick(fps)
+        if any(event.type == pygame.QUIT for event in pygame.event.get()):
+            break
+    pygame.display.quit()
+    return True

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import ACTION_MAPS, MOVES, N_TASKS, ROLE_COLOURS, HiddenRulesWorld, WorldStep, require, rule_of
+from environment import DIRECTIONS, MOVES, HiddenRulesWorld, WorldStep, landing, require_all
 from memory import EpisodicMemory, Experience
 from transition_model import ABSENT, TransitionModel, pair_codes, pairs_present
 
@@ -50,11 +50,10 @@ class ContextSettings:
     """Adam's, of the engine, the outcome prior and the consequences; it decays with the run."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("hidden", 1, 4096), ("context", 1, 4096), ("touched", 1, 4096), ("token_scale", 0, 1000), ("context_scale", 0, 1000),
-            ("hindsight_weight", 0, 1000), ("appearance", 0, 4096), ("learning_rate", 0, 1),
-        ):  # fmt: skip
-            require(f"context.{name}", getattr(self, name), low, high)
+        require_all(
+            "context", self, hidden=(1, 4096), context=(1, 4096), touched=(1, 4096), token_scale=(0, 1000),
+            context_scale=(0, 1000), hindsight_weight=(0, 1000), appearance=(0, 4096), learning_rate=(0, 1),
+        )  # fmt: skip
 
 
 class Imagined(NamedTuple):
@@ -305,31 +304,52 @@ class AppearanceEngine(nn.Module):
 
 
 def log_likelihood(world: HiddenRulesWorld, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-    """Log probability of what a perfect eye saw happen, under every rule: (B, N_TASKS) float32.
+    """Log probability of what a perfect eye saw happen, under every rule: (B, rules) float32.
+
+    Args and means of `likelihood_by_case`, whose cases stand for all rules.
+    """
+    return of_every_rule(world, likelihood_by_case(world, before, action, after))
+
+
+def of_every_rule(world: HiddenRulesWorld, by_case: Tensor) -> Tensor:
+    """Cases (B, map, wind and edges, colour) spread over every rule (B, rules), a task's digits in their order."""
+    return by_case[..., world.space.colours[:, 0].to(by_case.device)].transpose(1, 2).flatten(1)
+
+
+def likelihood_by_case(world: HiddenRulesWorld, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
+    """Log probability of what a perfect eye saw happen: (B, map, wind and edges, colour) float32, by action map, wind and edges,
+    and the body's colour, which is all of a rule that counts for it.
 
     Args:
-        world: for its slip settings alone; its rule is not read.
+        world: for its settings and walls; its rule is not read.
         before, after: (B, colour, 2) int64 positions by colour around the step, before any restart.
         action: (B,) int64.
     """
-    # A rule enters only by its body's colour and by the move that the action makes, so twelve cases stand for all rules.
-    s, device = world.settings, before.device
-    still = (before == after).all(-1)  # (B, colour)
-    landed = (before[:, :, None] + MOVES.to(device)).clamp(0, s.grid - 1)
-    reached = (landed == after[:, :, None]).all(-1).float()  # (B, colour, move)
-    slipped = s.slip * ((1 - s.slip_random) * still.float() + s.slip_random * reached.mean(-1))
-    alone = (~still).sum(1, keepdim=True) == (~still).long()  # (B, colour): goal and hazard never move
-    probability = ((1 - s.slip) * reached + slipped[:, :, None]) * alone[:, :, None]
-    rule = rule_of(torch.arange(N_TASKS, device=device))
-    case = rule.colours[:, 0] * len(MOVES) + rule.action_map.T[action]  # (B, N_TASKS)
-    return probability.flatten(1).log().gather(1, case)
+    s, space, device = world.settings, world.space, before.device
+    wraps, wind, strength = (part.to(device) for part in (space.wraps, space.wind, space.strength))
+    place = before[:, :, None, None].expand(-1, -1, len(wraps), len(MOVES), -1)
+    landed = landing(place, MOVES.to(device), wraps[:, None], s.grid, world.walls)  # (B, colour, edges, move, 2)
+    reached = (landed == after[:, :, None, None]).all(-1).float()
+    still = reached[..., DIRECTIONS:]
+    anything = (reached[..., :DIRECTIONS].sum(-1, keepdim=True) + (s.actions - DIRECTIONS) * still) / s.actions
+    probability = (1 - s.slip) * reached + s.slip * ((1 - s.slip_random) * still + s.slip_random * anything)
+    probability = probability[:, :, None].expand(-1, -1, len(wind), -1, -1)  # (B, colour, wind, edges, move)
+    if s.wind:
+        gust = reached[..., wind].permute(0, 1, 3, 2)[..., None]  # (B, colour, wind, edges, 1)
+        probability = torch.lerp(probability, gust, strength[:, None, None])
+    moved = (before != after).any(-1)  # (B, colour)
+    alone = moved.sum(1, keepdim=True) == moved.long()  # things never move
+    probability = probability * alone[:, :, None, None, None]
+    by_move = probability.log().permute(0, 4, 2, 3, 1).flatten(2, 3)  # (B, move, wind and edges, colour)
+    return by_move[torch.arange(len(action), device=device)[:, None], space.action_maps.to(device).T[action]]
 
 
-def reward_consistent(after: Tensor, reward: Tensor) -> Tensor:
-    """Which rules explain `reward` (B,) at positions by colour `after` (B, colour, 2): (B, N_TASKS) bool."""
-    body, goal, hazard = (after[:, colours] for colours in ROLE_COLOURS.T.to(after.device))  # (B, role assignment, 2)
-    expected = (body == goal).all(-1).float() - (body == hazard).all(-1).float()
-    return (expected == reward[:, None]).repeat(1, len(ACTION_MAPS))
+def reward_consistent(world: HiddenRulesWorld, after: Tensor, reward: Tensor) -> Tensor:
+    """Which role assignments explain `reward` (B,) at positions by colour `after` (B, colour, 2): (B, R) bool."""
+    roles = world.space.colours.to(after.device)
+    place = after[:, roles]  # (B, role assignment, role, 2)
+    expected = (place[:, :, :1] == place[:, :, 1:]).all(-1).float() @ world.worths
+    return expected == reward[:, None]
 
 
 class ExactFilter:
@@ -345,24 +365,35 @@ class ExactFilter:
             when one comes: without a floor the true rule would stay impossible for ever.
     """
 
+    AT_ONCE = 1 << 22  # numbers; what fits into fast memory is several times as fast
+
     def __init__(self, world: HiddenRulesWorld, switch: float | None = None, floor: float = 0.0) -> None:
         self.world, self.floor = world, floor
         self.switch = world.settings.switch if switch is None else switch
 
     def begin(self, frames: Tensor) -> None:
-        """Believe every rule alike: `log_posterior` (B, N_TASKS)."""
-        self.log_posterior = torch.full((len(frames), N_TASKS), -math.log(N_TASKS), device=frames.device)
+        """Believe every rule alike: `log_posterior` (B, rules)."""
+        rules = len(self.world.space)
+        self.log_posterior = torch.full((len(frames), rules), -math.log(rules), device=frames.device)
         self.nats: list[Tensor] = []
         self.seen = self.world.by_colour(self.world.position)
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Bayes' rule on where everything went and on the reward; note how unexpected the former was."""
-        arrived, least = self.world.arrived_by_colour, math.log(self.floor) if self.floor else -math.inf
-        joint = self.log_posterior + log_likelihood(self.world, self.seen, action, arrived).clamp_min(least)
-        self.nats.append(-joint.logsumexp(-1))
-        joint = joint + torch.where(reward_consistent(arrived, step.reward), 0.0, least)
-        self.log_posterior = joint.log_softmax(-1)
-        if self.switch:
-            kept = self.log_posterior + math.log1p(-self.switch)
-            self.log_posterior = torch.logaddexp(kept, torch.full_like(kept, math.log(self.switch / N_TASKS)))
+        arrived = self.world.by_colour(self.world.arrived_at, self.world.lived_rule)
+        least = math.log(self.floor) if self.floor else -math.inf
+        by_case = likelihood_by_case(self.world, self.seen, action, arrived).clamp_min(least)
+        rewarded = torch.where(reward_consistent(self.world, arrived, step.reward), 0.0, least)
+        nats, posterior = [], []
+        some = max(1, self.AT_ONCE // len(self.world.space))
+        for kept, case, evidence in zip(self.log_posterior.split(some), by_case.split(some), rewarded.split(some)):
+            joint = kept + of_every_rule(self.world, case)
+            nats.append(-joint.logsumexp(-1))
+            joint = (joint.view(len(joint), -1, evidence.shape[1]) + evidence[:, None]).flatten(1).log_softmax(-1)
+            if self.switch:
+                joint = joint + math.log1p(-self.switch)
+                joint = torch.logaddexp(joint, torch.full_like(joint, math.log(self.switch / joint.shape[1])))
+            posterior.append(joint)
+        self.nats.append(torch.cat(nats))
+        self.log_posterior = torch.cat(posterior)
         self.seen = self.world.by_colour(self.world.position)

@@ -10,37 +10,42 @@ episode; otherwise it is `arrival[t]`.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import math
+import signal
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from collections.abc import Callable
 
 import gymnasium
 import numpy as np
+import scipy.ndimage
 import torch
 from gymnasium.vector.utils import batch_space
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]])  # (move, (row, column)): up, down, left, right
-MOVE_NAMES = ("up", "down", "left", "right")
-ROLES = ("body", "goal", "hazard")
-PALETTE = torch.tensor([[220, 60, 60], [60, 200, 80], [70, 110, 230]], dtype=torch.uint8)
-PALETTE_NAMES = ("red", "green", "blue")
-BACKGROUND = 20
-ACTION_MAPS = torch.tensor(list(itertools.permutations(range(len(MOVES)))))  # (24, action) -> move
-ROLE_COLOURS = torch.tensor(list(itertools.permutations(range(len(ROLES)))))  # (6, role) -> colour
-N_ACTIONS, N_TASKS = len(MOVES), len(ACTION_MAPS) * len(ROLE_COLOURS)
+MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]])  # (move, (row, column)); the last one moves nothing
+MOVE_NAMES = ("up", "down", "left", "right", "nothing")
+DIRECTIONS, NOTHING = 4, 4
+PALETTE = torch.tensor([[220, 60, 60], [60, 200, 80], [70, 110, 230], [230, 210, 70], [200, 80, 220]], dtype=torch.uint8)
+PALETTE_NAMES = ("red", "green", "blue", "yellow", "magenta")
+WALL, BACKGROUND = 128, 20
+WIND_STRENGTHS = {"train": (1, 3, 5), "validation": (2,), "test": (4,)}  # fifths of the strongest
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 WORLDS: dict[str, dict[str, Any]] = {  # what presets change in the world
     "default": {},
     "switching": {"lifetime": 128, "switch": 0.01},
     "tinted": {"tint": 0.8},
     "large": {"grid": 8, "episode_limit": 24},
+    "everything": {
+        "lifetime": 96, "walls": 4, "edges": "hidden", "wind": 0.4, "actions": 5, "worths": (1.0, 0.5, -1.0),
+    },
     "quick": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
 }
 
@@ -71,34 +76,74 @@ class WorldSettings:
     tint: float = 0.0
     """How differently lifetimes look, in [0, 1): a hidden gain of each colour channel, from 1 - tint to 1, and a hidden
     brightness, up to tint * 100 of 255, drawn for every lifetime."""
+    worths: tuple[float, ...] = (1.0, -1.0)
+    """What it is worth to reach each of the things, 1 to 4 of them, which ends the episode; which colour is which is hidden."""
+    actions: int = 4
+    """Actions, 4 to 8; those beyond the four moves do nothing, and which these are is hidden."""
+    walls: int = 0
+    """Cells that are walls, at most a third of all; where they stand is drawn for every lifetime, and seen."""
+    edges: Literal["block", "wrap", "hidden"] = "block"
+    """What happens at the edges: the body stops or comes in on the other side; hidden: the one in half of the rules, the other
+    in the rest."""
+    wind: float = 0.0
+    """Greatest probability, in [0, .9], that a gust carries the body a cell in a hidden direction, whatever the action; the
+    hidden probability is 1 to 5 fifths of it."""
     gym_id: str = ""
     """A Gymnasium world to live in instead: Discrete actions, pictures; its actions are shuffled anew for every lifetime.
     MiniGrid-...: seen whole, `cell` pixels a tile. Of the other settings lifetime, slip (always to a random action) and
     noise count. `package:Id-v0` imports the package that registers the world first."""
+    shuffled: tuple[int, ...] = ()
+    """Which actions of that world are shuffled, 4 to 20 of them; empty for all."""
+    asynchronous: bool = False
+    """Up to 32 copies of that world step in processes of their own (some 200 MB each), instead of one after the other; pays
+    where a step takes a millisecond and more."""
     holdout: Literal["combinations", "permutations"] = "combinations"
-    """What is never trained on: 28 of the 144 pairs of action map and roles, or 6 of the 24 action maps."""
+    """What is never trained on: 28 of 144 pairs of action map and roles, or a quarter of the action maps; besides, a fifth of
+    the layouts of walls and a strength of the wind."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("grid", 3, 16), ("cell", 1, 64), ("lifetime", 2, 10_000), ("episode_limit", 1, 10_000),
-            ("slip", 0, 1), ("slip_random", 0, 1), ("noise", 0, 10), ("switch", 0, 0.5), ("switch_step", 0, 10_000),
-            ("tint", 0, 0.99),
-        ):  # fmt: skip
-            require(f"world.{name}", getattr(self, name), low, high)
+        require_all(
+            "world", self, grid=(3, 16), cell=(1, 64), lifetime=(2, 10_000), episode_limit=(1, 10_000), slip=(0, 1),
+            slip_random=(0, 1), noise=(0, 10), switch=(0, 0.5), switch_step=(0, 10_000), tint=(0, 0.99), actions=(4, 8),
+            walls=(0, self.grid**2 // 3), wind=(0, 0.9),
+        )  # fmt: skip
+        if self.edges not in ("block", "wrap", "hidden"):
+            raise ValueError(f"world.edges is {self.edges!r}: choose block, wrap or hidden.")
+        if self.holdout not in ("combinations", "permutations"):
+            raise ValueError(f"world.holdout is {self.holdout!r}: choose combinations or permutations.")
+        for worth in self.worths:
+            require("world.worths", worth, -1000, 1000)
+        different = len(set(self.worths)) == len(self.worths)  # equal ones would make one rule of two tasks
+        if not 1 <= len(self.worths) < len(PALETTE) or 0 in self.worths or max(self.worths) <= 0 or not different:
+            raise ValueError(
+                f"world.worths is {self.worths}, but must be 1 to 4 different numbers that are not 0, one above 0: such as 1 -1."
+            )
         if self.switch_step and not self.switch:
             raise ValueError(f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01.")
-        if self.gym_id and (self.switch or self.tint):
-            raise ValueError(f"world.switch and world.tint are not for a world of other people's: leave them at 0 with {self.gym_id}.")
+        house = ("switch", "tint", "worths", "actions", "walls", "edges", "wind")
+        own = [name for name in house if self.gym_id and getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if own:
+            raise ValueError(f"world.{own[0]} is not for a world of other people's: leave it out with {self.gym_id}.")
+        if self.shuffled and not self.gym_id:
+            raise ValueError(f"world.shuffled is {self.shuffled}, but is for a world of other people's: give world.gym_id.")
+        if self.asynchronous and not self.gym_id:
+            raise ValueError("world.asynchronous is for a world of other people's: give world.gym_id.")
 
     @property
     def sizes(self) -> Sizes:
         """Of pictures and actions; ValueError where there is no such world, or none to live in."""
-        return sizes_of_gym(self.gym_id, self.cell) if self.gym_id else Sizes((self.pixels, self.pixels, 3), N_ACTIONS)
+        return sizes_of_gym(self.gym_id, self.cell, self.shuffled) if self.gym_id else Sizes((self.pixels, self.pixels, 3), self.actions)
 
     @property
     def pixels(self) -> int:
         """Height and width of the picture in pixels."""
         return self.grid * self.cell
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Names of the roles: the body, and the things by what they are worth."""
+        named = {1.0: "goal", -1.0: "hazard"}
+        return ("body", *(named.get(worth, f"{worth:+g}") for worth in self.worths))
 
 
 class Sizes(NamedTuple):
@@ -109,10 +154,23 @@ class Sizes(NamedTuple):
     actions: int
 
 
+def checked(split: str) -> str:
+    """The name of a split; ValueError for any other."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, but must be one of {', '.join(SPLITS)}.")
+    return split
+
+
 def require(name: str, value: float, low: float, high: float) -> None:
     """Raise ValueError, naming the setting and the mend, unless `low <= value <= high` (NaN is refused)."""
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, but must lie between {low} and {high}: choose a value in that range.")
+
+
+def require_all(section: str, settings: Any, **limits: tuple[float, float]) -> None:
+    """`require` of the named values of a section of settings, each between its lowest and its highest."""
+    for name, (low, high) in limits.items():
+        require(f"{section}.{name}", getattr(settings, name), low, high)
 
 
 def seeded(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -134,20 +192,66 @@ class Rule(NamedTuple):
     action_map: Tensor
     """(B, action) int64: the move (row of MOVES) that an action makes."""
     colours: Tensor
-    """(B, role) int64: the colour (row of PALETTE) that plays a role (body, goal, hazard)."""
+    """(B, role) int64: the colour (row of PALETTE) that plays a role: the body, then the things."""
+    wraps: Tensor
+    """(B,) bool: whether who leaves over an edge comes in on the other side."""
+    wind: Tensor
+    """(B,) int64: the move that a gust makes."""
+    strength: Tensor
+    """(B,) float32: probability of a gust."""
 
-    def words(self, row: int) -> str:
-        """The rule of one world in words, for captions."""
-        moves = ", ".join(f"{a}: {MOVE_NAMES[m]}" for a, m in enumerate(self.action_map[row].tolist()))
-        return f"{moves}\n" + ", ".join(
-            f"{role} {PALETTE_NAMES[c]}" for role, c in zip(ROLES, self.colours[row].tolist())
+
+@dataclass(frozen=True, eq=False)
+class RuleSpace:
+    """Every rule that a world may have. A task's number has the digits wind, wrapping, action map, colours."""
+
+    action_maps: Tensor
+    """(M, action) int64: every way in which four of the actions make the moves and the others nothing."""
+    colours: Tensor
+    """(R, role) int64: every way in which the colours play the roles."""
+    wraps: Tensor
+    """(E,) bool."""
+    wind: Tensor
+    """(W,) int64."""
+    strength: Tensor
+    """(W,) float32."""
+
+    def __len__(self) -> int:
+        return self.pairs * len(self.wraps) * len(self.wind)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of an action map and roles."""
+        return len(self.action_maps) * len(self.colours)
+
+    def rule(self, task: Tensor) -> Rule:
+        """The rules behind task numbers (B,) int64."""
+        weather, pair = task // self.pairs, task % self.pairs
+        wind, wraps = weather // len(self.wraps), weather % len(self.wraps)
+        parts = (self.action_maps, self.colours, self.wraps, self.wind, self.strength)
+        maps, colours, edges, winds, strengths = (part.to(task.device) for part in parts)
+        return Rule(
+            maps[pair // len(self.colours)], colours[pair % len(self.colours)], edges[wraps], winds[wind], strengths[wind]
         )
 
 
-def rule_of(task: Tensor) -> Rule:
-    """The rules behind task numbers (B,) int64 in [0, N_TASKS): task = 6 * action map + role assignment."""
-    maps, colours = ACTION_MAPS.to(task.device), ROLE_COLOURS.to(task.device)
-    return Rule(maps[task // len(ROLE_COLOURS)], colours[task % len(ROLE_COLOURS)])
+@functools.cache
+def rule_space(worths: int, actions: int, edges: str, wind: float) -> RuleSpace:
+    """Of worlds with so many things and actions, see `WorldSettings`; `HiddenRulesWorld.space` is its own world's."""
+    moves = sorted(set(itertools.permutations([*range(DIRECTIONS), *[NOTHING] * (actions - DIRECTIONS)])))
+    colours = list(itertools.permutations(range(1 + worths)))
+    wraps = {"block": [False], "wrap": [True], "hidden": [False, True]}[edges]
+    fifths = [k / 5 * wind for k in range(1, 6)] if wind else [0.0]
+    winds = range(DIRECTIONS if wind else 1)
+    return RuleSpace(
+        torch.tensor(moves), torch.tensor(colours), torch.tensor(wraps),
+        torch.tensor([direction for direction in winds for _ in fifths]), torch.tensor(fifths).repeat(len(winds)),
+    )  # fmt: skip
+
+
+def space_of(settings: WorldSettings) -> RuleSpace:
+    """Every rule that a world with these settings may have."""
+    return rule_space(len(settings.worths), settings.actions, settings.edges, settings.wind)
 
 
 def by_role(seen: Tensor, rule: Rule) -> Tensor:
@@ -155,27 +259,49 @@ def by_role(seen: Tensor, rule: Rule) -> Tensor:
     return seen.gather(1, rule.colours[:, :, None].expand(-1, -1, 2))
 
 
-def task_split(holdout: str, split: str) -> Tensor:
-    """Task numbers (n,) int64 of one split; the three splits of a holdout are disjoint and cover all N_TASKS.
+def task_split(settings: WorldSettings, split: str) -> Tensor:
+    """Task numbers (n,) int64 of one split of a world's rules; the splits are disjoint.
 
-    `combinations`: 100 / 16 / 28 pairs of action map and roles; every map and every role assignment occurs in training.
-    `permutations`: the test split holds every task of 6 action maps that are never trained on: 92 / 16 / 36.
+    By pairs of action map and roles: `combinations` holds 28 of 144 out for the test and 16 for validation, so that every
+    map and every assignment of roles occurs in training; `permutations` holds out every pair of a quarter of the maps. Where
+    wind blows, each split has strengths of its own besides.
     """
-    fixed = torch.Generator().manual_seed(7)  # for ever: which tasks are held out is part of the benchmark
-    if holdout == "combinations":
-        order = torch.randperm(N_TASKS, generator=fixed)
-        test, rest = order[:28], order[28:]
-    elif holdout == "permutations":
-        held = torch.randperm(len(ACTION_MAPS), generator=fixed)[:6]
-        is_test = torch.isin(torch.arange(N_TASKS) // len(ROLE_COLOURS), held)
+    space, fixed = space_of(settings), torch.Generator().manual_seed(7)  # for ever: what is held out is part of the benchmark
+    pairs, maps, validation = space.pairs, len(space.action_maps), space.pairs * 16 // 144
+    if settings.holdout == "combinations":
+        order = torch.randperm(pairs, generator=fixed)
+        test, rest = order[: pairs * 28 // 144], order[pairs * 28 // 144 :]
+    else:
+        held = torch.randperm(maps, generator=fixed)[: maps // 4]
+        is_test = torch.isin(torch.arange(pairs) // len(space.colours), held)
         test, rest = is_test.nonzero()[:, 0], (~is_test).nonzero()[:, 0]
         rest = rest[torch.randperm(len(rest), generator=fixed)]
-    else:
-        raise ValueError(f"holdout is {holdout!r}, but must be 'combinations' or 'permutations'.")
-    parts = {"train": rest[16:], "validation": rest[:16], "test": test}
-    if split not in parts:
-        raise ValueError(f"split is {split!r}, but must be one of {', '.join(parts)}.")
-    return parts[split].sort().values
+    pair = {"train": rest[validation:], "validation": rest[:validation], "test": test}[checked(split)].sort().values
+    fifth = torch.arange(len(space.wind)) % 5 + 1
+    blows = torch.isin(fifth, torch.tensor(WIND_STRENGTHS[split])).nonzero() if settings.wind else torch.zeros(1, 1).long()
+    weather = (blows * len(space.wraps) + torch.arange(len(space.wraps))).view(-1, 1)
+    return (weather * pairs + pair).flatten()
+
+
+@functools.cache
+def layouts(grid: int, walls: int) -> dict[str, Tensor]:
+    """Where walls can stand in each split, 3 : 1 : 1 of up to 500 layouts: (n, grid, grid) bool each. What is free hangs
+    together, and no layout occurs twice."""
+    fixed, found = np.random.default_rng(7), {}
+    for _ in range(1000):
+        layout = np.zeros((grid, grid), bool)
+        for cell in fixed.permutation(grid**2):
+            if layout.sum() == walls:
+                break
+            layout.flat[cell] = True
+            layout.flat[cell] = scipy.ndimage.label(~layout)[1] == 1
+        if layout.sum() == walls:
+            found[layout.tobytes()] = layout
+        if len(found) == 500:
+            break
+    made = torch.from_numpy(np.stack(list(found.values())))
+    sizes = (len(made) - 2 * (len(made) // 5), len(made) // 5, len(made) // 5)
+    return dict(zip(SPLITS, made.split(sizes)))
 
 
 # -------------------------------------------------------------------------------------------------------- batched world
@@ -187,9 +313,9 @@ class WorldStep(NamedTuple):
     arrival: Tensor
     """The picture that the action led to."""
     reward: Tensor
-    """(B,) float32: +1 on the goal, -1 on the hazard, else 0."""
+    """(B,) float32: what the thing that was reached is worth, else 0."""
     terminated: Tensor
-    """(B,) bool: the episode ended on the goal or the hazard."""
+    """(B,) bool: the episode ended on a thing."""
     truncated: Tensor
     """(B,) bool: the episode ended by its time limit."""
     frame: Tensor
@@ -213,15 +339,18 @@ class HiddenRulesWorld:
     Args:
         settings: the world's settings.
         batch: number of worlds, B.
-        tasks: (n,) int64 task numbers to draw from, with equal probability.
+        tasks: the split whose tasks and walls are drawn, each with equal probability; or task numbers (n,) int64, with all walls.
         seed: of the world's two generators.
         device: where all tensors live.
         bank: noise samples kept (int16); frames read random windows of it, which is 20 times cheaper than new noise.
     """
 
     def __init__(
-        self, settings: WorldSettings, batch: int, tasks: Tensor, seed: int, device: torch.device | str = "cpu", bank: int = 1 << 20
+        self, settings: WorldSettings, batch: int, tasks: Tensor | Split, seed: int, device: torch.device | str = "cpu",
+        bank: int = 1 << 20,
     ) -> None:  # fmt: skip
+        splits = [tasks] if isinstance(tasks, str) else SPLITS
+        tasks = task_split(settings, tasks) if isinstance(tasks, str) else tasks
         if batch < 1 or len(tasks) < 1:
             raise ValueError(f"a world needs at least one row and one task, not batch={batch} and {len(tasks)} tasks.")
         self.settings, self.batch, self.device = settings, batch, torch.device(device)
@@ -230,10 +359,19 @@ class HiddenRulesWorld:
         self.noise_generator = seeded(seed, stream=1, device=self.device)
         self.switch_generator = seeded(seed, stream=6, device=self.device)
         self.tint_generator = seeded(seed, stream=7, device=self.device)
-        self.rows = torch.arange(batch, device=self.device)
+        self.wind_generator = seeded(seed, stream=9, device=self.device)
+        self.wall_generator = seeded(seed, stream=10, device=self.device)
+        self.space, self.rows = space_of(settings), torch.arange(batch, device=self.device)
+        self.worths = torch.tensor(settings.worths, dtype=torch.float32, device=self.device)
+        self.walls: Tensor | None = None  # (B, grid, grid) bool
+        self._layouts: Tensor | None = None  # (n, grid, grid) bool
+        if settings.walls:
+            made = layouts(settings.grid, settings.walls)
+            self._layouts = torch.cat([made[split] for split in splits]).to(self.device)
         self._moves = MOVES.to(self.device)
-        shades = torch.cat([PALETTE, torch.full_like(PALETTE[:1], BACKGROUND)]).to(self.device, torch.int16)
-        self._shades = shades.expand(batch, -1, -1)  # (B, (red, green, blue, background), channel)
+        grey = torch.tensor([[WALL], [BACKGROUND]]).expand(-1, 3)
+        self._plain = torch.cat([PALETTE, grey]).to(self.device, torch.int16)
+        self._shades = self._plain.expand(batch, -1, -1)  # (B, (colours, wall, background), channel)
         self._noise: Tensor | None = None
         if settings.noise:
             samples = torch.randn(bank + 3 * settings.pixels**2, generator=self.noise_generator, device=self.device)
@@ -242,28 +380,26 @@ class HiddenRulesWorld:
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
         drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.generator, device=self.device)
-        self.task = self.tasks_to_draw[drawn]
-        self.rule = rule_of(self.task)
-        self.segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # number of the present rule
-        self.steps = 0  # of the lifetime
         if self.settings.tint:
             self._tint()
-        self.position = self._starts()  # (B, role, (row, column))
-        self.age = torch.zeros(self.batch, dtype=torch.int64, device=self.device)  # steps of the present episode
+        if self._layouts is not None:
+            layout = torch.randint(len(self._layouts), (self.batch,), generator=self.wall_generator, device=self.device)
+            self.walls = self._layouts[layout]
+        self.place(self.tasks_to_draw[drawn], self._starts(), torch.zeros_like(drawn), self.walls)
         return self.draw()
 
     def _tint(self) -> None:
         """Draw how every lifetime looks: `gains` (B, channel) and `brightness` (B, 1), float."""
         strength = self.settings.tint * torch.rand((self.batch, 4), generator=self.tint_generator, device=self.device)
         self.gains, self.brightness = 1 - strength[:, :3], 100 * strength[:, 3:]
-        plain = torch.cat([PALETTE, torch.full_like(PALETTE[:1], BACKGROUND)]).to(self.device)
-        self._shades = (plain * self.gains[:, None] + self.brightness[:, None]).round().to(torch.int16)
+        self._shades = (self._plain * self.gains[:, None] + self.brightness[:, None]).round().to(torch.int16)
 
-    def place(self, task: Tensor, position: Tensor, age: Tensor) -> None:
-        """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64."""
-        self.task, self.position, self.age, self.steps = task, position.clone(), age.clone(), 0
-        self.segment = torch.zeros_like(age)
-        self.rule = rule_of(task)
+    def place(self, task: Tensor, position: Tensor, age: Tensor, walls: Tensor | None = None) -> None:
+        """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64, and walls
+        (B, grid, grid) bool where there are any."""
+        self.task, self.rule, self.walls = task, self.space.rule(task), walls
+        self.position, self.age = position.clone(), age.clone()  # (B, role, (row, column)); steps of the present episode
+        self.segment, self.steps = torch.zeros_like(age), 0  # number of the present rule; steps of the lifetime
 
     def step(self, action: Tensor) -> WorldStep:
         """Take `action` (B,) int64 in every world; see `WorldStep`."""
@@ -288,21 +424,22 @@ class HiddenRulesWorld:
         """What the action does, before any restart: reward, terminated, truncated, and where episodes would restart."""
         s, batch = self.settings, self.batch
         chance = torch.rand(batch, generator=self.generator, device=self.device)
-        random_action = torch.randint(N_ACTIONS, (batch,), generator=self.generator, device=self.device)
+        random_action = torch.randint(s.actions, (batch,), generator=self.generator, device=self.device)
         starts = self._starts()  # drawn whether used or not: see the class docstring
         taken = torch.where(chance < s.slip * s.slip_random, random_action, action)
         move = self._moves[self.rule.action_map[self.rows, taken]]
         stands_still = (chance >= s.slip * s.slip_random) & (chance < s.slip)
         move = move.masked_fill(stands_still[:, None], 0)
-        self.position[:, 0] = (self.position[:, 0] + move).clamp_(0, s.grid - 1)
-        on_goal = (self.position[:, 0] == self.position[:, 1]).all(-1)
-        on_hazard = (self.position[:, 0] == self.position[:, 2]).all(-1)
+        if s.wind:
+            gust = torch.rand(batch, generator=self.wind_generator, device=self.device) < self.rule.strength
+            move = torch.where(gust[:, None], self._moves[self.rule.wind], move)
+        self.position[:, 0] = landing(self.position[:, 0], move, self.rule.wraps, s.grid, self.walls)
+        reached = (self.position[:, :1] == self.position[:, 1:]).all(-1)  # (B, thing)
         self.age += 1
-        terminated = on_goal | on_hazard
+        terminated = reached.any(1)
         # Of the step, before any restart or switch, for the exact filter and for training; agents never see them.
-        self.arrived_at, self.lived_segment = self.position.clone(), self.segment
-        self.arrived_by_colour = self.by_colour(self.position)
-        return on_goal.float() - on_hazard.float(), terminated, (self.age >= s.episode_limit) & ~terminated, starts
+        self.arrived_at, self.lived_segment, self.lived_rule = self.position.clone(), self.segment, self.rule
+        return reached.float() @ self.worths, terminated, (self.age >= s.episode_limit) & ~terminated, starts
 
     def _restart(self, ended: Tensor, starts: Tensor) -> None:
         self.position = torch.where(ended[:, None, None], starts, self.position)
@@ -320,22 +457,24 @@ class HiddenRulesWorld:
             switched = torch.full_like(switched, self.steps == self.settings.switch_step)
         seen = self.by_colour(self.position)
         self.task = torch.where(switched, self.tasks_to_draw[drawn], self.task)
-        self.rule = rule_of(self.task)
+        self.rule = self.space.rule(self.task)
         self.position = by_role(seen, self.rule)
         self.segment = self.segment + switched
 
     def draw(self, rows: Tensor | None = None) -> Tensor:
         """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8."""
         s = self.settings
-        position, colours, shades = self.position, self.rule.colours, self._shades
-        if rows is not None:
-            position, colours, shades = position[rows], colours[rows], shades[rows]
+        rows = slice(None) if rows is None else rows
+        position, colours, shades = self.position[rows], self.rule.colours[rows], self._shades[rows]
         n = len(position)
         picture = torch.full((n, s.grid, s.cell, s.grid, s.cell, 3), BACKGROUND, dtype=torch.int16, device=self.device)
         if s.tint:
             picture[:] = shades[:, -1, None, None, None, None]
         index = self.rows[:n]
-        for role in (2, 1, 0):  # the body is drawn last: it covers what it stands on
+        if self.walls is not None:
+            world, row, column = self.walls[rows].nonzero(as_tuple=True)
+            picture[world, row, :, column] = shades[world, -2][:, None, None, :]
+        for role in reversed(range(position.shape[1])):  # the body is drawn last: it covers what it stands on
             colour = shades[index, colours[:, role]][:, None, None, :]  # (n, 1, 1, 3)
             picture[index, position[:, role, 0], :, position[:, role, 1]] = colour
         picture = picture.view(n, -1)
@@ -346,57 +485,149 @@ class HiddenRulesWorld:
 
     def words(self, row: int) -> str:
         """What is hidden in one world in words, for captions."""
-        if not self.settings.tint:
-            return self.rule.words(row)
-        gains = " ".join(f"{gain:.2f}" for gain in self.gains[row].tolist())
-        return f"{self.rule.words(row)}\ngains {gains}, brightness {self.brightness[row].item():.0f}"
+        rule, s = self.rule, self.settings
+        said = [", ".join(f"{a}: {MOVE_NAMES[m]}" for a, m in enumerate(rule.action_map[row].tolist()))]
+        said.append(", ".join(f"{role} {PALETTE_NAMES[c]}" for role, c in zip(s.roles, rule.colours[row].tolist())))
+        if s.edges != "block" or s.wind:
+            said.append(f"edges {'wrap' if rule.wraps[row] else 'block'}")
+            said[-1] += f", wind {MOVE_NAMES[rule.wind[row]]} {rule.strength[row]:.2f}" if s.wind else ""
+        if s.tint:
+            gains = " ".join(f"{gain:.2f}" for gain in self.gains[row].tolist())
+            said.append(f"gains {gains}, brightness {self.brightness[row].item():.0f}")
+        return "\n".join(said)
 
-    def by_colour(self, position: Tensor) -> Tensor:
-        """What a perfect eye sees of positions (B, role, 2): the same, ordered by colour (B, colour, 2)."""
-        return torch.zeros_like(position).scatter_(1, self.rule.colours[:, :, None].expand(-1, -1, 2), position)
+    def by_colour(self, position: Tensor, rule: Rule | None = None) -> Tensor:
+        """What a perfect eye sees of positions (B, role, 2): the same, ordered by colour (B, colour, 2), under `rule` or
+        the present one."""
+        colours = (rule or self.rule).colours
+        return torch.zeros_like(position).scatter_(1, colours[:, :, None].expand(-1, -1, 2), position)
+
+    def symbols(self, position: Tensor, rule: Rule) -> Tensor:
+        """What lies where at positions (B, role, 2): (B, grid, grid) uint8, 0 for nothing, else 1 + its colour; walls are the
+        highest."""
+        symbols = torch.zeros((self.batch, self.settings.grid, self.settings.grid), dtype=torch.uint8, device=self.device)
+        if self.walls is not None:
+            symbols[self.walls] = 1 + rule.colours.shape[1]
+        for role in reversed(range(position.shape[1])):  # the body covers what it stands on
+            symbols[self.rows, position[:, role, 0], position[:, role, 1]] = (1 + rule.colours[:, role]).to(torch.uint8)
+        return symbols
 
     def _starts(self) -> Tensor:
-        """Distinct random cells for body, goal and hazard: (B, 3, 2) int64."""
-        cells = self.settings.grid**2
-        first, second, third = (
-            torch.randint(cells - i, (self.batch,), generator=self.generator, device=self.device) for i in range(3)
-        )
-        second = second + (second >= first)  # skip the cell taken, so that all pairs are equally likely
-        low, high = torch.minimum(first, second), torch.maximum(first, second)
-        third = third + (third >= low)
-        third = third + (third >= high)
-        cell = torch.stack([first, second, third], 1)
-        return torch.stack([cell // self.settings.grid, cell % self.settings.grid], -1)
+        """Distinct random free cells for the body and the things: (B, role, 2) int64."""
+        drawn, taken = [], torch.empty((self.batch, 0), dtype=torch.int64, device=self.device)
+        free = self.settings.grid**2 - self.settings.walls
+        for role in range(1 + len(self.worths)):
+            drawn.append(torch.randint(free - role, (self.batch,), generator=self.generator, device=self.device))
+        for cell in drawn:
+            for other in taken.sort(1).values.unbind(1):
+                cell = cell + (cell >= other)  # skip what is taken, so that all ways are equally likely
+            taken = torch.cat([taken, cell[:, None]], 1)
+        if self.walls is not None:
+            taken = (~self.walls).flatten(1).nonzero()[:, 1].view(self.batch, free).gather(1, taken)
+        return torch.stack([taken // self.settings.grid, taken % self.settings.grid], -1)
+
+
+def landing(place: Tensor, move: Tensor, wraps: Tensor, grid: int, walls: Tensor | None) -> Tensor:
+    """Where bodies at `place` (B, ..., 2) come to by `move` (B, ..., 2), both int64, and all ways round: (B, ..., 2).
+
+    Args:
+        wraps: (B, ...) bool, whether edges wrap; grid: cells along each side.
+        walls: (B, grid, grid) bool, or None where there are none.
+    """
+    to = place + move
+    to = torch.where(wraps[..., None], to % grid, to.clamp(0, grid - 1))
+    if walls is None:
+        return to
+    row = torch.arange(len(walls), device=walls.device).view(-1, *[1] * (to.ndim - 2))
+    return torch.where(walls[row, to[..., 0], to[..., 1]][..., None], place, to)
 
 
 # ------------------------------------------------------------------------------------------------------ value iteration
 
 
-def value_iteration(settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4) -> Tensor:
-    """Action values of a world whose rule is known: (S, S, S, move) float32 for cells of body, goal and hazard.
+class ActionValues:
+    """What moves are worth in a world whose rule is known, by value iteration.
 
-    Solves Q(s, m) = E[r + discount * V(s')], where the end of an episode leads to W, the mean value of a fresh start,
-    because the lifetime goes on. The episode's time limit is left out: the picture does not show it.
+        Q(s, m) = E[r + discount * V(s')],  where the end of an episode leads to W, the mean value of a fresh start under the
+        same edges and wind, because the lifetime goes on.
+
+    The episode's time limit is left out: the picture does not show it. W is that over all places of the things, or over 1024
+    random ones (and layouts of walls) where these are more than 4096; small worlds are solved once for all of them, larger
+    ones anew for every question.
+
+    Args:
+        settings: of the world; discount: for each step; tolerance: largest change of a value in the last iteration.
+        device: where the values live.
     """
-    cells, grid, slip = settings.grid**2, settings.grid, settings.slip
-    index = torch.arange(cells)
-    place = torch.stack([index // grid, index % grid], -1)
-    reached = [((place + move).clamp(0, grid - 1) * torch.tensor([grid, 1])).sum(-1) for move in MOVES] + [index]
-    body, goal, hazard = index.view(-1, 1, 1), index.view(1, -1, 1), index.view(1, 1, -1)
-    distinct = (body != goal) & (body != hazard) & (goal != hazard)
-    value = torch.zeros(cells, cells, cells)
-    for _ in range(math.ceil(math.log(tolerance) / math.log(discount))):
-        fresh = discount * value[distinct].mean()
-        landed = torch.where(body == goal, 1 + fresh, torch.where(body == hazard, fresh - 1, discount * value))
-        move_values = torch.stack([landed[to] for to in reached], -1)  # (S, S, S, four moves and standing still)
-        moves, still = move_values[..., :-1], move_values[..., -1:]
-        q = (1 - slip) * moves + slip * (
-            settings.slip_random * moves.mean(-1, keepdim=True) + (1 - settings.slip_random) * still
-        )
-        change, value = (q.amax(-1) - value).abs().max(), q.amax(-1)
-        if change < tolerance:
-            break
-    return q
+
+    PLACES = 4096  # ways in which the things may lie that are all gone through
+    TABLE = 1 << 23  # numbers in the largest table that is kept
+
+    def __init__(
+        self, settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4, device: torch.device | str = "cpu"
+    ) -> None:  # fmt: skip
+        self.settings, self.discount, self.tolerance, self.device = settings, discount, tolerance, torch.device(device)
+        self.space, self.worths = space_of(settings), torch.tensor(settings.worths, dtype=torch.float32, device=device)
+        cells, things = settings.grid**2, len(settings.worths)
+        weathers = len(self.space.wind) * len(self.space.wraps)
+        self.places = torch.stack(torch.meshgrid(*[torch.arange(settings.grid, device=device)] * 2, indexing="ij"), -1).view(-1, 2)
+        self.table: Tensor | None = None
+        few = cells**things <= self.PLACES and not settings.walls
+        if few:
+            at = torch.cartesian_prod(*[torch.arange(cells)] * things).view(-1, things).to(device)
+        else:
+            sample = HiddenRulesWorld(settings, 1024, torch.zeros(1, dtype=torch.int64), seed=0, device=device)
+            sample.reset()
+            at = (sample.position[:, 1:] * torch.tensor([settings.grid, 1], device=device)).sum(-1)
+        walls = None if few else sample.walls
+        fresh, solved = [], []
+        for weather in range(weathers):
+            rule = self.space.rule(torch.full((len(at),), weather * self.space.pairs, device=device))
+            q, value = self._iterate(at, rule, walls, None)
+            fresh.append(value), solved.append(q)
+        self.fresh = torch.stack(fresh)  # (weather,)
+        if few and weathers * cells ** (things + 1) * len(MOVES) <= self.TABLE:
+            self.table = torch.stack(solved)  # (weather, places of the things, S, move)
+
+    def __call__(self, world: HiddenRulesWorld, task: Tensor, position: Tensor) -> Tensor:
+        """Q (B, move) float32 of worlds if tasks (B,) were true and things lay at `position` (B, role, 2)."""
+        cell = (position * torch.tensor([self.settings.grid, 1], device=self.device)).sum(-1)
+        weather, rows = task // self.space.pairs, torch.arange(len(task), device=self.device)
+        if self.table is None:
+            q, _ = self._iterate(cell[:, 1:], self.space.rule(task), world.walls, self.fresh[weather])
+            return q[rows, cell[:, 0]]
+        which = torch.zeros_like(weather)
+        for thing in cell[:, 1:].unbind(1):
+            which = which * self.settings.grid**2 + thing
+        return self.table[weather, which, cell[:, 0]]
+
+    def _iterate(self, at: Tensor, rule: Rule, walls: Tensor | None, fresh: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Q (n, S, move) where things lie in cells `at` (n, thing), and W; found along the way if `fresh` (n,) is not given."""
+        s, n, cells = self.settings, len(at), len(self.places)
+        place, move = self.places[None, :, None], MOVES.to(self.device)[None, None]
+        to = landing(place.expand(n, -1, len(MOVES), -1), move, rule.wraps[:, None, None], s.grid, walls)
+        to = (to * torch.tensor([s.grid, 1], device=self.device)).sum(-1).flatten(1)  # (n, S * move)
+        worth = torch.zeros(n, cells, device=self.device).scatter_(1, at, self.worths.expand(n, -1))
+        thing = torch.zeros(n, cells, dtype=torch.bool, device=self.device).scatter_(1, at, True)
+        start = ~thing if walls is None else ~thing & ~walls.flatten(1)
+        start &= (at.sort(1).values.diff(dim=1) != 0).all(1)[:, None]  # two things in one cell are no world
+        mean, strength, known = fresh, rule.strength[:, None], fresh is not None
+        moves = DIRECTIONS if s.actions == DIRECTIONS else len(MOVES)
+        value = torch.zeros(n, cells, device=self.device)
+        for _ in range(math.ceil(math.log(self.tolerance) / math.log(self.discount))):
+            mean = fresh if known else value.T[start.T].mean().expand(n)
+            landed = torch.where(thing, worth + self.discount * mean[:, None], self.discount * value)
+            q = landed.gather(1, to).view(n, cells, len(MOVES))
+            still = q[..., NOTHING:]
+            anything = (q[..., :DIRECTIONS].sum(-1, keepdim=True) + (s.actions - DIRECTIONS) * still) / s.actions
+            gust = q.gather(2, rule.wind[:, None, None].expand(-1, cells, -1)) if s.wind else None
+            q = (1 - s.slip) * q + s.slip * (s.slip_random * anything + (1 - s.slip_random) * still)
+            if gust is not None:
+                q = torch.lerp(q, gust, strength[..., None])
+            change, value = (q[..., :moves].amax(-1) - value).abs().max(), q[..., :moves].amax(-1)
+            if change < self.tolerance:
+                break
+        return q, mean[0]
 
 
 # ------------------------------------------------------------------------------------------------------ Gymnasium faces
@@ -412,16 +643,16 @@ class PixelEnv(gymnasium.Env):
 
     `terminated` is always False and `truncated` comes at the lifetime's end. The episodes inside show in `info`:
     `episode_terminated` and `episode_truncated` (bool), and where one ended `final_frame`, the last picture before the
-    restart. Observations are (H, W, 3) uint8 pictures, actions are Discrete(4). Every reset draws a new task.
+    restart. Observations are (H, W, 3) uint8 pictures, actions are Discrete. Every reset draws a new task.
 
     Args:
         settings: the world's settings.
         split: which tasks are drawn: train, validation or test.
         render_mode: None or "rgb_array" (a large picture).
         caption: write the hidden rule under the rendered picture.
-        reveal_rule: tell the hidden rule in every info as `rule`: `action_map` (which of up, down, left, right each action
-            is) and `colours` (which of red, green, blue is the body, the goal, the hazard). For cheats and debugging.
-        symbolic: observe (grid, grid) uint8 instead of pictures: 0 for nothing, 1 red, 2 green, 3 blue.
+        reveal_rule: tell the hidden rule in every info as `rule`: the fields of `Rule`, such as `action_map` (the row of MOVES
+            that each action is) and `colours` (the row of PALETTE that is the body, the goal, ...). For cheats and debugging.
+        symbolic: observe (grid, grid) uint8 instead of pictures: 0 for nothing, 1 + row of PALETTE, walls the highest.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
@@ -434,18 +665,19 @@ class PixelEnv(gymnasium.Env):
             raise ValueError(f"render_mode is {render_mode!r}, but must be None or 'rgb_array'.")
         self.settings, self.render_mode, self.caption = settings, render_mode, caption
         self.reveal_rule, self.symbolic = reveal_rule, symbolic
-        self.tasks = task_split(settings.holdout, split)
+        self.split = checked(split)
         self.observation_space = gymnasium.spaces.Box(0, 255, (settings.pixels, settings.pixels, 3), np.uint8)
         if symbolic:
-            self.observation_space = gymnasium.spaces.Box(0, len(PALETTE), (settings.grid, settings.grid), np.uint8)
-        self.action_space = gymnasium.spaces.Discrete(N_ACTIONS)
+            highest = len(settings.roles) + (settings.walls > 0)
+            self.observation_space = gymnasium.spaces.Box(0, highest, (settings.grid, settings.grid), np.uint8)
+        self.action_space = gymnasium.spaces.Discrete(settings.actions)
         self.world: HiddenRulesWorld | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Begin a lifetime in a newly drawn task; a seed fixes this and all later lifetimes."""
         super().reset(seed=seed)
         if self.world is None or seed is not None:
-            self.world = HiddenRulesWorld(self.settings, 1, self.tasks, seed_from(self.np_random))
+            self.world = HiddenRulesWorld(self.settings, 1, self.split, seed_from(self.np_random))
         self.steps = 0
         self._picture = self.world.reset()[0].numpy()
         return self._observation(), self._info(False, False)
@@ -455,24 +687,19 @@ class PixelEnv(gymnasium.Env):
         if self.world is None:
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
         if not self.action_space.contains(action):
-            raise ValueError(f"action is {action!r}, but must be an integer from 0 to {N_ACTIONS - 1}.")
-        rule = self.world.rule
+            raise ValueError(f"action is {action!r}, but must be an integer from 0 to {self.settings.actions - 1}.")
         arrival, reward, terminated, truncated, frame = self.world.step(torch.tensor([int(action)]))
         self.steps += 1
         info = self._info(bool(terminated), bool(truncated))
         if terminated or truncated:
-            info["final_frame"] = self._symbols(self.world.arrived_at, rule) if self.symbolic else arrival[0].numpy()
+            info["final_frame"] = arrival[0].numpy()
+            if self.symbolic:
+                info["final_frame"] = self.world.symbols(self.world.arrived_at, self.world.lived_rule)[0].numpy()
         self._picture = frame[0].numpy()
         return self._observation(), float(reward), False, self.steps >= self.settings.lifetime, info
 
     def _observation(self) -> np.ndarray:
-        return self._symbols(self.world.position, self.world.rule) if self.symbolic else self._picture
-
-    def _symbols(self, position: Tensor, rule: Rule) -> np.ndarray:
-        symbols = np.zeros((self.settings.grid, self.settings.grid), np.uint8)
-        for role in (2, 1, 0):  # the body covers what it stands on
-            symbols[tuple(position[0, role].tolist())] = 1 + int(rule.colours[0, role])
-        return symbols
+        return self.world.symbols(self.world.position, self.world.rule)[0].numpy() if self.symbolic else self._picture
 
     def _info(self, terminated: bool, truncated: bool) -> dict[str, Any]:
         info: dict[str, Any] = {"episode_terminated": terminated, "episode_truncated": truncated}
@@ -507,7 +734,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         env: the world; observations (H, W, 3) uint8.
         lifetime: steps that one rule lasts, at least 2.
         split: which permutations are drawn; a fifth of them are for validation, a fifth for the test.
-        shuffled: actions that are permuted among themselves, 4 to 20; all of them if not given.
+        shuffled: actions that are permuted among themselves, 4 to 20; empty for all of them.
         slip: probability in [0, 1] that an action turns into a random one.
         noise: standard deviation of the Gaussian pixel noise, as a share of the range 0..255, at least 0.
 
@@ -516,7 +743,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
     """
 
     def __init__(
-        self, env: gymnasium.Env, lifetime: int = 256, split: Split = "train", shuffled: tuple[int, ...] | None = None,
+        self, env: gymnasium.Env, lifetime: int = 256, split: Split = "train", shuffled: tuple[int, ...] = (),
         slip: float = 0.0, noise: float = 0.0,
     ) -> None:  # fmt: skip
         gymnasium.utils.RecordConstructorArgs.__init__(
@@ -531,14 +758,12 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
                 f"observations are {seen}, but must be pictures, Box (height, width, 3) uint8: wrap the world in one of "
                 "gymnasium.wrappers, such as AddRenderObservation, first."
             )
-        self.shuffled = np.arange(env.action_space.n) if shuffled is None else np.array(shuffled)
+        self.shuffled = np.array(shuffled or range(env.action_space.n))
         known = len(set(self.shuffled)) == len(self.shuffled) and np.isin(self.shuffled, range(env.action_space.n)).all()
         if not known or not 4 <= len(self.shuffled) <= 20:  # the number of a permutation of 20 is the last to fit 64 bits
             raise ValueError(f"shuffled is {shuffled or 'all'}, but must be 4 to 20 different actions of {env.action_space}.")
         require("lifetime", lifetime, 2, 10_000), require("slip", slip, 0, 1), require("noise", noise, 0, 10)
-        if split not in SPLIT_SHARES:
-            raise ValueError(f"split is {split!r}, but must be one of {', '.join(SPLIT_SHARES)}.")
-        self.lifetime, self.split, self.slip, self.noise = lifetime, split, slip, noise
+        self.lifetime, self.split, self.slip, self.noise = lifetime, checked(split), slip, noise
         self._random: np.random.Generator | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
@@ -612,12 +837,45 @@ def make_gym(gym_id: str, cell: int) -> gymnasium.Env:
 
 
 @functools.cache
-def sizes_of_gym(gym_id: str, cell: int) -> Sizes:
+def sizes_of_gym(gym_id: str, cell: int, shuffled: tuple[int, ...] = ()) -> Sizes:
     """Sizes of pictures and actions of a Gymnasium world; ValueError where it cannot be lived in."""
-    env = HiddenRulesWrapper(make_gym(gym_id, cell))
+    env = HiddenRulesWrapper(make_gym(gym_id, cell), shuffled=shuffled)
     sizes = Sizes(env.observation_space.shape, int(env.action_space.n))
     env.close()
     return sizes
+
+
+def make_hidden(settings: WorldSettings, split: Split) -> HiddenRulesWrapper:
+    """One Gymnasium world with hidden rules."""
+    inner = make_gym(settings.gym_id, settings.cell)
+    return HiddenRulesWrapper(inner, settings.lifetime, split, settings.shuffled, settings.slip, settings.noise)
+
+
+def make_hidden_apart(settings: WorldSettings, split: Split) -> HiddenRulesWrapper:
+    """The same in a process of its own, which leaves Ctrl-C to the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return make_hidden(settings, split)
+
+
+MOST_PROCESSES = 32
+_in_processes: dict[tuple, gymnasium.vector.AsyncVectorEnv] = {}
+
+
+def worlds_in_processes(settings: WorldSettings, batch: int, split: Split) -> gymnasium.vector.AsyncVectorEnv:
+    """Such worlds, each in a process of its own. Because starting them takes seconds they live on, until others are asked for."""
+    key = (settings, batch, split)
+    if key not in _in_processes:
+        end_processes()
+        make = functools.partial(make_hidden_apart, settings, split)
+        _in_processes[key] = gymnasium.vector.AsyncVectorEnv([make] * batch, context="spawn")
+    return _in_processes[key]
+
+
+@atexit.register
+def end_processes() -> None:
+    """End all worlds in processes of their own."""
+    while _in_processes:
+        _in_processes.popitem()[1].close(terminate=True)
 
 
 class WorldError(RuntimeError):
@@ -632,7 +890,8 @@ class GymWorlds:
         batch: number of worlds, B.
         split: which permutations of the actions are drawn.
         seed: worlds made with one seed give every agent the same rules and first episodes.
-        device: where the tensors are put; the worlds themselves live on the CPU, and end when nobody holds this object.
+        device: where the tensors are put; the worlds themselves live on the CPU. They end when nobody holds this object; those
+            in processes are lent to the next object of the same settings instead, so only one may live at a time.
 
     Raises:
         WorldError: at a reset or a step, whatever the world raised.
@@ -640,12 +899,11 @@ class GymWorlds:
 
     def __init__(self, settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu") -> None:
         self.settings, self.batch, self.device, self.seed = settings, batch, torch.device(device), seed
-
-        def make() -> HiddenRulesWrapper:
-            inner = make_gym(settings.gym_id, settings.cell)
-            return HiddenRulesWrapper(inner, settings.lifetime, split, slip=settings.slip, noise=settings.noise)
-
-        self.vector = gymnasium.vector.SyncVectorEnv([make] * batch)
+        self.lent = settings.asynchronous and batch <= MOST_PROCESSES
+        if self.lent:
+            self.vector = worlds_in_processes(settings, batch, split)
+        else:
+            self.vector = gymnasium.vector.SyncVectorEnv([functools.partial(make_hidden, settings, split)] * batch)
 
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
@@ -668,16 +926,18 @@ class GymWorlds:
 
     def words(self, row: int) -> str:
         """What is hidden in one world in words, for captions."""
-        return self.vector.envs[row].words()
+        return self.vector.call("words")[row]
 
     def __del__(self) -> None:
-        if hasattr(self, "vector"):
+        if hasattr(self, "vector") and not self.lent:
             self.vector.close()
 
     def _guarded(self, call: Callable, *arguments: Any, **options: Any) -> Any:
         try:
             return call(*arguments, **options)
         except Exception as error:  # whatever it was: it was not ours
+            if self.lent:
+                end_processes()
             raise WorldError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -690,7 +950,7 @@ def make_worlds(
     """Worlds of the split's tasks: of the house, or of the Gymnasium world that the settings name."""
     if settings.gym_id:
         return GymWorlds(settings, batch, split, seed, device)
-    return HiddenRulesWorld(settings, batch, task_split(settings.holdout, split), seed, device)
+    return HiddenRulesWorld(settings, batch, split, seed, device)
 
 
 class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
@@ -703,22 +963,25 @@ class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     def __init__(self, env: gymnasium.Env) -> None:
         gymnasium.utils.RecordConstructorArgs.__init__(self)
         gymnasium.Wrapper.__init__(self, env)
-        self._first = np.zeros(env.action_space.n + 2, np.float32)
-        previous = gymnasium.spaces.Box(-np.inf, np.inf, self._first.shape, np.float32)
+        previous = gymnasium.spaces.Box(-np.inf, np.inf, (env.action_space.n + 2,), np.float32)
         self.observation_space = gymnasium.spaces.Dict({"picture": env.observation_space, "previous": previous})
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict]:
         """As the wrapped environment's."""
         picture, info = self.env.reset(seed=seed, options=options)
-        return {"picture": picture, "previous": self._first.copy()}, info
+        return {"picture": picture, "previous": np.zeros(self.observation_space["previous"].shape, np.float32)}, info
 
     def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
         """As the wrapped environment's."""
         picture, reward, terminated, truncated, info = self.env.step(action)
-        previous = self._first.copy()
-        previous[action], previous[-2] = 1, reward
-        previous[-1] = info.get("episode_terminated", False) or info.get("episode_truncated", False)
+        ended = info.get("episode_terminated", False) or info.get("episode_truncated", False)
+        previous = previous_step(np.asarray(action), np.asarray(reward), np.asarray(ended), self.env.action_space.n)
         return {"picture": picture, "previous": previous}, reward, terminated, truncated, info
+
+
+def previous_step(action: np.ndarray, reward: np.ndarray, ended: np.ndarray, actions: int) -> np.ndarray:
+    """What `PreviousStep` shows of steps (...): (..., actions + 2) float32."""
+    return np.concatenate([np.eye(actions)[action], np.stack([reward, ended], -1)], -1).astype(np.float32)
 
 
 class PixelVectorEnv(gymnasium.vector.VectorEnv):
@@ -732,9 +995,9 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP, "render_modes": []}
 
     def __init__(self, num_envs: int = 1, settings: WorldSettings = WorldSettings(), split: Split = "train") -> None:
-        self.num_envs, self.settings, self.tasks = num_envs, settings, task_split(settings.holdout, split)
+        self.num_envs, self.settings, self.split = num_envs, settings, checked(split)
         self.single_observation_space = gymnasium.spaces.Box(0, 255, (settings.pixels, settings.pixels, 3), np.uint8)
-        self.single_action_space = gymnasium.spaces.Discrete(N_ACTIONS)
+        self.single_action_space = gymnasium.spaces.Discrete(settings.actions)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.world: HiddenRulesWorld | None = None
@@ -743,7 +1006,7 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
         """Begin a lifetime in every world; a seed fixes this and all later lifetimes."""
         super().reset(seed=seed)
         if self.world is None or seed is not None:
-            self.world = HiddenRulesWorld(self.settings, self.num_envs, self.tasks, seed_from(self.np_random))
+            self.world = HiddenRulesWorld(self.settings, self.num_envs, self.split, seed_from(self.np_random))
         self.steps = 0
         return self.world.reset().numpy(), {}
 
@@ -752,7 +1015,7 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
         if self.world is None:
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
         if not self.action_space.contains(np.asarray(actions)):
-            raise ValueError(f"actions must be {self.num_envs} integers from 0 to {N_ACTIONS - 1}, not {actions!r}.")
+            raise ValueError(f"actions must be {self.num_envs} integers from 0 to {self.settings.actions - 1}, not {actions!r}.")
         arrival, reward, terminated, truncated, frame = self.world.step(torch.as_tensor(np.asarray(actions)))
         self.steps += 1
         everywhere, ended = np.ones(self.num_envs, bool), (terminated | truncated).numpy()

@@ -1,6 +1,6 @@
 """Meta-train an agent that infers hidden rules from pixels; evaluate, resume and watch it.
 
-    python3 main.py [train] [--preset default|quick|large|switching|tinted|gym] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
+    python3 main.py [train] [--preset NAME] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
     python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate PART]
     python3 main.py resume RUN [--updates N]
     python3 main.py watch RUN [--seed N]
@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -25,6 +26,7 @@ import pickle
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,13 +42,13 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from agent import (
-    STATISTICS, AgentController, Lifetimes, RandomAgent, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play,
-    references, report, result_table, shown, statistics, summary,
+    AgentController, Lifetimes, Moment, RandomAgent, compare, draw_adaptation, draw_episodes, draw_lifetime, episode_table, play,
+    references, report, result_table, show_lifetime, shown, statistics, summary, told,
 )  # fmt: skip
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
-from environment import WORLDS, WorldError, WorldSettings, make_worlds, require, seeded, task_split
+from environment import WORLDS, WorldError, WorldSettings, make_worlds, require, require_all, seeded, space_of
 from film_layer import FiLMLayer
-from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, write_json
+from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, save_atomically, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
 from world_model import VAE, Planner, PlannerSettings, VAESettings, Value
 
@@ -108,10 +110,10 @@ class TrainingSettings:
             "updates", "worlds", "random_lifetimes", "perception_updates", "outcome_updates", "batch", "value_batch",
             "outcome_batch", "picture_batch", "collect_every", "outcome_every", "perception_every", "log_every", "checkpoint_every",
         )  # fmt: skip
-        limits = [(name, 1, 10**9) for name in least_one] + [("value_from", 0, 10**9), ("plan_from", 0, 10**9)]
-        limits += [(name, 0, 1) for name in ("exploration", "exploration_end", "final_rate")]
-        for name, low, high in [*limits, ("evaluation_lifetimes", 2, 10**7)]:
-            require(f"training.{name}", getattr(self, name), low, high)
+        require_all(
+            "training", self, **dict.fromkeys(least_one, (1, 10**9)), value_from=(0, 10**9), plan_from=(0, 10**9),
+            exploration=(0, 1), exploration_end=(0, 1), final_rate=(0, 1), evaluation_lifetimes=(2, 10**7),
+        )  # fmt: skip
         require("training.value_batch", self.value_batch, 1, self.batch)
         if self.random_lifetimes % self.worlds:
             raise ValueError(
@@ -129,6 +131,13 @@ PRESETS: dict[str, dict] = {
         "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
     "large": {},
+    "everything": {
+        "vae": {"codes": 7, "alike": 0.25},
+        "transition": {"outcomes": 48, "reward_bins": (-1.0, 0.0, 0.5, 1.0), "free_updates": 600, "tempered_updates": 300},
+        "training": {
+            "updates": 2500, "batch": 32, "value_batch": 8, "outcome_batch": 4, "outcome_updates": 1200, "evaluation_lifetimes": 256,
+        },
+    },
     "gym": {  # for a world of other people's
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
@@ -154,9 +163,9 @@ PRESETS: dict[str, dict] = {
 class Settings:
     """All settings of a run. Precedence: default < preset < --config FILE < flags."""
 
-    preset: Literal["default", "quick", "large", "switching", "tinted", "gym"] = "default"
+    preset: Literal["default", "quick", "large", "switching", "tinted", "everything", "gym"] = "default"
     """A named set of settings to begin from: 6x6 in minutes, a small world in seconds, 8x8, rules that change, worlds that
-    look different, a Gymnasium world (chosen of itself with --world.gym-id)."""
+    look different, walls and wind and edges and more, a Gymnasium world (chosen of itself with --world.gym-id)."""
     seed: int = 0
     """Decides everything random in the run, 0 to 1,000,000."""
     device: str = "cpu"
@@ -173,6 +182,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         require("seed", self.seed, 0, 1_000_000)
+        require_room(self.world, self.training.evaluation_lifetimes)
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
         picture_bytes = 2 * math.prod(self.world.sizes.picture) * self.world.lifetime * self.training.worlds  # and arrivals
@@ -183,9 +193,19 @@ class Settings:
             )
 
 
+def require_room(world: WorldSettings, lifetimes: int, numbers: int = 1 << 28) -> None:
+    """Raise ValueError where the exact filter over all rules of so many lifetimes would need several gigabytes."""
+    rules = 0 if world.gym_id else len(space_of(world))
+    if rules * lifetimes > numbers:
+        raise ValueError(
+            f"this world has {rules:,} rules, over which the exact filter cannot follow {lifetimes:,} lifetimes at once: evaluate on "
+            f"at most {numbers // rules:,} (training.evaluation_lifetimes, or --lifetimes)."
+        )
+
+
 def with_preset(settings: Settings, preset: str) -> Settings:
     """Settings with what a preset, one of PRESETS, changes in them."""
-    return merge(merge(settings, {"preset": preset, "world": WORLDS.get(preset, {})}), PRESETS[preset])
+    return merge(settings, {"preset": preset, "world": WORLDS.get(preset, {})} | PRESETS[preset])
 
 
 def device_of(name: str) -> torch.device:
@@ -211,13 +231,20 @@ class System:
     def __init__(
         self, settings: Settings, device: torch.device, engine: type = ContextInferenceEngine, planner: type = Planner
     ) -> None:  # fmt: skip
+        unknown = set(settings.world.worths) - set(settings.transition.reward_bins)
+        if unknown and not settings.world.gym_id:
+            bins = settings.transition.reward_bins
+            worth = f"{min(unknown):g}: add it, or leave the bins out"
+            raise ValueError(f"transition.reward_bins is {bins}, but world.worths has {worth}.")
         torch.manual_seed(settings.seed)
         s, sizes = settings, settings.world.sizes
         perception = dataclasses.replace(s.vae, patch=s.vae.patch or s.world.cell)
+        padding = s.transition.padding or ("zeros" if s.world.edges == "block" else "circular")
         codes, outcomes, context = s.vae.codes, s.transition.outcomes, s.context.context
         self.settings, self.device = settings, device
         self.vae = VAE(perception, picture=sizes.picture, context_dim=context).to(device)
-        self.transition = TransitionModel(s.transition, codes, self.vae.grid, context_dim=context).to(device)
+        dynamics = dataclasses.replace(s.transition, padding=padding)
+        self.transition = TransitionModel(dynamics, codes, self.vae.grid, context_dim=context).to(device)
         self.engine = engine(s.context, sizes.actions, outcomes, codes).to(device)
         self.appearance = None
         if s.context.appearance:
@@ -309,7 +336,7 @@ class Learner:
         main_update = outcome_update - t.outcome_updates
         self._set_rates(main_update)
         if self.update == 0:
-            self._collect_first()
+            self.collect_first()
         if outcome_update == 0:
             self.merge_codes()
         if main_update in (0, -t.outcome_updates):  # perception or outcomes are new: so is all that was made by them
@@ -329,10 +356,11 @@ class Learner:
             self.system.load(run.load()[0]["modules"])
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{run.folder} has parts of other sizes: give the settings that it was trained with.") from error
-        self._collect_first()
+        self.collect_first()
         self.update = self.settings.training.perception_updates + self.settings.training.outcome_updates
 
-    def _collect_first(self) -> None:
+    def collect_first(self) -> None:
+        """Live the random lifetimes that everything begins with."""
         while self.collections < self.settings.training.random_lifetimes // self.settings.training.worlds:
             self.collect(exploration=1.0)
 
@@ -374,6 +402,10 @@ class Learner:
         self.collections += 1
         self.env_steps += lifetimes.reward.numel()
         self.metrics["return"] = lifetimes.reward.sum(1).mean()
+        bins = s.transition.reward_bins
+        if lifetimes.reward.min() < bins[0] or lifetimes.reward.max() > bins[-1]:
+            ends = f"{bins[0]:g} to {bins[-1]:g}"
+            warnings.warn(f"some rewards lie beyond transition.reward_bins, {ends}, and count as those: widen them.")
 
     @torch.no_grad()
     def renew(self, index: int, rows_at_once: int = 8) -> None:
@@ -381,11 +413,12 @@ class Learner:
         system, block = self.system, self.store.blocks[index]
         with self.timed("renew"):
             experience = self.store.experience.rows(self.store.rows_of(index))
-            vision = system.engine.context(system.engine.sequence(experience)[:, :-1])[:, :, -1]  # (n, T, D)
+            if system.appearance:
+                vision = torch.cat([self.appearances(frames.to(self.device)) for frames in block.frames.split(rows_at_once)])
+            else:
+                vision = system.engine.context(system.engine.sequence(experience)[:, :-1])[:, :, -1]  # (n, T, D)
             made = []
             for frames, arrivals, seen in zip(*(x.split(rows_at_once) for x in (block.frames, block.arrivals(), vision))):
-                if system.appearance:
-                    seen = self.appearances(frames.to(self.device))
                 before, after = (
                     system.vae.encode(pictures.flatten(0, 1).to(self.device), seen.flatten(0, 1)) for pictures in (frames, arrivals)
                 )
@@ -550,11 +583,7 @@ def evaluate(
     lived = {"agent": play(world, agent, exact)} | references_in(settings.world, lifetimes, split, system.device)
     nats = {"agent": torch.stack(agent.nats)} | {"exact": torch.stack(filter_.nats) for filter_ in exact}
     nats = {name: seen.double().mean(1).tolist() for name, seen in nats.items()}
-    late, better = min(16, settings.world.lifetime // 2), None
-    if exact:
-        samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode")}
-        better = max(samplers, key=lambda each: samplers[each].reward.sum())
-        lived["thompson"] = samplers[better]
+    late, better = min(16, settings.world.lifetime // 2), better_thompson(lived)
     excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:])) if exact else None
     return {
         "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": without, "lifetimes": lifetimes,
@@ -563,35 +592,55 @@ def evaluate(
     }  # fmt: skip
 
 
+def better_thompson(lived: dict[str, Lifetimes]) -> str | None:
+    """Leave of the two Thompson samplers in `lived` the one that earned more, as "thompson"; which it was, if there are any."""
+    samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode") if f"thompson_{each}" in lived}
+    better = max(samplers, key=lambda each: samplers[each].reward.sum(), default=None)
+    if better:
+        lived["thompson"] = samplers[better]
+    return better
+
+
 @functools.lru_cache(maxsize=1)
 def references_in(
     world: WorldSettings, lifetimes: int, split: str, device: torch.device, rollouts: int = 0
 ) -> dict[str, Lifetimes]:  # fmt: skip
     """The reference agents' lifetimes of an evaluation; kept, because several agents may be evaluated in one world. Other
     people's worlds have no exact solution, so there is only the random agent."""
+    require_room(world, lifetimes)
     if world.gym_id:
         worlds = make_worlds(world, lifetimes, HELD_OUT[split], EVALUATION_SEEDS[split], device)
         return {"random": play(worlds, RandomAgent(EVALUATION_SEEDS[split], world.sizes.actions))}
-    return references(world, lifetimes, task_split(world.holdout, HELD_OUT[split]), EVALUATION_SEEDS[split], device, rollouts)
+    return references(world, lifetimes, HELD_OUT[split], EVALUATION_SEEDS[split], device, rollouts)
 
 
-def film(system: System, path: Path, seed: int) -> None:
-    """Let the agent live one lifetime in a validation task, chosen by `seed`, and draw it to `path` (GIF)."""
-    settings, seed = system.settings, EVALUATION_SEED + 100 + seed
-    world = make_worlds(settings.world, 1, "validation", seed, system.device)
-    agent, moments, earned = system.controller(), [], 0.0
-    agent.begin(world.reset())
-    for step in range(settings.world.lifetime):
-        action = agent.act()
-        with torch.no_grad():
-            rebuilt = system.vae.decode(agent.codes, agent.vision)[0].clamp(0, 1)
-            belief = system.transition.log_prior(system.engine.context(agent.belief)[:, :-1])[0].exp()
-        seen = (x.cpu().numpy() for x in (agent.frame[0], rebuilt, belief))
-        moments.append((*seen, f"step {step}   action {int(action)}   return {earned:+g}"))
-        happened = world.step(action)
-        agent.observe(action, happened)
-        earned += float(happened.reward)
-    draw_lifetime(moments, "hidden rule: " + world.words(0).replace("\n", "; "), path)
+def lifetime(system: System, seed: int) -> tuple[Iterator[Moment], str]:
+    """The moments of one lifetime of the agent in a validation task, chosen by `seed`, as it lives them; what is hidden there."""
+    settings = system.settings
+    world = make_worlds(settings.world, 1, "validation", EVALUATION_SEED + 100 + seed, system.device)
+    agent, first = system.controller(), world.reset()
+    agent.begin(first)
+
+    def live() -> Iterator[Moment]:
+        earned = 0.0
+        for step in range(settings.world.lifetime):
+            action = agent.act()
+            with torch.no_grad():
+                rebuilt = system.vae.decode(agent.codes, agent.vision)[0].clamp(0, 1)
+                belief = system.transition.log_prior(system.engine.context(agent.belief)[:, :-1])[0].exp()
+            seen = (x.cpu().numpy() for x in (agent.frame[0], rebuilt, belief))
+            yield *seen, f"step {step}   action {int(action)}   return {earned:+g}"
+            happened = world.step(action)
+            agent.observe(action, happened)
+            earned += float(happened.reward)
+
+    return live(), "hidden rule: " + world.words(0).replace("\n", "; ")
+
+
+def film(system: System, path: Path, seed: int, fps: int = 4) -> None:
+    """Draw a `lifetime` to `path` (GIF or MP4)."""
+    moments, hidden = lifetime(system, seed)
+    draw_lifetime(moments, hidden, path, fps)
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -611,21 +660,27 @@ def train(run: RunFolder, learner: Learner) -> bool:
     previous = signal.signal(signal.SIGINT, stop)
     board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1)
     started = time.perf_counter() - learner.seconds.get("total", 0.0)
+
+    def save() -> None:
+        learner.seconds["total"] = time.perf_counter() - started
+        run.save(learner)
+
     bar = tqdm(total=learner.total, initial=learner.update, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     try:
         while learner.update < learner.total and not stopped:
             learner.advance()
             bar.update()
             over = learner.update == learner.total
-            if over or learner.update % t.log_every == 0:
+            logs, saves = over or learner.update % t.log_every == 0, over or stopped or learner.update % t.checkpoint_every == 0
+            if (logs or saves) and not_finite(learner):  # seldom, because to look at a number waits for the device
+                raise diverged(run, learner)
+            if logs:
                 log(run, board, bar, learner)
-            if over or stopped or learner.update % t.checkpoint_every == 0:
-                learner.seconds["total"] = time.perf_counter() - started
-                run.save(learner)
+            if saves:
+                save()
     except WorldError:  # in a collection, which comes first in an update: nothing else has begun
-        if len(learner.store):
-            learner.seconds["total"] = time.perf_counter() - started
-            run.save(learner)
+        if len(learner.store) and not not_finite(learner):
+            save()
         raise
     finally:
         bar.close()
@@ -634,15 +689,55 @@ def train(run: RunFolder, learner: Learner) -> bool:
     return not stopped
 
 
+def not_finite(learner: Learner) -> list[str]:
+    """Names of the metrics that are not finite."""
+    return [name for name, value in learner.metrics.items() if not math.isfinite(value)]
+
+
+def diverged(run: RunFolder, learner: Learner) -> UserError:
+    """Live through the updates since the last checkpoint again, up to the first whose losses are not finite. What was before
+    that one goes into a run's folder of its own, whose `resume` begins with the same batch and fails again."""
+    again = Learner(learner.settings, learner.device, engine=type(learner.system.engine), planner=type(learner.system.planner))
+    if run.checkpoint.exists():
+        again.load_state_dict(run.load()[0], run.blocks)
+    elif learner.settings.init_from:
+        again.inherit(RunFolder(Path(learner.settings.init_from)))
+    else:
+        again.collect_first()
+    before, blocks = copy.deepcopy(again.state_dict()), again.store.blocks
+    while again.update < learner.update and not not_finite(again):
+        before, blocks = copy.deepcopy(again.state_dict()), again.store.blocks
+        again.advance()
+    worst, repeated = not_finite(learner)[0], bool(not_finite(again))
+    if not repeated:
+        return UserError(f"{worst} is not finite at update {learner.update}, but was when repeated: {run.folder} can be resumed.")
+    kept = RunFolder(run.folder / f"diverged-{again.update}")
+    kept.folder.mkdir(exist_ok=True)
+    write_json(dataclasses.asdict(learner.settings), kept.folder / "config.json")
+    again.store.blocks = blocks
+    again.store.save_blocks(kept.blocks)
+    save_atomically({"format": run.FORMAT, "logged": 0, "learner": before}, kept.checkpoint)
+    return UserError(
+        f"{not_finite(again)[0]} is not finite after update {again.update}: python3 main.py resume {kept.folder} begins with that "
+        f"update, {run.folder} is as it was at its last checkpoint. Try lower learning rates."
+    )
+
+
 def log(run: RunFolder, board: SummaryWriter, bar: tqdm, learner: Learner) -> None:
     """One line to metrics.jsonl, the same to TensorBoard, the gist to the progress bar."""
-    values = {name: float(value) for name, value in learner.metrics.items()}
-    with open(run.metrics, "a") as file:
-        file.write(json.dumps({"update": learner.update, "env_steps": learner.env_steps} | values) + "\n")
+    values = write_metrics(run, learner)
     for name, value in values.items():
         board.add_scalar(f"losses/{name}" if "/" in name else f"charts/{name}", value, learner.update)
     shown = ("return", "vae/reconstruction", "outcomes/free", "context/filter", "value/value")
     bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values})
+
+
+def write_metrics(run: RunFolder, learner: Learner) -> dict[str, float]:
+    """Append one line to metrics.jsonl; the values in it."""
+    values = {name: float(value) for name, value in learner.metrics.items()}
+    with open(run.metrics, "a") as file:
+        file.write(json.dumps({"update": learner.update, "env_steps": learner.env_steps} | values) + "\n")
+    return values
 
 
 def train_and_evaluate(run: RunFolder, learner: Learner) -> None:
@@ -678,26 +773,12 @@ def train_command(arguments: list[str]) -> None:
     early.add_argument("--world.gym-id", "--world.gym_id", dest="gym_id", default="")
     early.add_argument("--transition.reward-bins", "--transition.reward_bins", dest="bins", nargs="+", default=())
     chosen, _ = early.parse_known_args(arguments)
-    try:
-        base, changes = TrainArguments(), {}
-        if chosen.config is not None:
-            changes = json.loads(chosen.config.read_text())
-        said = changes if isinstance(changes, dict) else {}
-        known = said.get("world", {}) if isinstance(said.get("world", {}), dict) else {}
-        gym_id = chosen.gym_id or known.get("gym_id")
-        preset = chosen.preset or said.get("preset") or ("gym" if gym_id else "default")
-        if preset in PRESETS:  # an unknown one is refused below, with the names that exist
-            base = with_preset(base, preset)
-        base = merge(base, changes)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{chosen.config}: {error}") from error
+    base, said = from_file(TrainArguments(), chosen.config, chosen.preset, chosen.gym_id)
     parsed = tyro.cli(TrainArguments, args=arguments, default=base, prog="main.py")
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
     if settings.preset == "gym" and not settings.world.gym_id:
         raise UserError("preset gym is for a world of other people's: name it with --world.gym-id.")
-    told = chosen.bins or ("reward_bins" in said.get("transition", {}) and known.get("gym_id") == settings.world.gym_id)
-    if settings.world.gym_id and not told:
-        settings = merge(settings, {"transition": {"reward_bins": rewards_of(settings.world)}})
+    settings = settings if chosen.bins else with_rewards(settings, said)
     learner = Learner(settings, device_of(settings.device))  # refuses what does not fit, before anything is written
     if settings.init_from:
         learner.inherit(RunFolder(Path(settings.init_from)))
@@ -706,11 +787,37 @@ def train_command(arguments: list[str]) -> None:
         train_and_evaluate(run, learner)
 
 
+def from_file(settings: Settings, path: Path | None, preset: str | None, gym_id: str = "") -> tuple[Settings, dict]:
+    """`settings` with a preset (the one named, or else the file's, or gym's for a Gymnasium world) and a file's changes on top;
+    and these changes. UserError if the file cannot be read or does not fit."""
+    try:
+        changes = {} if path is None else json.loads(path.read_text())
+        said = changes if isinstance(changes, dict) else {}
+        world = said.get("world", {}) if isinstance(said.get("world", {}), dict) else {}
+        preset = preset or said.get("preset") or ("gym" if gym_id or world.get("gym_id") else "default")
+        if preset in PRESETS:  # an unknown one is refused by what comes next, with the names that exist
+            settings = with_preset(settings, preset)
+        return merge(settings, changes), said
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def with_rewards(settings: Settings, said: dict) -> Settings:
+    """`settings` with the reward bins of their world, unless what a file said has bins for that very world."""
+    if "reward_bins" in said.get("transition", {}) and said.get("world", {}).get("gym_id", "") == settings.world.gym_id:
+        return settings
+    return merge(settings, {"transition": {"reward_bins": rewards_of(settings.world)}})
+
+
 def rewards_of(world: WorldSettings, lifetimes: int = 16, most: int = 4) -> tuple[float, ...]:
-    """Reward bins for a world of which nothing is known, from random lifetimes: 0, and on either side the rewards seen if
-    these are at most so many, else as many evenly spaced ones up to the largest seen. They reach at least to 1, because
-    whoever learns earns more than whoever does not; what lies beyond them counts as the outermost. -1, 0, 1 if nothing was
-    earned at all."""
+    """Reward bins: 0 and what the things are worth.
+
+    For a Gymnasium world, of which nothing is known, from random lifetimes: 0, and on either side the rewards seen if these are
+    at most so many, else as many evenly spaced ones up to the largest seen. They reach at least to 1, because whoever learns
+    earns more than whoever does not; what lies beyond them counts as the outermost. -1, 0, 1 if nothing was earned at all.
+    """
+    if not world.gym_id:
+        return tuple(sorted({0.0, *map(float, world.worths)}))
     worlds = make_worlds(world, lifetimes, "train", seed=0)
     seen = play(worlds, RandomAgent(0, world.sizes.actions)).reward
     if not seen.any():
@@ -791,16 +898,27 @@ def evaluate_command(
     print(report(result) + f"\nwritten to {path}")
 
 
-def watch_command(run: Positional[Path], seed: int = 0) -> None:
-    """Draw a held-out lifetime in a validation task as an animation into a run's folder.
+def watch_command(run: Positional[Path], seed: int = 0, fps: int = 4, output: Path | None = None) -> None:
+    """Watch the agent live a held-out lifetime in a validation task: in a window where there is a display and pygame, else as
+    an animation that is written to a file.
 
     Args:
         run: Folder of the run.
         seed: Which lifetime, at least 0.
+        fps: Steps a second, 1 to 100.
+        output: File, .gif or .mp4, to write instead of opening a window; lifetime-<seed>.gif in the run's folder where there
+            is no display.
     """
     require("seed", seed, 0, 10**9)
-    path = run / f"lifetime-{seed}.gif"
-    film(load_system(run)[0], path, seed)
+    require("fps", fps, 1, 100)
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists: name another --output.")
+    system, _ = load_system(run)
+    display = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if output is None and display and importlib.util.find_spec("pygame") and show_lifetime(*lifetime(system, seed), fps):
+        return
+    path = output or run / f"lifetime-{seed}.gif"
+    film(system, path, seed, fps)
     print(f"written to {path}")
 
 
@@ -814,14 +932,16 @@ def references_command(
     Args:
         run: Folder of the run; only its world counts.
         lifetimes: Held-out lifetimes, at least 2.
-        rollouts: Imagined lifetimes for each action of the Bayes-adaptive agent, at least 1.
+        rollouts: Imagined lifetimes for each action of the Bayes-adaptive agent; 0 to leave it out.
         split: Which tasks.
     """
     require("lifetimes", lifetimes, 2, 10**6)
-    require("rollouts", rollouts, 1, 10**6)
+    require("rollouts", rollouts, 0, 10**6)
     world = RunFolder(run).settings(Settings()).world
     if world.gym_id:
         raise UserError(f"{world.gym_id} has no exact solution, so no references but the random agent, which evaluate shows.")
+    if rollouts and len(space_of(world)) > 1000:
+        raise UserError(f"rollouts over {len(space_of(world)):,} rules would take days: leave them out by --rollouts 0.")
     asked = {"world": dataclasses.asdict(world), "split": split, "lifetimes": lifetimes, "rollouts": rollouts}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     path = run.parent / "references" / f"{split}-{digest}.json"
@@ -851,8 +971,7 @@ def report_command(runs: Positional[tuple[Path, ...]], output: Path | None = Non
         try:
             result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
             result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
-            told = [name for name, (_, _, whose) in STATISTICS.items() if set(whose) <= set(result["returns"])]
-            result["said"] = {key: result[key] for name in told for key in (name, f"{name}_ci95")}
+            result["said"] = {key: result[key] for name in told(result) for key in (name, f"{name}_ci95")}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{run} has no final evaluation of this version: make it with python3 main.py resume {run}.") from error
         groups.setdefault(described(settings), []).append(result)
@@ -885,7 +1004,7 @@ def described(settings: Settings) -> str:
 def known_references(run: Path, world: WorldSettings) -> dict | None:
     """The largest test of the references in this run's world that `references` has left beside it."""
     found = [json.loads(path.read_text()) for path in sorted((run.parent / "references").glob("test-*.json"))]
-    same = [one for one in found if one["world"] == dataclasses.asdict(world)]
+    same = [one for one in found if one["world"] == json.loads(json.dumps(dataclasses.asdict(world)))]
     return max(same, key=lambda one: (one["lifetimes"], one["rollouts"]), default=None)
 
 

@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 from collections.abc import Iterator
 
 import filelock
@@ -351,8 +351,10 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
         if dataclasses.is_dataclass(old):
             new[name] = merge(old, value, f"{where}{name}.")
             continue
-        if isinstance(old, tuple) and isinstance(value, (list, tuple)) and all(type(x) in (int, float) for x in value):
-            value = tuple(map(float, value))
+        if isinstance(old, tuple) and isinstance(value, (list, tuple)):
+            kind = get_args(get_type_hints(type(settings))[name])[0]  # int of tuple[int, ...]
+            if all(type(x) in (int, float) and kind(x) == x for x in value):
+                value = tuple(map(kind, value))
         if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not type(old):

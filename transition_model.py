@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import require
+from environment import require_all
 from film_layer import FiLMLayer
 from memory import Experience
 
@@ -31,8 +32,9 @@ class TransitionSettings:
     """Channels of the outcome network, at least 1."""
     kernel: int = 3
     """Side of the outcome network's convolutions in patches; odd."""
-    padding: str = "zeros"
-    """What lies beyond the edge: zeros, circular, reflect or replicate."""
+    padding: Literal["", "zeros", "circular"] = ""
+    """What the outcome network sees beyond the edge: zeros, or circular the other side and where the edges are; empty: circular
+    where edges may wrap."""
     prior_width: int = 64
     """Hidden features of the prior, at least 1."""
     pair_width: int = 16
@@ -51,16 +53,15 @@ class TransitionSettings:
     """Adam's, of the outcomes; it decays with the run."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("outcomes", 2, 255), ("width", 1, 4096), ("kernel", 1, 31), ("prior_width", 1, 4096), ("pair_width", 1, 4096),
-            ("film_scale", 0, 100), ("free_updates", 0, 10**9), ("tempered_updates", 0, 10**9),
-            ("split_every", 1, 10**9), ("learning_rate", 0, 1),
-        ):  # fmt: skip
-            require(f"transition.{name}", getattr(self, name), low, high)
+        require_all(
+            "transition", self, outcomes=(2, 255), width=(1, 4096), kernel=(1, 31), prior_width=(1, 4096), pair_width=(1, 4096),
+            film_scale=(0, 100), free_updates=(0, 10**9), tempered_updates=(0, 10**9), split_every=(1, 10**9),
+            learning_rate=(0, 1),
+        )  # fmt: skip
         if self.kernel % 2 == 0:
             raise ValueError(f"transition.kernel is {self.kernel}, but must be odd: choose {self.kernel + 1}.")
-        if self.padding not in ("zeros", "circular", "reflect", "replicate"):
-            raise ValueError(f"transition.padding is {self.padding!r}: choose zeros, circular, reflect or replicate.")
+        if self.padding not in ("", "zeros", "circular"):
+            raise ValueError(f"transition.padding is {self.padding!r}: choose zeros or circular.")
         if len(self.reward_bins) < 2 or any(a >= b for a, b in zip(self.reward_bins, self.reward_bins[1:])):
             raise ValueError(f"transition.reward_bins is {self.reward_bins}, but needs at least two increasing numbers.")
 
@@ -104,9 +105,13 @@ class OutcomeNetwork(nn.Module):
     def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.codes, self.grid, self.outcomes = codes, grid, settings.outcomes
-        convolution = dict(kernel_size=settings.kernel, padding=settings.kernel // 2, padding_mode=settings.padding)
+        padding = settings.padding or "zeros"
+        convolution = dict(kernel_size=settings.kernel, padding=settings.kernel // 2, padding_mode=padding)
+        edges = torch.zeros(4, *grid)  # top, bottom, left, right: to be told apart where the other side is seen beyond them
+        edges[0, 0], edges[1, -1], edges[2, :, 0], edges[3, :, -1] = 1, 1, 1, 1
+        self.register_buffer("edges", edges[: 4 if padding == "circular" else 0], persistent=False)
         self.features = nn.Sequential(
-            nn.Conv2d(codes, settings.width, **convolution), nn.GroupNorm(1, settings.width), nn.SiLU(),
+            nn.Conv2d(codes + len(self.edges), settings.width, **convolution), nn.GroupNorm(1, settings.width), nn.SiLU(),
             nn.Conv2d(settings.width, settings.width, **convolution), nn.GroupNorm(1, settings.width), nn.SiLU(),
         )  # fmt: skip
         self.head = nn.Linear(settings.width, settings.outcomes * codes)
@@ -117,8 +122,10 @@ class OutcomeNetwork(nn.Module):
 
     def hidden(self, codes: Tensor) -> Tensor:
         """Features (B, S, width) of code grids (B, S) uint8."""
-        pictures = one_hot(codes, self.codes).view(-1, *self.grid, self.codes)
-        return self.features(pictures.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        pictures = one_hot(codes, self.codes).view(-1, *self.grid, self.codes).permute(0, 3, 1, 2)
+        if len(self.edges):
+            pictures = torch.cat([pictures, self.edges.expand(len(pictures), -1, -1, -1)], 1)
+        return self.features(pictures).flatten(2).transpose(1, 2)
 
     def _logits(self, codes: Tensor) -> Tensor:
         """Of every code at every patch under every outcome: (B, S, K, C)."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from context_engine import ContextInferenceEngine, Imagined
-from environment import require
+from environment import require_all
 from film_layer import FiLMLayer
 from memory import Experience
 from transition_model import ABSENT, TransitionModel, one_hot, pairs_present
@@ -51,11 +51,10 @@ class VAESettings:
     """Adam's learning rate of both from then on."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("patch", 0, 64), ("codes", 2, 255), ("width", 1, 4096), ("alike", 0, 1), ("deviation", 1e-3, 10), ("temperature", 1e-2, 100),
-            ("decoder_rate", 0, 1), ("encoder_rate", 0, 1), ("final_rate", 0, 1), ("late_rate", 0, 1),
-        ):  # fmt: skip
-            require(f"vae.{name}", getattr(self, name), low, high)
+        require_all(
+            "vae", self, patch=(0, 64), codes=(2, 255), width=(1, 4096), alike=(0, 1), deviation=(1e-3, 10),
+            temperature=(1e-2, 100), decoder_rate=(0, 1), encoder_rate=(0, 1), final_rate=(0, 1), late_rate=(0, 1),
+        )  # fmt: skip
 
 
 class VAE(nn.Module):
@@ -335,11 +334,10 @@ class PlannerSettings:
     """Adam's, of the value; it decays with the run."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("discount", 1e-3, 0.9999), ("mass", 1e-6, 1), ("reward_mass", 1e-6, 1), ("promising", 0, 1e6), ("second_look", 0, 10**6),
-            ("keypoints", 1, 1024), ("width", 1, 4096), ("trace", 0, 1), ("slow", 1e-6, 1), ("learning_rate", 0, 1),
-        ):  # fmt: skip
-            require(f"planner.{name}", getattr(self, name), low, high)
+        require_all(
+            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), reward_mass=(1e-6, 1), promising=(0, 1e6),
+            second_look=(0, 10**6), keypoints=(1, 1024), width=(1, 4096), trace=(0, 1), slow=(1e-6, 1), learning_rate=(0, 1),
+        )  # fmt: skip
 
 
 class Branches(NamedTuple):

@@ -5,20 +5,20 @@ import unittest
 import torch
 
 from agent import BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
-from environment import HiddenRulesWorld, Rule, WorldSettings, rule_of, task_split, value_iteration
+from environment import ActionValues, HiddenRulesWorld, WorldSettings
 from world_model import PlannerSettings, branch
 from context_engine import ExactFilter
 from main import System
 from tests.shared import seeded, tiny
 from transition_model import pairs_present
 
-VALIDATION = task_split("combinations", "validation")
+VALIDATION = "validation"
 
 
 class TestReferences(unittest.TestCase):
     def test_known_rule_beats_thompson_beats_random(self):
         settings = WorldSettings()
-        q = value_iteration(settings)
+        q = ActionValues(settings)
 
         def mean(make):
             world = HiddenRulesWorld(settings, 256, VALIDATION, 0)
@@ -42,7 +42,7 @@ class TestReferences(unittest.TestCase):
 
     def test_rollouts_agree_with_the_known_rule_where_nothing_is_hidden(self):
         settings = WorldSettings(grid=4, slip=0, lifetime=32)
-        q = value_iteration(settings)
+        q = ActionValues(settings)
         world = HiddenRulesWorld(settings, 8, VALIDATION, 0)
         agent = BayesAdaptiveAgent(world, q, 0, rollouts=64, horizon=4)
         agent.begin(world.reset())
@@ -53,7 +53,7 @@ class TestReferences(unittest.TestCase):
 
     def test_rollouts_earn_more_than_thompson_sampling_at_the_beginning(self):
         settings = WorldSettings(grid=4, lifetime=24, episode_limit=10)
-        q, returns = value_iteration(settings), []
+        q, returns = ActionValues(settings), []
         for make in (lambda w: BayesAdaptiveAgent(w, q, 0, rollouts=8, horizon=12), lambda w: ThompsonAgent(w, q, "step", 0)):
             world = HiddenRulesWorld(settings, 128, VALIDATION, 0)
             returns.append(play(world, make(world)).reward.sum(1))
@@ -226,14 +226,14 @@ class TestController(unittest.TestCase):
             frames = world.reset()
             world.position[:] = torch.tensor([[0, 0], [3, 3], [3, 2]])  # a corner: two moves change nothing there
             frames = world.draw()
-            rule = rule_of(world.task)
+            rule = world.rule
             action = (rule.action_map == 0).float().argmax(1)  # up: stands still in the corner
             if another:  # exchange what the two unused actions do
                 swapped = rule.action_map.clone()
                 for row in range(5):
                     down, right = ((rule.action_map[row] == move).nonzero().item() for move in (1, 3))
                     swapped[row, down], swapped[row, right] = 3, 1
-                world.rule = Rule(swapped, world.rule.colours)
+                world.rule = world.rule._replace(action_map=swapped)
             agent = system.controller()
             agent.begin(frames)
             agent.act()

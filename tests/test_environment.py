@@ -12,45 +12,52 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import environment
-from agent import RandomAgent
+from agent import RandomAgent, references
 from environment import (
-    MOVES, N_TASKS, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings,
-    rule_of, seeded, task_split, value_iteration,
+    MOVES, PALETTE, ActionValues, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings,
+    seeded, space_of, task_split,
 )  # fmt: skip
 from context_engine import ExactFilter, log_likelihood, reward_consistent
-from tests.shared import temporary_folder
+from main import Learner, Settings
+from memory import merge
+from tests.shared import temporary_folder, tiny
 
 CLEAR = WorldSettings(noise=0, slip=0)
+EVERYTHING = WorldSettings(**environment.WORLDS["everything"] | {"noise": 0})
 
 
 def world_of(settings=CLEAR, batch=64, split="train", seed=0):
-    world = HiddenRulesWorld(settings, batch, task_split("combinations", split), seed)
+    world = HiddenRulesWorld(settings, batch, split, seed)
     return world, world.reset()
 
 
 class TestRules(unittest.TestCase):
     def test_splits_are_disjoint_and_complete(self):
         for holdout, sizes in (("combinations", (100, 16, 28)), ("permutations", (92, 16, 36))):
-            parts = [task_split(holdout, split).tolist() for split in ("train", "validation", "test")]
+            parts = [task_split(WorldSettings(holdout=holdout), split).tolist() for split in ("train", "validation", "test")]
             self.assertEqual(tuple(map(len, parts)), sizes)
-            self.assertEqual(sorted(sum(parts, [])), list(range(N_TASKS)))
+            self.assertEqual(sorted(sum(parts, [])), list(range(144)))
 
     def test_held_out_permutations_never_occur_in_training(self):
-        maps = {split: set((task_split("permutations", split) // 6).tolist()) for split in ("train", "validation", "test")}
+        maps = {split: set((task_split(WorldSettings(holdout="permutations"), split) // 6).tolist()) for split in ("train", "validation", "test")}
         self.assertEqual(len(maps["test"]), 6)
         self.assertFalse(maps["test"] & (maps["train"] | maps["validation"]))
 
     def test_the_test_split_is_that_of_the_benchmark(self):
         expected = torch.randperm(144, generator=torch.Generator().manual_seed(7))[:28].sort().values
-        self.assertTrue(torch.equal(task_split("combinations", "test"), expected))
+        self.assertTrue(torch.equal(task_split(WorldSettings(), "test"), expected))
 
     def test_every_task_is_another_rule(self):
-        rule = rule_of(torch.arange(N_TASKS))
-        self.assertEqual(len(torch.cat([rule.action_map, rule.colours], 1).unique(dim=0)), N_TASKS)
+        for settings in (WorldSettings(), WorldSettings(**environment.WORLDS["everything"])):
+            space = space_of(settings)
+            rule = space.rule(torch.arange(len(space)))
+            digits = torch.cat([rule.action_map, rule.colours, *(part[:, None] for part in rule[2:])], 1)
+            self.assertEqual(len(digits.unique(dim=0)), len(space))
+        self.assertEqual(len(space), 120 * 24 * 2 * 20)
 
     def test_unknown_names_are_refused(self):
         with self.assertRaisesRegex(ValueError, "'exam'.*train, validation, test"):
-            task_split("combinations", "exam")
+            task_split(WorldSettings(), "exam")
         with self.assertRaisesRegex(ValueError, "world.slip is nan.*between 0 and 1"):
             WorldSettings(slip=float("nan"))
 
@@ -157,7 +164,7 @@ class TestWorld(unittest.TestCase):
 class TestSwitching(unittest.TestCase):
     def test_a_switch_shows_in_no_picture_and_rules_the_next_step(self):
         settings = replace(CLEAR, switch=0.01, switch_step=5)
-        world = HiddenRulesWorld(settings, 256, task_split("combinations", "train"), 0)
+        world = HiddenRulesWorld(settings, 256, "train", 0)
         world.reset()
         first = world.task.clone()
         for step in range(12):
@@ -165,7 +172,7 @@ class TestSwitching(unittest.TestCase):
             action = torch.randint(4, (256,))
             happened = world.step(action)
             self.assertEqual(world.lived_segment.unique().tolist(), [int(step >= 5)])
-            moved = MOVES[rule_of(task).action_map[torch.arange(256), action]]
+            moved = MOVES[world.space.rule(task).action_map[torch.arange(256), action]]
             expected = (before[:, 0] + moved).clamp(0, settings.grid - 1)
             self.assertTrue(torch.equal(world.arrived_at[:, 0], expected))  # by the rule from before the step
             self.assertTrue(torch.equal(world.draw(), happened.frame))  # as if nothing had been
@@ -177,7 +184,7 @@ class TestSwitching(unittest.TestCase):
 
     def test_switches_have_their_rate_and_leave_all_other_luck_alone(self):
         settings = replace(WorldSettings(), switch=0.1)
-        worlds = [HiddenRulesWorld(s, 512, task_split("combinations", "train"), 0) for s in (settings, WorldSettings())]
+        worlds = [HiddenRulesWorld(s, 512, "train", 0) for s in (settings, WorldSettings())]
         for world in worlds:
             world.reset()
         for _ in range(40):
@@ -191,7 +198,7 @@ class TestSwitching(unittest.TestCase):
 
     def test_the_filter_that_knows_the_rate_finds_the_new_rule_first(self):
         settings = WorldSettings(switch=0.01, switch_step=32)
-        world = HiddenRulesWorld(settings, 256, task_split("combinations", "train"), 0)
+        world = HiddenRulesWorld(settings, 256, "train", 0)
         knows, stubborn = ExactFilter(world), ExactFilter(world, switch=0, floor=1e-3)
         belief = {"knows": [], "stubborn": []}
         frames = world.reset()
@@ -211,9 +218,109 @@ class TestSwitching(unittest.TestCase):
         self.assertGreater(belief["knows"][-1], 0.5)
 
 
+class TestMoreRules(unittest.TestCase):
+    def test_walls_are_seen_stop_the_body_and_hang_together(self):
+        world, frames = world_of(replace(CLEAR, walls=8), batch=256)
+        self.assertEqual(world.walls.flatten(1).sum(1).unique().tolist(), [8])
+        seen = (frames[:, 1::4, 1::4] == environment.WALL).all(-1)
+        self.assertTrue(torch.equal(seen, world.walls))
+        rows = torch.arange(256)
+        for step in range(60):
+            before = world.position[:, 0].clone()
+            action = torch.full((256,), step % 4)
+            to = (before + MOVES[world.rule.action_map[rows, action]]).clamp(0, 5)
+            blocked = world.walls[rows, to[:, 0], to[:, 1]]
+            world.step(action)
+            self.assertTrue(torch.equal(world.arrived_at[:, 0], torch.where(blocked[:, None], before, to)))
+            places = world.position
+            self.assertFalse(world.walls[rows[:, None], places[..., 0], places[..., 1]].any())
+        self.assertGreater(int(blocked.sum()), 5)
+
+    def test_no_layout_is_in_two_splits(self):
+        for walls, sizes in ((4, [300, 100, 100]), (1, [22, 7, 7])):  # of one wall there are but 36 layouts
+            made = environment.layouts(6, walls)
+            self.assertEqual([len(layouts) for layouts in made.values()], sizes)
+            kinds = [{tuple(layout.flatten().tolist()) for layout in layouts} for layouts in made.values()]
+            self.assertEqual(sum(map(len, kinds)), len(set.union(*kinds)))
+        kinds = [{tuple(layout.flatten().tolist()) for layout in layouts} for layouts in environment.layouts(6, 4).values()]
+        drawn = world_of(replace(CLEAR, walls=4), batch=64, split="test")[0].walls
+        self.assertTrue(all(tuple(walls.flatten().tolist()) in kinds[2] for walls in drawn))
+
+    def test_edges_wrap_or_block_by_the_rule(self):
+        world, _ = world_of(replace(CLEAR, edges="hidden"), batch=512)
+        self.assertAlmostEqual(float(world.rule.wraps.float().mean()), 0.5, delta=0.1)
+        rows = torch.arange(512)
+        for step in range(24):
+            before, action = world.position[:, 0].clone(), torch.full((512,), step % 4)
+            to = before + MOVES[world.rule.action_map[rows, action]]
+            world.step(action)
+            expected = torch.where(world.rule.wraps[:, None], to % 6, to.clamp(0, 5))
+            self.assertTrue(torch.equal(world.arrived_at[:, 0], expected))
+
+    def test_the_wind_has_its_direction_and_its_rate_and_the_test_a_strength_of_its_own(self):
+        strengths = {}
+        for split in ("train", "validation", "test"):
+            world, _ = world_of(replace(CLEAR, grid=16, wind=0.5), batch=8000, split=split)
+            strengths[split] = {round(x, 3) for x in world.rule.strength.tolist()}
+            before = world.position[:, 0].clone()
+            action = (world.rule.action_map == (world.rule.wind ^ 1)[:, None]).float().argmax(1)  # against the wind
+            world.step(action)
+            carried = (world.arrived_at[:, 0] == before + MOVES[world.rule.wind]).all(-1).float()
+            inside = ((before > 0) & (before < 15)).all(-1)
+            for strength in world.rule.strength.unique():
+                rate = carried[inside & (world.rule.strength == strength)].mean()
+                self.assertAlmostEqual(float(rate), float(strength), delta=0.05)
+        self.assertEqual(strengths, {"train": {0.1, 0.3, 0.5}, "validation": {0.2}, "test": {0.4}})
+
+    def test_actions_beyond_the_moves_do_nothing_and_things_have_their_worth(self):
+        world, _ = world_of(replace(CLEAR, actions=6, worths=(2.0, 0.5, -1.0)), batch=512)
+        self.assertEqual((world.rule.action_map == 4).sum(1).unique().tolist(), [2])
+        seen, rows = set(), torch.arange(512)
+        for step in range(40):
+            action, before = torch.full((512,), step % 6), world.position.clone()
+            happened = world.step(action)
+            nothing = world.rule.action_map[rows, action] == 4
+            self.assertTrue(torch.equal(world.arrived_at[nothing], before[nothing]))
+            reached = (world.arrived_at[:, :1] == world.arrived_at[:, 1:]).all(-1)
+            self.assertTrue(torch.equal(happened.reward, reached.float() @ torch.tensor([2.0, 0.5, -1.0])))
+            self.assertTrue(torch.equal(happened.terminated, reached.any(1)))
+            seen |= set(happened.reward.tolist())
+        self.assertEqual(seen, {0.0, 2.0, 0.5, -1.0})
+
+    def test_references_keep_their_order_with_all_rules_together(self):
+        settings = replace(EVERYTHING, grid=4, walls=1, lifetime=40, worths=(1.0, -1.0), actions=4)
+        lived = references(settings, 48, "validation", 0, torch.device("cpu"))
+        means = {name: float(one.reward.sum(1).mean()) for name, one in lived.items()}
+        self.assertGreater(means["known_rule"], means["thompson_step"] + 0.5)
+        self.assertGreater(means["thompson_step"], means["random"] + 2)
+
+    def test_every_setting_trains_a_tiny_agent_at_the_smallest_and_the_largest_grid(self):
+        for grid in (5, 16):
+            world = dict(grid=grid, edges="hidden", walls=3, wind=0.3, actions=6, worths=(1.0, 0.5, -1.0), switch=0.05, tint=0.3)
+            settings = tiny(world=world | {"lifetime": 6}, transition={"reward_bins": (-1.0, 0.0, 0.5, 1.0)}, training={"updates": 6})
+            learner = Learner(settings, torch.device("cpu"))
+            while learner.update < learner.total:
+                learner.advance()
+            self.assertTrue(all(torch.isfinite(value) for value in learner.metrics.values()))
+
+    def test_bad_rules_are_refused(self):
+        for changes, words in (
+            ({"walls": 13}, "walls is 13.*between 0 and 12"), ({"actions": 3}, "actions is 3"), ({"wind": 1.0}, "wind is 1.0"),
+            ({"edges": "soft"}, "'soft'.*block, wrap or hidden"), ({"worths": (-1.0,)}, "one above 0"), ({"worths": (1.0, 0.0)}, "not 0"),
+            ({"worths": (1.0, 2.0, 3.0, 4.0, 5.0)}, "1 to 4"), ({"worths": (1.0, 1.0, -1.0)}, "different"), ({"worths": (float("nan"),)}, "worths is nan"),
+            ({"gym_id": "Room-v0", "walls": 2}, "world.walls is not for"),
+        ):  # fmt: skip
+            with self.subTest(**changes), self.assertRaisesRegex(ValueError, words):
+                WorldSettings(**changes)
+        with self.assertRaisesRegex(ValueError, "reward_bins.*0.5: add it"):
+            Learner(tiny(world={"worths": (1.0, 0.5)}), torch.device("cpu"))
+        with self.assertRaisesRegex(ValueError, "403,200 rules.*at most 665"):
+            merge(Settings(), {"world": {"actions": 8, "edges": "hidden", "wind": 0.4}})
+
+
 class TestTint(unittest.TestCase):
     def test_the_picture_is_the_plain_one_through_gains_and_brightness(self):
-        plain, tinted = (HiddenRulesWorld(replace(CLEAR, tint=tint), 64, task_split("combinations", "train"), 0) for tint in (0, 0.8))
+        plain, tinted = (HiddenRulesWorld(replace(CLEAR, tint=tint), 64, "train", 0) for tint in (0, 0.8))
         for _ in range(2):  # every lifetime has its own
             before, after = plain.reset().float(), tinted.reset().float()
             self.assertTrue(torch.equal(plain.position, tinted.position) and torch.equal(plain.task, tinted.task))
@@ -237,34 +344,62 @@ class TestTint(unittest.TestCase):
 
 class TestExactSolution(unittest.TestCase):
     def test_likelihoods_of_all_arrivals_sum_to_one(self):
-        world, _ = world_of(WorldSettings(noise=0), batch=32)
-        before = world.by_colour(world.position)
-        total = torch.zeros(32)
-        rows, body = torch.arange(32), world.rule.colours[:, 0]
-        for move in [*MOVES, None]:
-            after = before.clone()
-            end = before[rows, body] + (0 if move is None else move)
-            after[rows, body] = end
-            inside = ((end >= 0) & (end < 6)).all(-1)
-            likelihood = log_likelihood(world, before, torch.zeros(32, dtype=torch.int64), after).exp()
-            total += likelihood[rows, world.task] * inside
-        torch.testing.assert_close(total, torch.ones(32))
+        for settings in (WorldSettings(noise=0), EVERYTHING):
+            world, _ = world_of(settings, batch=32)
+            before, action = world.by_colour(world.position), torch.arange(32) % settings.actions
+            rows, body = torch.arange(32), world.rule.colours[:, 0]
+            total = torch.zeros(32)
+            for cell in range(36):
+                after = before.clone()
+                after[rows, body] = torch.tensor([cell // 6, cell % 6])
+                total += log_likelihood(world, before, action, after).exp()[rows, world.task]
+            torch.testing.assert_close(total, torch.ones(32))
+
+    def test_likelihoods_are_the_frequencies_of_what_happens(self):
+        world, _ = world_of(replace(EVERYTHING, walls=6, actions=4, worths=(1.0, -1.0)), batch=4000)
+        task, position = world.task[:1].expand(4000), world.position[:1].expand(4000, -1, -1)
+        world.place(task, position, world.age, world.walls[:1].expand(4000, -1, -1))
+        before, action = world.by_colour(position), torch.full((4000,), 2)
+        world.step(action)
+        after = world.by_colour(world.arrived_at)
+        expected = log_likelihood(world, before, action, after).exp()[torch.arange(4000), task]
+        for likelihood in expected.unique():
+            cells = after[expected == likelihood].flatten(1).unique(dim=0)
+            share = float((expected == likelihood).float().mean()) / len(cells)
+            self.assertAlmostEqual(share, float(likelihood), delta=0.03)
 
     def test_rewards_rule_out_the_wrong_roles(self):
         world, generator = world_of(batch=256)[0], seeded(0, 9)
         for _ in range(10):
             step = world.step(torch.randint(4, (256,), generator=generator))
-            consistent = reward_consistent(world.by_colour(world.arrived_at), step.reward)
-            self.assertTrue(consistent[torch.arange(256), world.task].all())
-            self.assertTrue((consistent.sum(1)[step.reward != 0] < N_TASKS).all())
+            consistent = reward_consistent(world, world.by_colour(world.arrived_at), step.reward)
+            self.assertTrue(consistent[torch.arange(256), world.task % 6].all())
+            self.assertTrue((consistent.sum(1)[step.reward != 0] < 6).all())
 
     def test_values_without_slip_are_discounted_distances(self):
-        q = value_iteration(CLEAR, discount=0.5)
-        goal, hazard = 0, 35
-        near, far = q[1, goal, hazard].max(), q[2, goal, hazard].max()
+        world, _ = world_of(batch=2)
+        task = torch.zeros(2, dtype=torch.int64)
+        position = torch.tensor([[[0, 1], [0, 0], [5, 5]], [[0, 2], [0, 0], [5, 5]]])  # one step and two from the goal
+        q = ActionValues(CLEAR, discount=0.5)(world, task, position)
+        near, far = q.amax(1)
         self.assertAlmostEqual(float(far / near), 0.5, places=4)
-        self.assertEqual(int(q[1, goal, hazard].argmax()), 2)  # left
+        self.assertEqual(int(q[0].argmax()), 2)  # left
         self.assertGreater(float(near), 1)  # the reward, and what the next episode is worth
+
+
+    def test_a_table_and_an_answer_to_the_question_agree(self):
+        settings = WorldSettings(grid=3, wind=0.3, edges="hidden", actions=5)
+        world, _ = world_of(settings, batch=64)
+        whole = ActionValues(settings)
+        with unittest.mock.patch.object(ActionValues, "TABLE", 0):
+            asked = ActionValues(settings)
+        self.assertTrue(whole.table is not None and asked.table is None)
+        answers = [values(world, world.task, world.position) for values in (whole, asked)]
+        torch.testing.assert_close(*answers, atol=5e-3, rtol=0)
+        exact = ActionValues(WorldSettings(grid=5))
+        with unittest.mock.patch.object(ActionValues, "PLACES", 1):  # fresh starts are drawn instead of gone through
+            drawn = ActionValues(WorldSettings(grid=5))
+        self.assertAlmostEqual(float(drawn.fresh), float(exact.fresh), delta=0.03 * float(exact.fresh))
 
 
 class TestFaces(unittest.TestCase):

@@ -14,7 +14,8 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import main
-from environment import GymWorlds, HiddenRulesWrapper, PreviousStep, WorldSettings, permutation_rank, permutation_split
+from agent import RandomAgent, play
+from environment import GymWorlds, HiddenRulesWrapper, PreviousStep, WorldError, WorldSettings, make_worlds, permutation_rank, permutation_split
 from main import Learner, Settings, evaluate, rewards_of, with_preset
 from memory import merge
 from tests.shared import TINY, Room, temporary_folder
@@ -157,6 +158,29 @@ class TestGymWorlds(unittest.TestCase):
         self.assertTrue(all(torch.equal(a, b) for a, b in zip(lived[0], lived[1])))
         self.assertFalse(torch.equal(lived[0][2], lived[2][2]))
 
+    def test_processes_live_the_same_lives_and_are_lent_on(self):
+        lived, vectors = [], []
+        for asynchronous in (False, True, True):
+            settings = replace(ROOM, gym_id="tests.shared:Room-v0", asynchronous=asynchronous, shuffled=(0, 1, 2, 3))
+            worlds = make_worlds(settings, 2, "test", 5)
+            lived.append(play(worlds, RandomAgent(0, 5)))
+            vectors.append(worlds.vector)
+            self.assertIn("4", worlds.words(1).split()[-1])  # what is not shuffled stays
+            del worlds
+        for one in lived[1:]:
+            self.assertTrue(all(torch.equal(a, b) for a, b in zip(lived[0], one)))
+        self.assertIsInstance(vectors[1], gymnasium.vector.AsyncVectorEnv)
+        self.assertIs(vectors[1], vectors[2])
+        settings = replace(ROOM, gym_id="tests.shared:Room-v0", asynchronous=True)
+        self.assertIsInstance(make_worlds(settings, 40, "test", 0).vector, gymnasium.vector.SyncVectorEnv)  # too many processes
+        worlds = make_worlds(settings, 2, "test", 5)
+        self.assertTrue(vectors[1].closed)  # others were asked for
+        worlds.reset()
+        with self.assertRaisesRegex(WorldError, "failed"):
+            worlds.step(torch.full((2,), 99))
+        self.assertTrue(worlds.vector.closed)
+        self.assertEqual(play(make_worlds(settings, 2, "test", 5), RandomAgent(0, 5)).reward.shape, (2, 25))  # and new ones live
+
     def test_reward_bins_are_found_in_the_data(self):
         self.assertEqual(rewards_of(ROOM), (0.0, 0.5, 1.0))  # whoever learns may earn more than was seen
         with mock.patch.object(Room, "step", lambda self, action: (self._draw(), -0.01, False, False, {})):
@@ -173,7 +197,7 @@ class TestTraining(unittest.TestCase):
     def test_a_foreign_world_is_trained_on_evaluated_and_repeated(self):
         folder = temporary_folder()
         (folder / "tiny.json").write_text(json.dumps(TINY | {"world": {"lifetime": 12, "cell": 4}}))
-        code, errors = in_process(["--config", "tiny.json", "--world.gym-id", "Room-v0"], folder)
+        code, errors = in_process(["--config", "tiny.json", "--world.gym-id", "Room-v0", "--world.shuffled", *"0123"], folder)
         self.assertEqual(code, 0, errors)
         run = only_run(folder)
         config = json.loads((run / "config.json").read_text())
@@ -220,6 +244,11 @@ class TestTraining(unittest.TestCase):
             learner.advance()
         self.assertTrue(all(permutation_split(int(rank)) == "train" for block in learner.store.blocks for rank in block.task))
         self.assertEqual(learner.system.engine.actions, 5)
+        with self.assertWarnsRegex(UserWarning, "beyond transition.reward_bins, -1 to 0.25"):
+            learner.settings = merge(settings, {"transition": {"reward_bins": (-1, 0, 0.25)}})
+            for _ in range(4):
+                learner.collect(exploration=1.0)
+        learner.settings = settings
         held = evaluate(learner.system, "test", 4)
         self.assertTrue(np.isfinite(held["return_mean"]))
 
@@ -252,6 +281,8 @@ class TestTraining(unittest.TestCase):
         for arguments, word in (
             (["--world.gym-id", "Nowhere-v0"], "Nowhere-v0"), (["--world.gym-id", "CartPole-v1"], "must be pictures"),
             (["--world.gym-id", "Room-v0", "--world.cell", "5"], "does not divide"),
+            (["--world.gym-id", "Room-v0", "--world.cell", "4", "--world.shuffled", "0", "1"], "4 to 20"),
+            (["--world.shuffled", "0", "1", "2", "3"], "give world.gym_id"), (["--world.asynchronous"], "give world.gym_id"),
         ):  # fmt: skip
             code, errors = in_process(arguments, folder)
             self.assertEqual(code, 2, errors)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import io
 import json
 import re
@@ -17,10 +18,10 @@ import numpy as np
 import torch
 
 from agent import AgentController
-from environment import WORLDS, HiddenRulesWorld, WorldStep, task_split
+from environment import WORLDS, HiddenRulesWorld, WorldStep
 from main import EVALUATION_SEED, Ablation, Learner, Settings, evaluate, load_system, with_preset
 from memory import RunFolder, merge, write_json
-from tests.benchmarks import ablations, belief, robustness, switching, tinted
+from tests.benchmarks import ablations, belief, faults, robustness, switching, tinted
 from tests.shared import ROOT, TINY, command, quick_run, temporary_folder, tiny
 
 LIFETIMES = 256
@@ -74,7 +75,7 @@ class TestQuickRun(unittest.TestCase):
     def test_outcome_labels_are_pure(self):
         """On a world whose true effects are known, one label means one effect (standing still at an edge aside)."""
         system, _ = load_system(self.run_folder)
-        world = HiddenRulesWorld(system.settings.world, 128, task_split("combinations", "validation"), 5)
+        world = HiddenRulesWorld(system.settings.world, 128, "validation", 5)
         agent = system.controller()
         agent.explore(1.0, torch.Generator().manual_seed(0))
         agent.begin(world.reset())
@@ -114,6 +115,19 @@ class TestQuickRun(unittest.TestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         for name in ("adaptation.png", "lifetime.gif", "lifetime-3.gif"):
             self.assertGreater((self.run_folder / name).stat().st_size, 10_000)
+
+    @unittest.skipUnless(importlib.util.find_spec("pygame"), "a window needs pygame: pip install -r tests/requirements.txt")
+    def test_watch_opens_a_window_or_writes_what_it_is_told_to(self):
+        with mock.patch.dict(os.environ, DISPLAY=":0", SDL_VIDEODRIVER="dummy"):
+            done = command("watch", self.run_folder, "--seed", 8, "--fps", 100, folder=self.run_folder)
+            self.assertEqual((done.returncode, "written" in done.stdout), (0, False), done.stderr)
+            self.assertFalse((self.run_folder / "lifetime-8.gif").exists())
+            for name, code, words in (("film.mp4", 0, "written"), ("film.mp4", 2, "exists"), ("film.avi", 2, ".mp4")):
+                done = command("watch", self.run_folder, "--output", self.run_folder / name, folder=self.run_folder)
+                self.assertEqual(done.returncode, code, done.stderr)
+                self.assertIn(words, done.stdout + done.stderr)
+        self.assertGreater((self.run_folder / "film.mp4").stat().st_size, 10_000)
+        self.assertEqual((self.run_folder / "film.mp4").read_bytes()[4:8], b"ftyp")
 
     def test_robustness_of_a_run(self):
         with mock.patch.multiple(robustness, LIFETIMES=64, NOISES=(0.05, 0.4), SLIPS=(0.1,)):
@@ -248,6 +262,7 @@ class TestBenchmarks(unittest.TestCase):
         with mock.patch.multiple(peers, LIFETIMES=16, train_recurrent_ppo=lambda world, seed, **_: train(world, seed, frames=100)):
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 peers.main(run)
+        self.assertGreater((run / "peers.png").stat().st_size, 10_000)
         rows = re.findall(r"^\| (RecurrentPPO, [a-z ]+) \| \d+ \| ([\d,]+) \| -?[\d.]+ \[", printed.getvalue(), re.M)
         self.assertEqual([name for name, _ in rows], [f"RecurrentPPO, {b}" for b in ("as many frames", "as many seconds", "five times the seconds")])
         self.assertTrue(all(int(frames.replace(",", "")) >= 100 for _, frames in rows))
@@ -271,6 +286,13 @@ class TestBenchmarks(unittest.TestCase):
             tinted.main(runs)
         self.assertEqual(re.findall(r"^\| (with[a-z ]+) \|", printed.getvalue(), re.M), ["with appearance", "without it"])
         self.assertGreater((runs[0] / "tinted.png").stat().st_size, 10_000)
+
+
+class TestFaults(unittest.TestCase):
+    def test_a_training_that_is_killed_again_and_again_ends_in_the_same_bytes(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            self.assertTrue(faults.main(faults.Arguments(kills=3)), printed.getvalue())
+        self.assertIn("3 kills of 3", printed.getvalue())
 
 
 class TestReadme(unittest.TestCase):

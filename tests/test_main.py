@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import main
 from context_engine import ContextInferenceEngine
 from environment import WORLDS, task_split
 from world_model import Planner
-from main import PRESETS, Learner, Settings, evaluate
+from main import PRESETS, Learner, Settings, evaluate, with_preset
 from memory import RunFolder, UserError, merge
 from tests.shared import ROOT, TINY, command, temporary_folder, tiny
 
@@ -72,12 +73,28 @@ class TestSettings(unittest.TestCase):
                 merge(Settings(), changes)
 
     def test_integers_serve_as_floats_and_lists_as_tuples(self):
-        merged = merge(Settings(), {"world": {"noise": 0}, "transition": {"reward_bins": [0, 1]}})
-        self.assertEqual((merged.world.noise, merged.transition.reward_bins), (0.0, (0.0, 1.0)))
+        merged = merge(Settings(), {"world": {"noise": 0}, "transition": {"reward_bins": [-1, 0, 1, 2]}})
+        self.assertEqual((merged.world.noise, merged.transition.reward_bins), (0.0, (-1.0, 0.0, 1.0, 2.0)))
 
     def test_presets_are_valid_and_complete_in_the_command_line(self):
-        for name, changes in PRESETS.items():
-            self.assertIsInstance(merge(merge(Settings(), {"preset": name}), changes), Settings)
+        for name in PRESETS:
+            self.assertIsInstance(with_preset(Settings(), name), Settings)
+
+
+    def test_every_setting_refuses_values_of_another_type_and_out_of_its_range(self):
+        wrong = {
+            bool: ["yes", 1], int: ["a lot", -(10**12), 10**20, None, 1.5], float: ["a lot", -1e12, 1e20, None, float("nan")],
+            str: [5, "soft"], tuple: ["1", [None]],
+        }  # fmt: skip
+        cases = 0
+        for section, values in dataclasses.asdict(Settings()).items():
+            for name, value in values.items() if isinstance(values, dict) else ():
+                for bad in [{"x": 1}, *wrong[type(value)]]:
+                    with self.subTest(setting=f"{section}.{name}", value=bad):
+                        with self.assertRaisesRegex(ValueError, rf"{section}\.{name}"):
+                            merge(Settings(), {section: {name: bad}})
+                        cases += 1
+        self.assertGreater(cases, 400)
 
 
 class TestCode(unittest.TestCase):
@@ -138,6 +155,16 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual(done.returncode, 0)
         for name in ("--seed", "--world.grid", "--training.updates", "--planner.discount", "--config"):
             self.assertIn(name, done.stdout)
+
+    def test_reward_bins_follow_what_things_are_worth(self):
+        for arguments, bins in (
+            (["--world.worths", "1", ".5", "-1"], [-1, 0, 0.5, 1]), (["--preset", "everything", "--world.worths", "2", "-1"], [-1, 0, 2]),
+        ):  # fmt: skip
+            folder = temporary_folder()
+            with mock.patch.object(main, "train_and_evaluate"):
+                code, errors = in_process(arguments, folder)
+            self.assertEqual(code, 0, errors)
+            self.assertEqual(json.loads((only_run(folder) / "config.json").read_text())["transition"]["reward_bins"], bins)
 
     def test_flags_beat_the_file_and_the_file_beats_the_preset(self):
         folder = tiny_file()
@@ -208,6 +235,56 @@ class TestResume(unittest.TestCase):
         with self.assertRaisesRegex(UserError, "damaged or foreign"):
             run.load()
 
+    @unittest.skipUnless(hasattr(os, "fork"), "file sizes can be limited on POSIX systems alone")
+    def test_a_full_disk_leaves_the_last_checkpoint_and_a_run_that_goes_on(self):
+        folder, whole = tiny_file(), tiny_file()
+        self.assertEqual(in_process(["--config", "tiny.json"], whole)[0], 0)
+        process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), "--config", "tiny.json"], cwd=folder, stdout=subprocess.DEVNULL)
+        while not list(folder.glob("runs/*/checkpoint.pt")):
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        run = only_run(folder)
+        before, room = RunFolder(run).load()[0]["counters"][0], (run / "checkpoint.pt").stat().st_size + 1000
+        script = (
+            f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+            f"sys.argv = ['main.py', 'resume', {str(run)!r}]; import main; main.main()"
+        )
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertRegex(done.stderr, "could not write .*checkpoint.pt .*the last checkpoint is whole")
+        self.assertGreaterEqual(RunFolder(run).load()[0]["counters"][0], before)
+        self.assertEqual(in_process(["resume", str(run)], folder)[0], 0)
+        for name in ("metrics.jsonl", "evaluation.json"):
+            self.assertEqual((run / name).read_bytes(), (only_run(whole) / name).read_bytes(), name)
+
+    def test_a_run_that_diverges_stops_and_keeps_what_led_there(self):
+        loss, created, learners = main.Planner.loss, Learner.__init__, []
+
+        def poisoned(planner, value, experience, beliefs):
+            losses = loss(planner, value, experience, beliefs)
+            if learners[-1].update == 24:
+                losses["value"] = losses["value"] * torch.nan
+            return losses
+
+        def remembered(learner, *arguments, **parts):
+            learners.append(learner)
+            return created(learner, *arguments, **parts)
+
+        for every in (12, 1000):  # with collections since the last checkpoint, and without any checkpoint
+            folder = tiny_file()
+            with mock.patch.object(main.Planner, "loss", poisoned), mock.patch.object(Learner, "__init__", remembered):
+                code, errors = in_process(["--config", "tiny.json", "--training.checkpoint-every", str(every)], folder)
+                run = only_run(folder)
+                self.assertEqual(code, 2)
+                self.assertIn("is not finite after update 25:", " ".join(errors.split()))
+                code, errors = in_process(["resume", str(run / "diverged-25")], folder)
+                self.assertEqual((code, "is not finite after update 25:" in errors), (2, True), errors)
+            if every == 12:
+                self.assertEqual(RunFolder(run).load()[0]["counters"][0], 24)
+                code, errors = in_process(["resume", str(run)], folder)  # the poison is gone
+                self.assertEqual(code, 0, errors)
+
     def test_two_processes_never_share_a_run_and_new_runs_never_a_folder(self):
         folder = temporary_folder()
         before = Path.cwd()
@@ -260,7 +337,7 @@ class TestLearner(unittest.TestCase):
             while learner.update < learner.total:
                 learner.advance()
             stored = torch.cat([block.task for block in learner.store.blocks])
-            self.assertTrue(torch.isin(stored, task_split(holdout, "train")).all())
+            self.assertTrue(torch.isin(stored, task_split(learner.settings.world, "train")).all())
 
     def test_gradients_do_not_cross(self):
         learner = Learner(tiny(), torch.device("cpu"))

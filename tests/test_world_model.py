@@ -5,13 +5,13 @@ from unittest import mock
 
 import torch
 
-from environment import HiddenRulesWorld, WorldSettings, task_split
+from environment import HiddenRulesWorld, WorldSettings
 from world_model import VAE, VAESettings
 from tests.shared import seeded
 
 
 def frames_of(noise=0.1, batch=64):
-    return HiddenRulesWorld(WorldSettings(noise=noise), batch, task_split("combinations", "train"), 0).reset()
+    return HiddenRulesWorld(WorldSettings(noise=noise), batch, "train", 0).reset()
 
 
 def vae_of(**settings):

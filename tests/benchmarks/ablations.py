@@ -1,10 +1,11 @@
 """What each part is worth: `python3 -m tests.benchmarks.ablations [RUN ...] [--seeds 0 1 2] [--output runs/ablations]`.
 
-With RUNs: takes every part of `main.Ablation` from these trained agents, whose weights stay. Without: trains the whole agent and every variant of TRAINED for each seed, at a third of the default updates, and takes parts from
-the whole agent whose weights stay (`main.Ablation`); all live the same held-out lifetimes, and differences are paired by
-lifetime. What is done is kept in the output folder, so the same command goes on where it was stopped, and several processes
-with different seeds may fill one folder. The last line of the table is another kind of agent: RecurrentPPO of sb3-contrib
-with previous action, reward and restart in its observation (RL2, Duan et al., 2016), for the same seconds of training.
+With RUNs: takes every part of `main.Ablation` from these trained agents, whose weights stay. Without: trains the whole agent
+and every variant of TRAINED for each seed, at a third of the default updates, and takes parts from the whole one in the same
+way. All live the same held-out lifetimes, and differences are paired by lifetime. What is done is kept in the output folder,
+so the same command goes on where it was stopped, and several processes with different seeds may fill one folder. The last
+line of the table is another kind of agent: RecurrentPPO of sb3-contrib with previous action, reward and restart in its
+observation (RL2, Duan et al., 2016), for the same seconds of training.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from agent import interval, mean, shown, statistics
-from world_model import Planner, Value
 from main import Ablation, Learner, Settings, System, evaluate, load_system
 from memory import Experience, merge, write_json
+from tests.benchmarks import scores
+from world_model import Planner, Value
 
 BASE = Settings()
 TRAINED: dict[str, dict] = {  # what a variant does without: the settings that take it away
@@ -154,9 +156,8 @@ def main(arguments: Arguments) -> None:
         said = statistics(*results)
         lost = [np.array([one["returns"]["agent"]]) - np.array([all_["returns"]["agent"]]) for one, all_ in zip(results, whole)]
         difference = "" if name == "nothing" else shown(float(np.mean(lost)), interval(mean, *lost), 2)
-        figures = (shown(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3)))
         each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
-        print("| " + " | ".join([name, *figures, difference, each]) + " |")
+        print("| " + " | ".join([name, *scores(said), difference, each]) + " |")
     told = "as they are" if arguments.runs else f"of {arguments.updates} updates each"
     print(f"\n{arguments.lifetimes} lifetimes on the test split, {len(whole)} runs {told}")
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from context_engine import ExactFilter
-from environment import ACTION_MAPS, MOVES, N_ACTIONS, ROLE_COLOURS, HiddenRulesWorld, task_split
+from environment import DIRECTIONS, HiddenRulesWorld, WorldSettings, space_of
 from main import EVALUATION_SEED, System, load_system
 from tests.benchmarks import named_runs
 
@@ -30,7 +30,7 @@ class Recorder:
     """An agent that lives and keeps, for each step: context, exact posterior, predicted effects and what happened."""
 
     def __init__(self, system: System, split: str, seed: int) -> None:
-        world = HiddenRulesWorld(system.settings.world, LIFETIMES, task_split(system.settings.world.holdout, split), seed)
+        world = HiddenRulesWorld(system.settings.world, LIFETIMES, split, seed)
         agent, exact = system.controller(), ExactFilter(world)
         frames = world.reset()
         agent.begin(frames)
@@ -54,11 +54,12 @@ class Recorder:
 
 
 def marginals(posterior: Tensor) -> dict[str, Tensor]:
-    """What a rule consists of, under posteriors (..., N_TASKS): which move each action makes, which map, which roles."""
-    joint = posterior.unflatten(-1, (len(ACTION_MAPS), len(ROLE_COLOURS)))
+    """What a rule consists of, under posteriors (..., rules): which move each action makes, which map, which roles."""
+    space = space_of(WorldSettings())
+    joint = posterior.unflatten(-1, (len(space.action_maps), len(space.colours)))
     maps = joint.sum(-1)
-    makes = torch.nn.functional.one_hot(ACTION_MAPS, len(MOVES)).float().flatten(1)  # (24, action * move)
-    return {f"{N_ACTIONS} moves": maps @ makes, "24 action maps": maps, "6 role assignments": joint.sum(-2)}
+    makes = torch.nn.functional.one_hot(space.action_maps, DIRECTIONS).float().flatten(1)  # (24, action * move)
+    return {"4 moves": maps @ makes, "24 action maps": maps, "6 role assignments": joint.sum(-2)}
 
 
 def probe(fit: Recorder, score: Recorder) -> dict[str, list[float]]:

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-import environment
 from agent import compare, interval, normalised, play, shown
-from environment import PreviousStep, WorldSettings, WorldStep, make_worlds
-from main import EVALUATION_SEEDS, Settings, evaluate, load_system, references_in
-from tests.benchmarks import named_runs
+from environment import PreviousStep, WorldSettings, WorldStep, make_worlds, previous_step
+from main import EVALUATION_SEEDS, Settings, better_thompson, evaluate, load_system, references_in
+from tests.benchmarks import named_runs, scores
 
 WORLDS = 32
 
@@ -73,7 +73,8 @@ class PeerAgent:
     def begin(self, frames: torch.Tensor) -> None:
         """A lifetime begins: the recurrent state with it."""
         self.state, self.starts = None, np.ones(len(frames), bool)
-        self.seen = {"picture": frames.numpy(), "previous": np.zeros((len(frames), environment.N_ACTIONS + 2), np.float32)}
+        previous = np.zeros((len(frames), *self.model.observation_space["previous"].shape), np.float32)
+        self.seen = {"picture": frames.numpy(), "previous": previous}
 
     def act(self) -> torch.Tensor:
         """The likeliest actions (B,) int64."""
@@ -84,23 +85,39 @@ class PeerAgent:
 
     def observe(self, action: torch.Tensor, step: WorldStep) -> None:
         """What `PreviousStep` shows."""
-        ended = (step.terminated | step.truncated).float()
-        moved = torch.nn.functional.one_hot(action, environment.N_ACTIONS).float()
-        previous = torch.cat([moved, step.reward[:, None], ended[:, None]], 1)
-        self.seen = {"picture": step.frame.numpy(), "previous": previous.numpy()}
+        seen = (action.numpy(), step.reward.numpy(), (step.terminated | step.truncated).numpy())
+        self.seen = {"picture": step.frame.numpy(), "previous": previous_step(*seen, self.model.action_space.n)}
 
 
 def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> dict[str, Any]:
     """As `main.evaluate`, with the same tasks, starts and slips, on pictures of its own size."""
     world = make_worlds(enlarged(settings.world), lifetimes, "test", EVALUATION_SEEDS["test"])
     lived = {"agent": play(world, PeerAgent(model))} | references_in(settings.world, lifetimes, "test", torch.device("cpu"))
-    lived["thompson"] = lived["thompson_step"]
+    better_thompson(lived)
     weights = sum(parameter.numel() for parameter in model.policy.parameters())
     return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
 
 
+def draw(results: dict[str, dict[str, Any]], path: Path, bin_steps: int = 4) -> None:
+    """Reward by step of the lifetime of every agent, with 95% intervals over lifetimes, and of the references, as PNG."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, first = figure.subplots(), next(iter(results.values()))
+    curves = {name: result["agent"] for name, result in results.items()}
+    curves |= {label: first[name] for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling")) if name in first}
+    for name, curve in curves.items():
+        steps = len(curve["by_step"]) // bin_steps * bin_steps
+        binned = np.reshape(curve["by_step"][:steps], (-1, bin_steps)).mean(1)
+        error = 1.96 * np.sqrt(np.square(curve["by_step_error"][:steps]).reshape(-1, bin_steps).sum(1)) / bin_steps
+        at = (np.arange(len(binned)) + 0.5) * bin_steps
+        (line,) = axes.plot(at, binned, label=name)
+        axes.fill_between(at, binned - error, binned + error, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="step of the lifetime", ylabel="reward a step")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def main(run: Path) -> None:
-    """Train the peers and print the table."""
+    """Train the peers, print the table, draw adaptation curves to peers.png in the run's folder."""
     system, state = load_system(run)
     settings, seconds = system.settings, json.loads((run / "timing.json").read_text())["total"]
     ours = evaluate(system, "test", LIFETIMES)
@@ -110,6 +127,7 @@ def main(run: Path) -> None:
     }  # fmt: skip
     heads = ["agent", "seconds", "frames", "return", "normalised", "less than ours, normalised"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    results = {}
     own = np.array([ours["returns"][name] for name in ("agent", "random", "known_rule")], float)
     for name, budget in ({"this project's": None} | budgets).items():
         result, spent, frames = ours, seconds, state["counters"][2]
@@ -118,13 +136,14 @@ def main(run: Path) -> None:
             model = train_recurrent_ppo(settings.world, settings.seed, **budget)
             spent, result = time.perf_counter() - started, evaluate_peer(model, settings, LIFETIMES)
             frames, name = result["frames"], f"RecurrentPPO, {name}"
+        results[name] = result
         theirs = np.array([result["returns"]["agent"]], float)
         less = lambda x, y, low, high: normalised(x, low, high) - normalised(y, low, high)  # noqa: E731
         strata = [np.stack([own[0], theirs[0], own[1], own[2]])]
         gap = shown(float(less(*strata[0])), interval(less, *strata), 3) if budget else ""
-        figures = (shown(result[key], result[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3)))
-        print(f"| {name} | {spent:.0f} | {frames:,} | {' | '.join(figures)} | {gap} |", flush=True)
-    print(f"\n{LIFETIMES} lifetimes on the test split")
+        print(f"| {name} | {spent:.0f} | {frames:,} | {' | '.join(scores(result))} | {gap} |", flush=True)
+        draw(results, run / "peers.png")
+    print(f"\n{LIFETIMES} lifetimes on the test split; figure in {run / 'peers.png'}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from environment import HiddenRulesWorld, WorldSettings, task_split
+from environment import HiddenRulesWorld, WorldSettings
 from main import Settings, load_system
 from memory import RunFolder
 from tests.benchmarks import named_runs
@@ -34,7 +34,7 @@ def world_speed(threads: int) -> None:
     """Steps with drawn and noisy pictures a second, beside filling as many bytes with a constant."""
     torch.set_num_threads(threads)
     for batch in (1, 64, 1024, 4096):
-        world = HiddenRulesWorld(WorldSettings(), batch, task_split("combinations", "train"), 0)
+        world = HiddenRulesWorld(WorldSettings(), batch, "train", 0)
         action, plain = torch.zeros(batch, dtype=torch.int64), world.reset()
         step, fill = seconds(lambda: world.step(action), 30), seconds(lambda: plain.fill_(0), 30)
         print(f"| world, {batch} at once, {threads} threads | {batch / step:,.0f} noisy 24x24 frames a second | {fill / step:.3f} of a memory fill |")
@@ -44,7 +44,7 @@ def decision_speed(run: Path, batch: int, threads: int, look_again: bool) -> Non
     """Perceive, infer, plan and act: one agent step, in the middle of lifetimes and averaged over a whole one."""
     torch.set_num_threads(threads)
     system, _ = load_system(run, "cpu")
-    world = HiddenRulesWorld(system.settings.world, batch, task_split(system.settings.world.holdout, "validation"), 0)
+    world = HiddenRulesWorld(system.settings.world, batch, "validation", 0)
     agent = system.controller(look_again=look_again)
     for lifetime in range(2):  # the first is the warm-up
         agent.begin(world.reset())

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from agent import KnownRuleAgent, ThompsonAgent, interval, mean, play, shown
-from environment import make_worlds, value_iteration
+from environment import ActionValues, make_worlds
 from main import EVALUATION_SEEDS, load_system
 from tests.benchmarks import named_runs
 
@@ -30,7 +30,7 @@ def rewards(systems: list) -> dict[str, list[np.ndarray]]:
         sys.exit("the rules of this run's world never switch: train one with python3 main.py --preset switching")
     world = dataclasses.replace(settings.world, switch_step=settings.world.lifetime // 2)
     seed = EVALUATION_SEEDS["test"]
-    q = value_iteration(world)
+    q = ActionValues(world)
 
     def live(make) -> np.ndarray:
         there = make_worlds(world, LIFETIMES, "test", seed)

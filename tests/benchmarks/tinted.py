@@ -15,13 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from agent import play, shown, statistics
-from environment import PALETTE, HiddenRulesWorld, WorldStep, make_worlds
+from agent import play, statistics
+from environment import HiddenRulesWorld, WorldStep, make_worlds
 from main import EVALUATION_SEEDS, System, evaluate, load_system
-from tests.benchmarks import named_runs
+from tests.benchmarks import named_runs, scores
 
 LIFETIMES = 512
-BACKGROUND = len(PALETTE)  # number of the colour that is none
+BACKGROUND = 3  # number of the colour that is none
 
 
 class Eye:
@@ -47,12 +47,8 @@ class Eye:
 
     def _colours(self) -> Tensor:
         """(B, S) int64: the colour on each patch, what is drawn last on top."""
-        rule, grid = self.world.rule, self.world.settings.grid
-        colours = torch.full((self.world.batch, grid**2), BACKGROUND)
-        for role in (2, 1, 0):
-            cell = self.world.position[:, role, 0] * grid + self.world.position[:, role, 1]
-            colours.scatter_(1, cell[:, None], rule.colours[:, role, None])
-        return colours
+        symbols = self.world.symbols(self.world.position, self.world.rule).flatten(1).long()
+        return (symbols - 1) % (BACKGROUND + 1)
 
 
 def code_accuracy(codes: Tensor, colours: Tensor, n_codes: int) -> tuple[float, float]:
@@ -105,9 +101,8 @@ def main(runs: list[Path]) -> None:
     for name, found in kinds.items():
         said = statistics(*(one["result"] for one in found))
         means = {key: np.mean([one[key] for one in found]) for key in ("error", "patches", "pictures")}
-        figures = (shown(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3)))
         each = ", ".join(f"{one['result']['return_mean']:.2f}" for one in found)
-        print(f"| {name} | {means['error']:.4f} | {means['patches']:.1%} | {means['pictures']:.1%} | {' | '.join(figures)} | {each} |")
+        print(f"| {name} | {means['error']:.4f} | {means['patches']:.1%} | {means['pictures']:.1%} | {' | '.join(scores(said))} | {each} |")
     draw(kinds, runs[0] / "tinted.png")
     print(f"\n{LIFETIMES} lifetimes on the test split for each run; figure in {runs[0] / 'tinted.png'}")
 
