@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -523,6 +524,7 @@ def begin(study: optuna.Study, arguments: TuneArguments, base: Settings, space: 
 
 def as_program(call: Callable, *arguments: Any) -> None:
     """Call it as a program: exit code 2 and one sentence for what the user can mend, 130 for Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     try:
         call(*arguments)
     except KeyboardInterrupt:

@@ -238,6 +238,7 @@ class TestFaults(unittest.TestCase):
             folder = study_folder()
             options = ["--trials", "4", "--jobs", str(jobs), "--updates", "4000", "--space", "space.json"]
             process = start(folder, *options)
+            self.addCleanup(process.kill)  # it would slow all that follows
             wait_for(lambda: len(list(folder.glob("runs/tune-default/trial-*/seed-0/metrics.jsonl"))) == jobs or process.poll() is not None)
             children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()] if jobs > 1 else []
             for pid in (process.pid, *children):  # as a terminal does
