@@ -10,7 +10,7 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -25,6 +25,9 @@ from environment import (
 from memory import EpisodicMemory, UserError
 from transition_model import TransitionModel
 from world_model import VAE, Planner
+
+if TYPE_CHECKING:  # whoever only steps the world need not wait for matplotlib
+    from matplotlib.axes import Axes
 
 
 class Agent(Protocol):
@@ -566,25 +569,30 @@ def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1
     return "\n".join(lines)
 
 
-def draw_adaptation(results: Sequence[dict[str, Any]], path: Path, bin_steps: int = 4) -> None:
-    """Reward by step of the lifetime for every agent, averaged over `bin_steps` and over the evaluations, to `path`
-    (PNG); bands are 95% intervals of the mean over lifetimes."""
-    from matplotlib.figure import Figure  # here, because whoever only steps the world need not wait for it
+def draw_curve(axes: Axes, by_step: Sequence[float], error: Sequence[float], label: str, bin_steps: int = 4) -> None:
+    """Reward by step of the lifetime, averaged over `bin_steps`, with the 95% interval that standard errors `error` give."""
+    steps = len(by_step) // bin_steps * bin_steps
+    binned = np.reshape(by_step[:steps], (-1, bin_steps)).mean(1)
+    width = 1.96 * np.sqrt(np.square(error[:steps]).reshape(-1, bin_steps).sum(1)) / bin_steps
+    at = (np.arange(len(binned)) + 0.5) * bin_steps
+    (line,) = axes.plot(at, binned, label=label)
+    axes.fill_between(at, binned - width, binned + width, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="step of the lifetime", ylabel="reward a step")
+
+
+def draw_adaptation(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Reward by step of the lifetime for every agent, averaged over the evaluations, to `path` (PNG); see `draw_curve`."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, runs = figure.subplots(), len(results)
     for name, label in present(results).items():
-        rewards = np.array([result[name]["by_step"] for result in results]).mean(0)
-        steps = len(rewards) // bin_steps * bin_steps
-        binned = rewards[:steps].reshape(-1, bin_steps).mean(1)
-        square = np.square([result[name]["by_step_error"] for result in results]).sum(0) / runs**2
-        error = 1.96 * np.sqrt(square[:steps].reshape(-1, bin_steps).sum(1)) / bin_steps
-        at = (np.arange(len(binned)) + 0.5) * bin_steps
+        rewards = np.mean([result[name]["by_step"] for result in results], 0)
+        error = np.sqrt(np.square([result[name]["by_step_error"] for result in results]).sum(0)) / runs
         returns = np.mean([result[name]["return_mean"] for result in results])
-        (line,) = axes.plot(at, binned, label=f"{label}: {returns:.2f}")
-        axes.fill_between(at, binned - error, binned + error, alpha=0.2, color=line.get_color())
+        draw_curve(axes, rewards, error, f"{label}: {returns:.2f}")
     title = f"{results[0]['lifetimes']} lifetimes, {results[0]['split']} tasks" + (f", {runs} runs" if runs > 1 else "")
-    axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=title)
+    axes.set_title(title)
     axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import DIRECTIONS, MOVES, HiddenRulesWorld, WorldStep, landing, require_all
+from environment import MOVES, HiddenRulesWorld, WorldStep, landing, require_all, slipping
 from memory import EpisodicMemory, Experience
 from transition_model import ABSENT, TransitionModel, pair_codes, pairs_present
 
@@ -303,14 +303,6 @@ class AppearanceEngine(nn.Module):
         return self.to_context(torch.zeros(self.gru.hidden_size, device=self.to_context.weight.device))
 
 
-def log_likelihood(world: HiddenRulesWorld, before: Tensor, action: Tensor, after: Tensor) -> Tensor:
-    """Log probability of what a perfect eye saw happen, under every rule: (B, rules) float32.
-
-    Args and means of `likelihood_by_case`, whose cases stand for all rules.
-    """
-    return of_every_rule(world, likelihood_by_case(world, before, action, after))
-
-
 def of_every_rule(world: HiddenRulesWorld, by_case: Tensor) -> Tensor:
     """Cases (B, map, wind and edges, colour) spread over every rule (B, rules), a task's digits in their order."""
     return by_case[..., world.space.colours[:, 0].to(by_case.device)].transpose(1, 2).flatten(1)
@@ -330,10 +322,7 @@ def likelihood_by_case(world: HiddenRulesWorld, before: Tensor, action: Tensor, 
     place = before[:, :, None, None].expand(-1, -1, len(wraps), len(MOVES), -1)
     landed = landing(place, MOVES.to(device), wraps[:, None], s.grid, world.walls)  # (B, colour, edges, move, 2)
     reached = (landed == after[:, :, None, None]).all(-1).float()
-    still = reached[..., DIRECTIONS:]
-    anything = (reached[..., :DIRECTIONS].sum(-1, keepdim=True) + (s.actions - DIRECTIONS) * still) / s.actions
-    probability = (1 - s.slip) * reached + s.slip * ((1 - s.slip_random) * still + s.slip_random * anything)
-    probability = probability[:, :, None].expand(-1, -1, len(wind), -1, -1)  # (B, colour, wind, edges, move)
+    probability = slipping(s, reached)[:, :, None].expand(-1, -1, len(wind), -1, -1)  # (B, colour, wind, edges, move)
     if s.wind:
         gust = reached[..., wind].permute(0, 1, 3, 2)[..., None]  # (B, colour, wind, edges, 1)
         probability = torch.lerp(probability, gust, strength[:, None, None])

@@ -121,7 +121,7 @@ class WorldSettings:
         if self.switch_step and not self.switch:
             raise ValueError(f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01.")
         house = ("switch", "tint", "worths", "actions", "walls", "edges", "wind")
-        own = [name for name in house if self.gym_id and getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        own = [name for name in house if self.gym_id and getattr(self, name) != getattr(WorldSettings, name)]
         if own:
             raise ValueError(f"world.{own[0]} is not for a world of other people's: leave it out with {self.gym_id}.")
         if self.shuffled and not self.gym_id:
@@ -514,11 +514,10 @@ class HiddenRulesWorld:
 
     def _starts(self) -> Tensor:
         """Distinct random free cells for the body and the things: (B, role, 2) int64."""
-        drawn, taken = [], torch.empty((self.batch, 0), dtype=torch.int64, device=self.device)
+        taken = torch.empty((self.batch, 0), dtype=torch.int64, device=self.device)
         free = self.settings.grid**2 - self.settings.walls
         for role in range(1 + len(self.worths)):
-            drawn.append(torch.randint(free - role, (self.batch,), generator=self.generator, device=self.device))
-        for cell in drawn:
+            cell = torch.randint(free - role, (self.batch,), generator=self.generator, device=self.device)
             for other in taken.sort(1).values.unbind(1):
                 cell = cell + (cell >= other)  # skip what is taken, so that all ways are equally likely
             taken = torch.cat([taken, cell[:, None]], 1)
@@ -540,6 +539,14 @@ def landing(place: Tensor, move: Tensor, wraps: Tensor, grid: int, walls: Tensor
         return to
     row = torch.arange(len(walls), device=walls.device).view(-1, *[1] * (to.ndim - 2))
     return torch.where(walls[row, to[..., 0], to[..., 1]][..., None], place, to)
+
+
+def slipping(settings: WorldSettings, by_move: Tensor) -> Tensor:
+    """What to expect of the action that makes a move, which may slip, if the move itself leads to `by_move` (..., MOVES) float."""
+    still = by_move[..., NOTHING:]
+    anything = (by_move[..., :DIRECTIONS].sum(-1, keepdim=True) + (settings.actions - DIRECTIONS) * still) / settings.actions
+    slipped = settings.slip_random * anything + (1 - settings.slip_random) * still
+    return (1 - settings.slip) * by_move + settings.slip * slipped
 
 
 # ------------------------------------------------------------------------------------------------------ value iteration
@@ -578,7 +585,7 @@ class ActionValues:
         else:
             sample = HiddenRulesWorld(settings, 1024, torch.zeros(1, dtype=torch.int64), seed=0, device=device)
             sample.reset()
-            at = (sample.position[:, 1:] * torch.tensor([settings.grid, 1], device=device)).sum(-1)
+            at = self._cell(sample.position[:, 1:])
         walls = None if few else sample.walls
         fresh, solved = [], []
         for weather in range(weathers):
@@ -591,7 +598,7 @@ class ActionValues:
 
     def __call__(self, world: HiddenRulesWorld, task: Tensor, position: Tensor) -> Tensor:
         """Q (B, move) float32 of worlds if tasks (B,) were true and things lay at `position` (B, role, 2)."""
-        cell = (position * torch.tensor([self.settings.grid, 1], device=self.device)).sum(-1)
+        cell = self._cell(position)
         weather, rows = task // self.space.pairs, torch.arange(len(task), device=self.device)
         if self.table is None:
             q, _ = self._iterate(cell[:, 1:], self.space.rule(task), world.walls, self.fresh[weather])
@@ -601,12 +608,16 @@ class ActionValues:
             which = which * self.settings.grid**2 + thing
         return self.table[weather, which, cell[:, 0]]
 
+    def _cell(self, place: Tensor) -> Tensor:
+        """Numbers (...) of the cells at (row, column) `place` (..., 2)."""
+        return place[..., 0] * self.settings.grid + place[..., 1]
+
     def _iterate(self, at: Tensor, rule: Rule, walls: Tensor | None, fresh: Tensor | None) -> tuple[Tensor, Tensor]:
         """Q (n, S, move) where things lie in cells `at` (n, thing), and W; found along the way if `fresh` (n,) is not given."""
         s, n, cells = self.settings, len(at), len(self.places)
         place, move = self.places[None, :, None], MOVES.to(self.device)[None, None]
         to = landing(place.expand(n, -1, len(MOVES), -1), move, rule.wraps[:, None, None], s.grid, walls)
-        to = (to * torch.tensor([s.grid, 1], device=self.device)).sum(-1).flatten(1)  # (n, S * move)
+        to = self._cell(to).flatten(1)  # (n, S * move)
         worth = torch.zeros(n, cells, device=self.device).scatter_(1, at, self.worths.expand(n, -1))
         thing = torch.zeros(n, cells, dtype=torch.bool, device=self.device).scatter_(1, at, True)
         start = ~thing if walls is None else ~thing & ~walls.flatten(1)
@@ -617,12 +628,10 @@ class ActionValues:
         for _ in range(math.ceil(math.log(self.tolerance) / math.log(self.discount))):
             mean = fresh if known else value.T[start.T].mean().expand(n)
             landed = torch.where(thing, worth + self.discount * mean[:, None], self.discount * value)
-            q = landed.gather(1, to).view(n, cells, len(MOVES))
-            still = q[..., NOTHING:]
-            anything = (q[..., :DIRECTIONS].sum(-1, keepdim=True) + (s.actions - DIRECTIONS) * still) / s.actions
-            gust = q.gather(2, rule.wind[:, None, None].expand(-1, cells, -1)) if s.wind else None
-            q = (1 - s.slip) * q + s.slip * (s.slip_random * anything + (1 - s.slip_random) * still)
-            if gust is not None:
+            by_move = landed.gather(1, to).view(n, cells, len(MOVES))
+            q = slipping(s, by_move)
+            if s.wind:
+                gust = by_move.gather(2, rule.wind[:, None, None].expand(-1, cells, -1))
                 q = torch.lerp(q, gust, strength[..., None])
             change, value = (q[..., :moves].amax(-1) - value).abs().max(), q[..., :moves].amax(-1)
             if change < self.tolerance:

@@ -1014,19 +1014,25 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def main() -> None:
-    """The command line; exit code 2 and one sentence for what the user can mend."""
-    name, *arguments = sys.argv[1:] or ["train"]
+def as_program(program: str, call: Callable, *arguments: Any, **options: Any) -> None:
+    """Call it as a program: exit code 2 and one sentence for what the user can mend, 130 for Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     try:
-        if name in COMMANDS:
-            tyro.cli(COMMANDS[name], args=arguments, prog=f"main.py {name}")
-        else:
-            train_command(arguments if name == "train" else [name, *arguments])
+        call(*arguments, **options)
     except (UserError, ValueError, OSError, WorldError) as error:
-        print(f"main.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main() -> None:
+    """The command line."""
+    name, *arguments = sys.argv[1:] or ["train"]
+    if name in COMMANDS:
+        as_program("main.py", tyro.cli, COMMANDS[name], args=arguments, prog=f"main.py {name}")
+    else:
+        as_program("main.py", train_command, arguments if name == "train" else [name, *arguments])
 
 
 if __name__ == "__main__":

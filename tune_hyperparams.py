@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -38,9 +37,8 @@ from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, RetryH
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from environment import WorldError
 from main import (
-    PRESETS, Learner, Settings, device_of, evaluate, from_file, not_finite, require_room, with_rewards, write_metrics,
+    PRESETS, Learner, Settings, as_program, device_of, evaluate, from_file, not_finite, require_room, with_rewards, write_metrics,
 )  # fmt: skip
 from memory import RunFolder, UserError, merge, save_atomically, write_json
 
@@ -77,6 +75,7 @@ SPACE: dict[str, Range] = {
 LOOKS = 2  # evaluations of each seed on its way, after each of which a trial may be pruned
 KEPT = 3  # trials whose checkpoints are kept
 HEARTBEAT, SILENCE = 20, 60  # seconds between a database's signs of life, and without any until a trial is given up
+PROGRAM = "tune_hyperparams.py"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -228,6 +227,8 @@ def objective(trial: optuna.Trial, space: dict, base: Settings, arguments: TuneA
 
 def open_study(arguments: TuneArguments, folder: Path, worker: int = 0, tries: int = 3) -> optuna.Study:
     """The study, where it is kept; UserError if that cannot be reached."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we tell the progress ourselves
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
         if arguments.storage.startswith("grpc://"):
             host, _, port = arguments.storage.removeprefix("grpc://").partition(":")
@@ -323,8 +324,6 @@ def at_work(folder: Path) -> Iterator[tuple[str, str]]:
 
 def work(arguments: TuneArguments, base: Settings, space: dict, folder: Path, worker: int = 0) -> None:
     """Run trials until none is left; one process."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.jobs))
     study, turn = open_study(arguments, folder, worker), filelock.FileLock(folder / ".ask.lock")
 
@@ -339,8 +338,9 @@ def work(arguments: TuneArguments, base: Settings, space: dict, folder: Path, wo
             raise
         except (KeyboardInterrupt, OSError) as error:  # told to stop, or a full disk: not the settings' fault
             stopped.append(error)
-            if trial.study.get_trials(deepcopy=False)[trial.number].state == TrialState.RUNNING:
-                again(study, trial.study.get_trials()[trial.number])
+            mine = study.get_trials(deepcopy=False)[trial.number]
+            if mine.state == TrialState.RUNNING:
+                again(study, mine)
             raise
         except Exception as error:
             with unless_ended():
@@ -383,7 +383,7 @@ def progress(study: optuna.Study, arguments: TuneArguments) -> str:
     how = f"{last.value:.3f}" if last.state == TrialState.COMPLETE else last.state.name.lower()
     if "reason" in last.user_attrs:
         how += f" ({last.user_attrs['reason']})"
-    best = f", best {ranked(study)[0].value:.3f} (trial {ranked(study)[0].number})" if ranked(study) else ""
+    best = "".join(f", best {trial.value:.3f} (trial {trial.number})" for trial in ranked(study)[:1])
     running = sum(trial.state == TrialState.RUNNING for trial in every)
     remaining = left(study, arguments.trials) + running
     seconds = np.mean([trial.duration.total_seconds() for trial in done]) * remaining / max(1, arguments.jobs, running)
@@ -414,15 +414,15 @@ def save_figures(study: optuna.Study, folder: Path) -> list[str]:
     return [f"{name}.png" for name in kinds]
 
 
-def conclude(study: optuna.Study, base: Settings, arguments: TuneArguments, folder: Path) -> Path:
-    """Print the best trials, what mattered and the best set; write best.json, trials.json and figures; best.json's path."""
+def conclude(study: optuna.Study, base: Settings, changed: dict[str, Any], folder: Path) -> Path:
+    """Print the best trials, what mattered and the best set; write best.json (with what --config `changed`), trials.json and
+    figures; best.json's path."""
     best = ranked(study)
     failed = [trial for trial in study.get_trials(deepcopy=False) if "reason" in trial.user_attrs]
     for trial in failed:
         print(f"trial {trial.number} failed: {trial.user_attrs['reason']}")
     if not best:
         raise UserError("no trial has ended well yet, so there is no best set: give more --trials.")
-    changed = json.loads(arguments.config.read_text()) if arguments.config else {}
     tuned = merge(base, nested(best[0].params))
     content: dict[str, Any] = {**changed, "preset": base.preset}
     for section, fields in nested(best[0].params).items():
@@ -469,8 +469,6 @@ def tune(arguments: TuneArguments) -> Path:
     updates = arguments.updates if arguments.updates is not None else max(1, base.training.updates * 3 // 10)
     base = merge(base, {"training": {"updates": updates}})
     space = read_space(arguments.space, base)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     folder = Path("runs") / f"tune-{arguments.study}"
     fresh = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -485,7 +483,8 @@ def tune(arguments: TuneArguments) -> Path:
         work(arguments, base, space, folder)
     else:
         context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=as_program, args=(work, arguments, base, space, folder, i)) for i in range(arguments.jobs)]
+        task = (PROGRAM, stoppable, work, arguments, base, space, folder)
+        workers = [context.Process(target=as_program, args=(*task, number)) for number in range(arguments.jobs)]
         for worker in workers:
             worker.start()
         try:
@@ -497,7 +496,7 @@ def tune(arguments: TuneArguments) -> Path:
         ended = [worker.exitcode for worker in workers if worker.exitcode]
         if ended:
             print(f"{len(ended)} of {len(workers)} workers ended early, with exit code {ended[0]}: the same command goes on.")
-    return conclude(study, base, arguments, folder)
+    return conclude(study, base, said, folder)
 
 
 def begin(study: optuna.Study, arguments: TuneArguments, base: Settings, space: dict, folder: Path) -> None:
@@ -522,18 +521,14 @@ def begin(study: optuna.Study, arguments: TuneArguments, base: Settings, space: 
     print(f"study {folder}: {left(study, arguments.trials)} of {arguments.trials} trials left", flush=True)
 
 
-def as_program(call: Callable, *arguments: Any) -> None:
-    """Call it as a program: exit code 2 and one sentence for what the user can mend, 130 for Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
+def stoppable(call: Callable, *arguments: Any) -> None:
+    """Call it; say on Ctrl-C how to go on."""
     try:
         call(*arguments)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, ValueError, OSError, WorldError) as error:
-        print(f"tune_hyperparams.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise
 
 
 if __name__ == "__main__":
-    as_program(lambda: tune(tyro.cli(TuneArguments, prog="tune_hyperparams.py")))
+    as_program(PROGRAM, stoppable, lambda: tune(tyro.cli(TuneArguments, prog=PROGRAM)))

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from collections.abc import Callable
 
 import gymnasium
 import numpy as np
@@ -74,11 +76,27 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def command(*arguments: str, folder: Path, script: str = "main.py", **options) -> subprocess.CompletedProcess:
+def command(*arguments: str, folder: Path, script: str = "main.py") -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, with `folder` as the working directory."""
+    process = start(*arguments, folder=folder, script=script)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(*arguments: str, folder: Path, script: str = "main.py") -> subprocess.Popen:
+    """Begin what `command` runs to its end."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, **options)
+    return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
+    """Return once something has happened; TimeoutError if it does not."""
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.005)
 
 
 def temporary_folder() -> Path:

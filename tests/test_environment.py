@@ -17,7 +17,7 @@ from environment import (
     MOVES, PALETTE, ActionValues, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings,
     seeded, space_of, task_split,
 )  # fmt: skip
-from context_engine import ExactFilter, log_likelihood, reward_consistent
+from context_engine import ExactFilter, likelihood_by_case, of_every_rule, reward_consistent
 from main import Learner, Settings
 from memory import merge
 from tests.shared import temporary_folder, tiny
@@ -352,7 +352,7 @@ class TestExactSolution(unittest.TestCase):
             for cell in range(36):
                 after = before.clone()
                 after[rows, body] = torch.tensor([cell // 6, cell % 6])
-                total += log_likelihood(world, before, action, after).exp()[rows, world.task]
+                total += of_every_rule(world, likelihood_by_case(world, before, action, after)).exp()[rows, world.task]
             torch.testing.assert_close(total, torch.ones(32))
 
     def test_likelihoods_are_the_frequencies_of_what_happens(self):
@@ -362,7 +362,7 @@ class TestExactSolution(unittest.TestCase):
         before, action = world.by_colour(position), torch.full((4000,), 2)
         world.step(action)
         after = world.by_colour(world.arrived_at)
-        expected = log_likelihood(world, before, action, after).exp()[torch.arange(4000), task]
+        expected = of_every_rule(world, likelihood_by_case(world, before, action, after)).exp()[torch.arange(4000), task]
         for likelihood in expected.unique():
             cells = after[expected == likelihood].flatten(1).unique(dim=0)
             share = float((expected == likelihood).float().mean()) / len(cells)

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -24,7 +23,7 @@ from environment import WORLDS, task_split
 from world_model import Planner
 from main import PRESETS, Learner, Settings, evaluate, with_preset
 from memory import RunFolder, UserError, merge
-from tests.shared import ROOT, TINY, command, temporary_folder, tiny
+from tests.shared import ROOT, TINY, command, start, temporary_folder, tiny, wait_for
 
 
 def tiny_file() -> Path:
@@ -184,13 +183,10 @@ class TestResume(unittest.TestCase):
         whole, killed = tiny_file(), tiny_file()
         done = command("--config", "tiny.json", folder=whole)
         self.assertEqual(done.returncode, 0, done.stderr)
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "main.py"), "--config", "tiny.json"], cwd=killed, stdout=subprocess.DEVNULL
-        )
-        while not any(len(log.read_text().splitlines()) >= 6 for log in killed.glob("runs/*/metrics.jsonl")):
-            time.sleep(0.005)  # until update 18 of 38 is logged: checkpoints are every third
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = start("--config", "tiny.json", folder=killed)  # until update 18 of 38 is logged: checkpoints are every third
+        wait_for(lambda: any(len(log.read_text().splitlines()) >= 6 for log in killed.glob("runs/*/metrics.jsonl")))
+        process.kill()
+        process.communicate()
         run = only_run(killed)
         state, logged = RunFolder(run).load()
         self.assertTrue(3 <= state["counters"][0] < 38, "the kill came too late to test anything")
@@ -203,11 +199,8 @@ class TestResume(unittest.TestCase):
 
     def test_a_run_goes_on_past_its_end_and_stops_on_ctrl_c(self):
         folder = tiny_file()
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "main.py"), "--config", "tiny.json"], cwd=folder, stdout=subprocess.PIPE, text=True
-        )
-        while not list(folder.glob("runs/*/checkpoint.pt")):
-            time.sleep(0.02)
+        process = start("--config", "tiny.json", folder=folder)
+        wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")))
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate()
         self.assertEqual(process.returncode, 130)
@@ -239,11 +232,10 @@ class TestResume(unittest.TestCase):
     def test_a_full_disk_leaves_the_last_checkpoint_and_a_run_that_goes_on(self):
         folder, whole = tiny_file(), tiny_file()
         self.assertEqual(in_process(["--config", "tiny.json"], whole)[0], 0)
-        process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), "--config", "tiny.json"], cwd=folder, stdout=subprocess.DEVNULL)
-        while not list(folder.glob("runs/*/checkpoint.pt")):
-            time.sleep(0.005)
+        process = start("--config", "tiny.json", folder=folder)
+        wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")))
         process.kill()
-        process.wait()
+        process.communicate()
         run = only_run(folder)
         before, room = RunFolder(run).load()[0]["counters"][0], (run / "checkpoint.pt").stat().st_size + 1000
         script = (

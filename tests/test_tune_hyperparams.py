@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import unittest
 from pathlib import Path
@@ -24,7 +23,7 @@ import optuna
 import tune_hyperparams
 from main import Learner, PRESETS, Settings, with_preset
 from memory import UserError, merge
-from tests.shared import ROOT, TINY, command, temporary_folder
+from tests.shared import TINY, command, start, temporary_folder, wait_for
 from tune_hyperparams import SPACE, TuneArguments, open_study, read_space, tune, value_of
 
 SHORT = ["--config", "tiny.json", "--seeds", "1", "--updates", "4", "--lifetimes", "8"]
@@ -50,18 +49,19 @@ def trials_of(folder: Path) -> list[dict]:
     return json.loads((folder / "runs/tune-default/trials.json").read_text())["trials"]
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    line = [sys.executable, str(ROOT / "tune_hyperparams.py"), *SHORT, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_study(folder: Path, *arguments: str) -> subprocess.Popen:
+    return start(*SHORT, *arguments, folder=folder, script="tune_hyperparams.py")
 
 
-def wait_for(happened, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.05)
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
 class TestSpace(unittest.TestCase):
@@ -219,9 +219,7 @@ class TestFaults(unittest.TestCase):
     def test_the_quick_study_is_killed_in_the_middle_and_goes_on(self):
         folder = temporary_folder()
         line = ["--preset", "quick", "--trials", "3", "--seeds", "1", "--updates", "12", "--lifetimes", "64"]
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tune_hyperparams.py"), *line], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )  # fmt: skip
+        process = start(*line, folder=folder, script="tune_hyperparams.py")
         metrics = folder / "runs/tune-default/trial-0001/seed-0/metrics.jsonl"
         wait_for(lambda: metrics.exists() or process.poll() is not None, 300)
         process.kill()
@@ -237,7 +235,7 @@ class TestFaults(unittest.TestCase):
         for jobs in (1, 2):
             folder = study_folder()
             options = ["--trials", "4", "--jobs", str(jobs), "--updates", "4000", "--space", "space.json"]
-            process = start(folder, *options)
+            process = start_study(folder, *options)
             self.addCleanup(process.kill)  # it would slow all that follows
             wait_for(lambda: len(list(folder.glob("runs/tune-default/trial-*/seed-0/metrics.jsonl"))) == jobs or process.poll() is not None)
             children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()] if jobs > 1 else []
@@ -279,9 +277,7 @@ class TestPostgres(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.data, (cls.programs,) = temporary_folder(), POSTGRES
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            cls.port = free.getsockname()[1]
+        cls.port = free_port()
         cls.user = {"user": "postgres"} if os.getuid() == 0 else {}  # it refuses to run as root
         if cls.user:
             shutil.chown(cls.data, "postgres")
@@ -298,7 +294,7 @@ class TestPostgres(unittest.TestCase):
     def test_two_workers_share_a_study_of_which_one_is_killed(self):
         folder = study_folder()
         options = ["--storage", self.url, "--trials", "5", "--space", "space.json"]
-        workers = [start(folder, *options) for _ in range(2)]
+        workers = [start_study(folder, *options) for _ in range(2)]
         wait_for(lambda: (folder / "runs/tune-default/trial-0001/seed-0/metrics.jsonl").exists())
         workers[0].kill()
         workers[0].communicate()
@@ -311,13 +307,11 @@ class TestPostgres(unittest.TestCase):
 
     @unittest.skipUnless(importlib.util.find_spec("grpc"), "needs grpcio")
     def test_it_can_be_reached_through_a_proxy(self):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         server = multiprocessing.get_context("spawn").Process(target=serve, args=(self.url, port), daemon=True)
         server.start()
         self.addCleanup(server.terminate)
-        wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        wait_for(lambda: answers(port))
         folder = study_folder()
         in_process(folder, trials=2, study="proxied", space=Path("space.json"), storage=f"grpc://localhost:{port}")
         direct = open_study(dataclasses.replace(TuneArguments(), storage=self.url, study="proxied"), folder)

@@ -21,7 +21,7 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from agent import compare, interval, normalised, play, shown
+from agent import compare, draw_curve, interval, normalised, play, shown
 from environment import PreviousStep, WorldSettings, WorldStep, make_worlds, previous_step
 from main import EVALUATION_SEEDS, Settings, better_thompson, evaluate, load_system, references_in
 from tests.benchmarks import named_runs, scores
@@ -98,20 +98,14 @@ def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> di
     return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path, bin_steps: int = 4) -> None:
-    """Reward by step of the lifetime of every agent, with 95% intervals over lifetimes, and of the references, as PNG."""
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Reward by step of the lifetime of every agent and of the references, as PNG; see `agent.draw_curve`."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, first = figure.subplots(), next(iter(results.values()))
     curves = {name: result["agent"] for name, result in results.items()}
     curves |= {label: first[name] for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling")) if name in first}
     for name, curve in curves.items():
-        steps = len(curve["by_step"]) // bin_steps * bin_steps
-        binned = np.reshape(curve["by_step"][:steps], (-1, bin_steps)).mean(1)
-        error = 1.96 * np.sqrt(np.square(curve["by_step_error"][:steps]).reshape(-1, bin_steps).sum(1)) / bin_steps
-        at = (np.arange(len(binned)) + 0.5) * bin_steps
-        (line,) = axes.plot(at, binned, label=name)
-        axes.fill_between(at, binned - error, binned + error, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="step of the lifetime", ylabel="reward a step")
+        draw_curve(axes, curve["by_step"], curve["by_step_error"], name)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
