@@ -6,6 +6,7 @@
     python3 main.py watch RUN [--seed N]
     python3 main.py references RUN [--lifetimes N] [--rollouts N] [--split ...]
     python3 main.py report RUN [RUN ...] [--output FOLDER]
+    torchrun --standalone --nproc-per-node 2 main.py [train or resume as above]
 
 The data flow: the world's pictures -> VAE codes -> which outcome happened -> episodic memory -> GRU belief and context
 -> FiLM in VAE, outcome prior, consequences and value -> Bayes-adaptive look-ahead -> action.
@@ -26,9 +27,11 @@ import pickle
 import signal
 import sys
 import time
+import uuid
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 from collections.abc import Callable, Iterator
@@ -36,7 +39,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.conf import Positional
@@ -48,7 +51,7 @@ from agent import (
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
 from environment import WORLDS, WorldError, WorldSettings, make_worlds, require, require_all, seeded, space_of
 from film_layer import FiLMLayer
-from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, merge, save_atomically, write_json
+from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, forget_blocks, merge, save_atomically, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
 from world_model import VAE, Planner, PlannerSettings, VAESettings, Value
 
@@ -104,6 +107,16 @@ class TrainingSettings:
     """Updates between lines of metrics.jsonl, at least 1."""
     checkpoint_every: int = 200
     """Updates between checkpoints, at least 1."""
+
+    def share(self, processes: int) -> TrainingSettings:
+        """What each of several processes does of it; UserError unless they can do equally much."""
+        whole = {name: getattr(self, name) for name in ("worlds", "batch", "value_batch", "outcome_batch", "picture_batch")}
+        for name, number in whole.items():
+            if number % processes:
+                near = math.ceil(number / processes) * processes
+                raise UserError(f"training.{name} is {number}, which {processes} processes cannot share equally: choose {near}.")
+        parts = {name: number // processes for name, number in whole.items()}
+        return dataclasses.replace(self, random_lifetimes=self.random_lifetimes // processes, **parts)
 
     def __post_init__(self) -> None:
         least_one = (
@@ -209,11 +222,117 @@ def with_preset(settings: Settings, preset: str) -> Settings:
 
 
 def device_of(name: str) -> torch.device:
-    """The torch device called `name`; UserError if this machine lacks it."""
+    """The torch device called `name`, of several GPUs the one for this process; UserError if this machine lacks it."""
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device is {name!r}, which this machine does not offer: try --device cpu.") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+class Processes:
+    """The processes that train one agent together, as torchrun starts them; without it there is one, and all this does nothing.
+
+    Each lives its share of the lifetimes, keeps them in a store of its own, and has its share of every batch. The gradients'
+    mean is taken over all, so that the weights stay the same everywhere (data parallelism; Li et al., "PyTorch Distributed",
+    2020). All of them make the same calls in the same order, or they would wait for each other for ever.
+
+    Args:
+        rank, count: which of how many; the first one writes.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank, self.count, self.first = rank, count, rank == 0
+
+    @classmethod
+    @contextmanager
+    def of_torchrun(cls) -> Iterator[Processes]:
+        """Join those that torchrun has started, if it has: by gloo, and for GPUs by nccl."""
+        if not distributed.is_torchelastic_launched():
+            yield cls()
+            return
+        store, rank, count = next(distributed.rendezvous("env://"))
+        store = distributed.PrefixStore(agreed_name(store, rank, count), store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
+        try:
+            yield cls(rank, count)
+        finally:
+            distributed.destroy_process_group()
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Let each tensor be its mean over all processes; all at once, as one long vector."""
+        if self.count > 1:
+            flat = torch.cat([x.flatten() for x in tensors])
+            distributed.all_reduce(flat)
+            for x, mean in zip(tensors, (flat / self.count).split([x.numel() for x in tensors])):
+                x.copy_(mean.view_as(x))
+
+    def joined(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, one after the other along the first dimension."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def follow(self, module: nn.Module) -> None:
+        """Take over the first process's weights of a module."""
+        if self.count > 1:
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, src=0)
+
+    def told(self, make: Callable[[], Any]) -> Any:
+        """What `make` gives in the first process, which alone calls it."""
+        content = [make() if self.first else None]
+        if self.count > 1:
+            distributed.broadcast_object_list(content, src=0)
+        return content[0]
+
+    def every(self, content: Any) -> list:
+        """What each process has, in the order of their ranks."""
+        found = [content]
+        if self.count > 1:
+            found *= self.count
+            distributed.all_gather_object(found, content)
+        return found
+
+    def anywhere(self, happened: bool) -> bool:
+        """Whether it has happened in any process."""
+        flag = torch.tensor(int(happened))
+        if self.count > 1:
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.anywhere(False)
+
+
+def agreed_name(store: distributed.Store, rank: int, count: int) -> str:
+    """A new name that so many processes agree upon through a store in which earlier ones, now dead, have left theirs.
+
+    torchrun keeps one store over its restarts, and how often it has restarted differs from node to node (pytorch issue 135712):
+    under a name that is not new, a process would try to reach a dead one. The first process makes the name; each other one
+    answers with a word of its own, which only a living first process can repeat.
+    """
+    word = uuid.uuid4().hex
+    if rank == 0:
+        store.set("name", word)
+        for other in range(1, count):
+            answer = store.get(f"{word}/{other}").decode()
+            store.set(f"{word}/{answer}", "")
+        return word
+    while True:
+        name = store.get("name").decode()
+        store.set(f"{name}/{rank}", word)
+        try:
+            store.wait([f"{name}/{word}"], timedelta(seconds=1))
+            return name
+        except RuntimeError:  # a timeout: the name was an old one
+            continue
 
 
 # --------------------------------------------------------------------------------------------------------------- wiring
@@ -301,13 +420,16 @@ class Learner:
 
     Gradients do not cross: the VAE learns from pictures, the outcomes from codes, the context engine with prior and
     consequences from cached effect posteriors, the value from the planner's look-ahead. `parts` are those of `System`.
+    Several processes may each have one and learn together.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, **parts: type) -> None:
+    def __init__(self, settings: Settings, device: torch.device, processes: Processes | None = None, **parts: type) -> None:
+        self.processes = processes or Processes()
+        self.training = settings.training.share(self.processes.count)
         self.settings, self.device, self.system = settings, device, System(settings, device, **parts)
-        self.store = LifetimeStore(settings.memory, device)
-        self.generator = seeded(settings.seed, stream=4, device=device)
-        self.sampler = seeded(settings.seed, stream=5)  # of stored lifetimes, on the CPU
+        self.store = LifetimeStore(settings.memory, device, self.processes.rank, self.processes.count)
+        self.generator = seeded(settings.seed, 4 + 100 * self.processes.rank, device)
+        self.sampler = seeded(settings.seed, 5 + 100 * self.processes.rank)  # of stored lifetimes, on the CPU
         encoder = [p for name, p in self.system.vae.named_parameters() if name.startswith("encoder")]
         decoder = [p for name, p in self.system.vae.named_parameters() if not name.startswith("encoder")]
         transition, engine = self.system.transition, self.system.engine
@@ -326,12 +448,12 @@ class Learner:
     @property
     def total(self) -> int:
         """Updates of all phases."""
-        t = self.settings.training
+        t = self.training
         return t.perception_updates + t.outcome_updates + t.updates
 
     def advance(self) -> None:
         """One update of whichever phase it is: collect and perceive, name outcomes, or adapt and plan."""
-        t = self.settings.training
+        t = self.training
         outcome_update = self.update - t.perception_updates
         main_update = outcome_update - t.outcome_updates
         self._set_rates(main_update)
@@ -357,15 +479,15 @@ class Learner:
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{run.folder} has parts of other sizes: give the settings that it was trained with.") from error
         self.collect_first()
-        self.update = self.settings.training.perception_updates + self.settings.training.outcome_updates
+        self.update = self.training.perception_updates + self.training.outcome_updates
 
     def collect_first(self) -> None:
         """Live the random lifetimes that everything begins with."""
-        while self.collections < self.settings.training.random_lifetimes // self.settings.training.worlds:
+        while self.collections < self.training.random_lifetimes // self.training.worlds:
             self.collect(exploration=1.0)
 
     def _adapt(self, update: int) -> None:
-        t = self.settings.training
+        t = self.training
         if update >= t.plan_from and update % t.collect_every == 0:
             done = (update - t.plan_from) / max(1, t.updates - t.plan_from)
             self.collect(t.exploration + (t.exploration_end - t.exploration) * min(1.0, done))
@@ -387,10 +509,11 @@ class Learner:
     def collect(self, exploration: float) -> None:
         """Live new lifetimes in training tasks, with `exploration` of the actions at random, and store them."""
         s = self.settings
-        seed = (s.seed + 1) * 2**32 + self.collections  # another world for every collection of every run
+        # Another world for every collection of every process of every run.
+        seed = (s.seed + 1) * 2**32 + self.processes.rank * 2**22 + self.collections
         before = self.generator.get_state()
         with self.timed("collect"):
-            world = make_worlds(s.world, s.training.worlds, "train", seed, self.device)
+            world = make_worlds(s.world, self.training.worlds, "train", seed, self.device)
             agent = self.system.controller(keep_pictures=True, look_again=False)  # cheaper, and teaches as well
             agent.explore(exploration, self.generator)
             try:
@@ -400,7 +523,7 @@ class Learner:
                 raise
             self.store.add(agent.memory, world.task, lifetimes.segment, self.update)
         self.collections += 1
-        self.env_steps += lifetimes.reward.numel()
+        self.env_steps += lifetimes.reward.numel() * self.processes.count
         self.metrics["return"] = lifetimes.reward.sum(1).mean()
         bins = s.transition.reward_bins
         if lifetimes.reward.min() < bins[0] or lifetimes.reward.max() > bins[-1]:
@@ -437,7 +560,7 @@ class Learner:
 
         Where the appearance is inferred, that learns along, from whole lifetimes of which sixteen pictures each are used.
         """
-        size, system, lifetime = self.settings.training.picture_batch, self.system, self.settings.world.lifetime
+        size, system, lifetime = self.training.picture_batch, self.system, self.settings.world.lifetime
         with self.timed("vae"):
             which = torch.randint(len(rows), (size,), generator=self.sampler)
             step = torch.randint(lifetime, (size,), generator=self.sampler)
@@ -453,7 +576,8 @@ class Learner:
                 if beliefs is not None:
                     vision = system.engine.context(beliefs[which, step])[:, -1].detach()
             if self.update == 0:
-                system.vae.seed_codes(frames, vision)
+                system.vae.seed_codes(self.processes.joined(frames), self.processes.joined(vision))
+                self.processes.follow(system.vae)
             self._descend("vae", system.vae.loss(frames, vision, self.generator), clip=1e4)
 
     def merge_codes(self, every: int = 16) -> None:
@@ -463,7 +587,9 @@ class Learner:
         if self.system.appearance:
             with torch.no_grad():
                 vision = self.appearances(frames)
-        self.system.vae.merge_codes(frames[:, ::every].flatten(0, 1), vision[:, ::every].flatten(0, 1))
+        seen = (self.processes.joined(x[:, ::every].flatten(0, 1)) for x in (frames, vision))
+        self.system.vae.merge_codes(*seen)
+        self.processes.follow(self.system.vae)
 
     def learn_outcomes(self, number: int) -> None:
         """Outcome update `number`: its phase follows from it."""
@@ -471,8 +597,9 @@ class Learner:
         with self.timed("outcomes"):
             if transition.settings.splits_at(number):
                 sample = self.store.experience.rows(self.store.sample(4 * t.outcome_batch, self.sampler))
-                codes, next_codes = sample.codes.flatten(0, 1), sample.next_codes.flatten(0, 1)
+                codes, next_codes = (self.processes.joined(x.flatten(0, 1)) for x in (sample.codes, sample.next_codes))
                 transition.outcome_network.split(codes, next_codes, self.generator)
+                self.processes.follow(transition.outcome_network)
             experience = self.store.experience.rows(self.store.sample(t.outcome_batch, self.sampler).to(self.device))
             temper = transition.settings.temper(number)
             self._descend("outcomes", transition.outcome_loss(experience, self.system.engine.actions, temper), clip=20)
@@ -498,7 +625,9 @@ class Learner:
         optimiser = self.optimisers[name]
         optimiser.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+        learnt = [p for group in optimiser.param_groups for p in group["params"]]
+        self.processes.average([p.grad for p in learnt if p.grad is not None])
+        nn.utils.clip_grad_norm_(learnt, clip)
         optimiser.step()
         self.metrics |= {f"{name}/{key}": loss.detach() for key, loss in losses.items()}
 
@@ -518,6 +647,13 @@ class Learner:
             for group, rate in zip(optimiser.param_groups, rates[name]):
                 group["lr"] = rate
 
+    def settle(self) -> None:
+        """Let the metrics be their mean over all processes."""
+        if self.processes.count > 1:
+            means = torch.stack([value.detach().float().cpu() for _, value in sorted(self.metrics.items())])
+            self.processes.average([means])
+            self.metrics = dict(zip(sorted(self.metrics), means))
+
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Add the time inside to `seconds[part]`."""
@@ -526,28 +662,42 @@ class Learner:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     def state_dict(self) -> dict:
-        """Everything that decides the future of the run, but the pictures of the store."""
+        """Everything that decides the future of the run, but the pictures of the stores; to be called by all processes.
+
+        Raises:
+            RuntimeError: the processes' weights differ.
+        """
+        modules = {name: module.state_dict() for name, module in self.system.modules().items()}
+        if self.processes.count > 1:
+            flat = torch.cat([x.detach().flatten().cpu().double() for state in modules.values() for x in state.values()])
+            if len(set(self.processes.every(hashlib.sha256(flat.numpy().tobytes()).hexdigest()))) > 1:
+                raise RuntimeError(f"the processes' weights differ at update {self.update}: this is a defect, please report it.")
+        own = {"generators": [self.generator.get_state(), self.sampler.get_state()], "store": self.store.state_dict()}
         return {
-            "modules": {name: module.state_dict() for name, module in self.system.modules().items()},
+            "modules": modules,
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
-            "generators": [self.generator.get_state(), self.sampler.get_state()],
             "counters": [self.update, self.collections, self.env_steps],
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "seconds": dict(self.seconds),
-            "store": self.store.state_dict(),
+            "shards": self.processes.every(own),
         }
 
     def load_state_dict(self, state: dict, blocks: Path) -> None:
-        """Restore from `state_dict` and the folder of the store's blocks."""
+        """Restore from `state_dict`, of as many processes or others, and the folder of the stores' blocks."""
         self.system.load(state["modules"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
-        self.generator.set_state(state["generators"][0].cpu())
-        self.sampler.set_state(state["generators"][1].cpu())
+        shards = state["shards"]
+        if self.processes.rank < len(shards):  # one that is new begins with luck of its own
+            for generator, saved in zip((self.generator, self.sampler), shards[self.processes.rank]["generators"]):
+                generator.set_state(saved.cpu())
         self.update, self.collections, self.env_steps = state["counters"]
         self.metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
         self.seconds = dict(state["seconds"])
-        self.store.load_state_dict(state["store"], blocks)
+        stores = [shard["store"] for shard in shards]
+        if self.processes.first:
+            forget_blocks(blocks, stores)
+        self.store.load_state_dict(stores, blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -649,42 +799,48 @@ def film(system: System, path: Path, seed: int, fps: int = 4) -> None:
 def train(run: RunFolder, learner: Learner) -> bool:
     """Advance to the planned end, logging and saving; False if Ctrl-C stopped it (and saved) before.
 
-    The first Ctrl-C ends the present update and saves; a second one stops at once.
+    The first Ctrl-C ends the present update and saves; a second one stops at once. Of several processes all call this, and
+    the first one writes.
     """
-    t, stopped = learner.settings.training, []
+    t, processes, asked, stopped = learner.training, learner.processes, [], False
 
     def stop(*_: Any) -> None:
-        stopped.append(True)
+        asked.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = signal.signal(signal.SIGINT, stop)
-    board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1)
+    board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1) if processes.first else None
     started = time.perf_counter() - learner.seconds.get("total", 0.0)
 
     def save() -> None:
         learner.seconds["total"] = time.perf_counter() - started
         run.save(learner)
 
-    bar = tqdm(total=learner.total, initial=learner.update, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    quiet = not (processes.first and sys.stderr.isatty())
+    bar = tqdm(total=learner.total, initial=learner.update, unit="update", disable=quiet, dynamic_ncols=True)
     try:
         while learner.update < learner.total and not stopped:
             learner.advance()
             bar.update()
+            stopped = processes.anywhere(bool(asked))  # once an update, so that all stop after the same one, and save
             over = learner.update == learner.total
             logs, saves = over or learner.update % t.log_every == 0, over or stopped or learner.update % t.checkpoint_every == 0
-            if (logs or saves) and not_finite(learner):  # seldom, because to look at a number waits for the device
-                raise diverged(run, learner)
-            if logs:
+            if logs or saves:  # seldom, because to look at a number waits for the device
+                learner.settle()
+                if not_finite(learner):
+                    raise diverged(run, learner)
+            if logs and board:
                 log(run, board, bar, learner)
             if saves:
                 save()
     except WorldError:  # in a collection, which comes first in an update: nothing else has begun
-        if len(learner.store) and not not_finite(learner):
+        if processes.count == 1 and len(learner.store) and not not_finite(learner):
             save()
         raise
     finally:
         bar.close()
-        board.close()
+        if board:
+            board.close()
         signal.signal(signal.SIGINT, previous)
     return not stopped
 
@@ -697,7 +853,8 @@ def not_finite(learner: Learner) -> list[str]:
 def diverged(run: RunFolder, learner: Learner) -> UserError:
     """Live through the updates since the last checkpoint again, up to the first whose losses are not finite. What was before
     that one goes into a run's folder of its own, whose `resume` begins with the same batch and fails again."""
-    again = Learner(learner.settings, learner.device, engine=type(learner.system.engine), planner=type(learner.system.planner))
+    parts = {"engine": type(learner.system.engine), "planner": type(learner.system.planner)}
+    again = Learner(learner.settings, learner.device, learner.processes, **parts)
     if run.checkpoint.exists():
         again.load_state_dict(run.load()[0], run.blocks)
     elif learner.settings.init_from:
@@ -708,15 +865,17 @@ def diverged(run: RunFolder, learner: Learner) -> UserError:
     while again.update < learner.update and not not_finite(again):
         before, blocks = copy.deepcopy(again.state_dict()), again.store.blocks
         again.advance()
+        again.settle()
     worst, repeated = not_finite(learner)[0], bool(not_finite(again))
     if not repeated:
         return UserError(f"{worst} is not finite at update {learner.update}, but was when repeated: {run.folder} can be resumed.")
     kept = RunFolder(run.folder / f"diverged-{again.update}")
-    kept.folder.mkdir(exist_ok=True)
-    write_json(dataclasses.asdict(learner.settings), kept.folder / "config.json")
     again.store.blocks = blocks
     again.store.save_blocks(kept.blocks)
-    save_atomically({"format": run.FORMAT, "logged": 0, "learner": before}, kept.checkpoint)
+    learner.processes.wait()
+    if learner.processes.first:
+        write_json(dataclasses.asdict(learner.settings), kept.folder / "config.json")
+        save_atomically({"format": run.FORMAT, "logged": 0, "learner": before}, kept.checkpoint)
     return UserError(
         f"{not_finite(again)[0]} is not finite after update {again.update}: python3 main.py resume {kept.folder} begins with that "
         f"update, {run.folder} is as it was at its last checkpoint. Try lower learning rates."
@@ -741,11 +900,16 @@ def write_metrics(run: RunFolder, learner: Learner) -> dict[str, float]:
 
 
 def train_and_evaluate(run: RunFolder, learner: Learner) -> None:
-    """Train to the end, then write the final evaluation and the pictures."""
-    print(f"training {run.folder}", flush=True)
+    """Train to the end, then, in the first process, write the final evaluation and the pictures."""
+    first = learner.processes.first
+    if first:
+        print(f"training {run.folder}", flush=True)
     if not train(run, learner):
-        print(f"stopped at update {learner.update} and saved: python3 main.py resume {run.folder} goes on.")
+        if first:
+            print(f"stopped at update {learner.update} and saved: python3 main.py resume {run.folder} goes on.", flush=True)
         sys.exit(130)
+    if not first:
+        return
     write_json(learner.seconds, run.folder / "timing.json")
     result = evaluate(learner.system, "test", learner.settings.training.evaluation_lifetimes, env_steps=learner.env_steps)
     write_json(result, run.folder / "evaluation.json")
@@ -779,12 +943,30 @@ def train_command(arguments: list[str]) -> None:
     if settings.preset == "gym" and not settings.world.gym_id:
         raise UserError("preset gym is for a world of other people's: name it with --world.gym-id.")
     settings = settings if chosen.bins else with_rewards(settings, said)
-    learner = Learner(settings, device_of(settings.device))  # refuses what does not fit, before anything is written
-    if settings.init_from:
-        learner.inherit(RunFolder(Path(settings.init_from)))
+    with Processes.of_torchrun() as processes:
+        learner = Learner(settings, device_of(settings.device), processes)  # refuses what does not fit, before anything is written
+        if settings.init_from:
+            learner.inherit(RunFolder(Path(settings.init_from)))
+        run = RunFolder(processes.told(lambda: run_of_job(settings).folder))
+        with run.locked() if processes.first else nullcontext():
+            if run.checkpoint.exists():
+                go_on(run, learner)
+            train_and_evaluate(run, learner)
+
+
+def run_of_job(settings: Settings) -> RunFolder:
+    """A new run's folder; or, where torchrun has started this again after a failure, that of the run it had begun."""
+    job, restarts = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
+    if job and (job != "none" or int(restarts or 0)):  # "none" is what it calls all jobs without a name
+        for mark in sorted(Path("runs").glob("*/torchrun-id"), key=lambda path: -path.stat().st_mtime):
+            begun = RunFolder(mark.parent)
+            over = (begun.folder / "evaluation.json").exists()
+            if mark.read_text() == job and not over and begun.settings(Settings()) == settings:
+                return begun
     run = RunFolder.create(settings)
-    with run.locked():
-        train_and_evaluate(run, learner)
+    if job:
+        (run.folder / "torchrun-id").write_text(job)
+    return run
 
 
 def from_file(settings: Settings, path: Path | None, preset: str | None, gym_id: str = "") -> tuple[Settings, dict]:
@@ -841,17 +1023,23 @@ def resume_command(run: Positional[Path], updates: int | None = None) -> None:
     """
     folder, changes = RunFolder(run), {} if updates is None else {"training": {"updates": updates}}
     settings = folder.settings(Settings(), **changes)
-    with folder.locked():
-        state, logged = folder.load()
-        learner = Learner(settings, device_of(settings.device))
-        restore(lambda: learner.load_state_dict(state, folder.blocks), run)
-        if learner.update > learner.total:
-            raise UserError(f"{run} is already past {settings.training.updates} updates: give a higher --updates.")
-        if folder.metrics.exists():
-            # The lines after the checkpoint will be written again.
-            os.truncate(folder.metrics, min(logged, folder.metrics.stat().st_size))
-        write_json(dataclasses.asdict(settings), run / "config.json")
+    with Processes.of_torchrun() as processes, folder.locked() if processes.first else nullcontext():
+        learner = Learner(settings, device_of(settings.device), processes)
+        go_on(folder, learner)
         train_and_evaluate(folder, learner)
+
+
+def go_on(run: RunFolder, learner: Learner) -> None:
+    """Restore a learner from a run's checkpoint, with the learner's own settings; UserError if they do not fit together."""
+    state, logged = run.load()
+    restore(lambda: learner.load_state_dict(state, run.blocks), run.folder)
+    if learner.update > learner.total:
+        raise UserError(f"{run.folder} is already past {learner.training.updates} updates: give a higher --updates.")
+    if learner.processes.first:
+        if run.metrics.exists():
+            # The lines after the checkpoint will be written again.
+            os.truncate(run.metrics, min(logged, run.metrics.stat().st_size))
+        write_json(dataclasses.asdict(learner.settings), run.folder / "config.json")
 
 
 def restore(load: Callable[[], object], folder: Path) -> None:
@@ -1026,9 +1214,16 @@ def as_program(program: str, call: Callable, *arguments: Any, **options: Any) ->
         sys.exit(130)
 
 
+def require_one_process(command: str) -> None:
+    """Refuse a command that several processes would only do several times."""
+    raise UserError(f"{command} runs in one process: start it with python3 instead of torchrun, which is for train and resume.")
+
+
 def main() -> None:
     """The command line."""
     name, *arguments = sys.argv[1:] or ["train"]
+    if name in COMMANDS and name != "resume" and distributed.is_torchelastic_launched():
+        as_program("main.py", require_one_process, name)
     if name in COMMANDS:
         as_program("main.py", tyro.cli, COMMANDS[name], args=arguments, prog=f"main.py {name}")
     else:

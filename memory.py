@@ -189,14 +189,18 @@ class LifetimeStore:
     Args:
         settings: see `MemorySettings`.
         device: where `experience` lives; pictures stay in main memory.
+        shard, shards: which of how many stores this is, each of a process of its own, that share budget and numbers.
     """
 
-    def __init__(self, settings: MemorySettings, device: torch.device | str = "cpu") -> None:
-        self.budget, self.device = int(settings.budget_mb * 2**20), torch.device(device)
+    def __init__(
+        self, settings: MemorySettings, device: torch.device | str = "cpu", shard: int = 0, shards: int = 1
+    ) -> None:  # fmt: skip
+        self.budget, self.device = int(settings.budget_mb * 2**20) // shards, torch.device(device)
+        self.shard, self.shards = shard, shards
         self.blocks: list[Pictures] = []
         self.version: list[int] = []
         self.experience: Experience | None = None
-        self.added = 0  # blocks ever added: the next block's number
+        self.next = shard  # the next block's number
 
     def __len__(self) -> int:
         return sum(map(len, self.blocks))
@@ -219,7 +223,7 @@ class LifetimeStore:
         Raises:
             ValueError: this block alone is larger than the budget.
         """
-        block = Pictures.of(self.added, memory, task)
+        block = Pictures.of(self.next, memory, task)
         new = memory.experience()._replace(segment=segment.clamp(max=255).to(torch.uint8))
         size = block.bytes + sum(part.nbytes for part in new)
         if size > self.budget:
@@ -234,7 +238,7 @@ class LifetimeStore:
         parts = [new] if self.experience is None else [self.experience.rows(slice(gone, None)), new]
         self.experience = Experience(*(torch.cat([p.to(self.device) for p in pair]) for pair in zip(*parts)))
         self.blocks, self.version = self.blocks[drop:] + [block], self.version[drop:] + [version]
-        self.added += 1
+        self.next += self.shards
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Row numbers (n,) int64 of lifetimes drawn with equal probability, on the CPU."""
@@ -277,35 +281,47 @@ class LifetimeStore:
             if not path.exists():
                 save_atomically(vars(block), path)
 
-    def forget_blocks(self, folder: Path) -> None:
-        """Delete from `folder` the blocks that have left the store; call it after the checkpoint is on disk."""
-        kept = {block.number for block in self.blocks}
-        for path in folder.glob("block-*.pt"):
-            if int(path.stem.split("-")[1]) < min(kept):
-                path.unlink()
-
     def state_dict(self) -> dict:
         """Everything but the pictures, which `save_blocks` writes."""
         numbers = [block.number for block in self.blocks]
-        return {"numbers": numbers, "version": self.version, "added": self.added, "experience": tuple(self.experience)}
+        return {"numbers": numbers, "version": self.version, "next": self.next, "experience": tuple(self.experience)}
 
-    def load_state_dict(self, state: dict, folder: Path) -> None:
-        """Restore from `state_dict` and the blocks in `folder`; blocks that a crash left unnamed are deleted, or the
-        next one of that number would be taken for written."""
-        for path in folder.glob("block-*"):
-            if path.name not in {block_name(number) for number in state["numbers"]}:
-                path.unlink()
-        self.blocks = [
-            Pictures(**torch.load(folder / block_name(number), weights_only=True)) for number in state["numbers"]
-        ]
-        self.version, self.added = list(state["version"]), state["added"]
-        self.experience = Experience(*(part.to(self.device) for part in state["experience"]))
+    def load_state_dict(self, states: list[dict], folder: Path) -> None:
+        """Restore from the `state_dict` of every shard and the blocks in `folder`.
+
+        Were there as many shards as now, this one takes over its own; else all blocks are dealt anew, evenly.
+        """
+        if len(states) == self.shards:
+            states = [states[self.shard]]
+            self.next = states[0]["next"]
+        else:
+            self.next = max(state["next"] for state in states) + self.shard
+        held = []
+        for state in states:
+            start, every = 0, Experience(*state["experience"])
+            for number, version in zip(state["numbers"], state["version"]):
+                block = Pictures(**torch.load(folder / block_name(number), weights_only=True))
+                held.append((block, version, every.rows(slice(start, start + len(block)))))
+                start += len(block)
+        if len(states) > 1 or states[0]["next"] != self.next:
+            held = sorted(held, key=lambda one: one[0].number)[self.shard :: self.shards]
+        self.blocks, self.version = [one[0] for one in held], [one[1] for one in held]
+        self.experience = Experience(*(torch.cat(parts).to(self.device) for parts in zip(*(one[2] for one in held))))
 
     def _cached_bytes(self, blocks: int) -> int:
         if not self.experience:
             return 0
         gone = sum(map(len, self.blocks[:blocks]))
         return sum(part[:gone].nbytes for part in self.experience)
+
+
+def forget_blocks(folder: Path, states: list[dict]) -> None:
+    """Delete from `folder` what no store with one of these `state_dict`s holds: blocks that have left, once the checkpoint is on
+    disk, and those that a crash left unnamed, or the next one of that number would be taken for written."""
+    kept = {block_name(number) for state in states for number in state["numbers"]}
+    for path in folder.glob("block-*"):
+        if path.name not in kept:
+            path.unlink()
 
 
 def save_atomically(content: dict, path: Path) -> None:
@@ -379,7 +395,7 @@ class RunFolder:
     `evaluation.json`, `timing.json`, `adaptation.png`, `lifetime.gif`.
     """
 
-    FORMAT = 2  # of checkpoints; raised when they change
+    FORMAT = 3  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -421,11 +437,15 @@ class RunFolder:
 
     def save(self, learner: Any) -> None:
         """Write the checkpoint of a learner (with a `store` and a `state_dict`): the blocks first, then the file that
-        names them, so that a crash at any moment leaves a whole one."""
+        names them, so that a crash at any moment leaves a whole one. Of several processes that learn together all call
+        this; each writes its blocks, the first one the rest."""
         learner.store.save_blocks(self.blocks)
-        logged = self.metrics.stat().st_size if self.metrics.exists() else 0
-        save_atomically({"format": self.FORMAT, "logged": logged, "learner": learner.state_dict()}, self.checkpoint)
-        learner.store.forget_blocks(self.blocks)
+        state = learner.state_dict()  # waits for the blocks of all processes
+        if learner.processes.first:
+            logged = self.metrics.stat().st_size if self.metrics.exists() else 0
+            save_atomically({"format": self.FORMAT, "logged": logged, "learner": state}, self.checkpoint)
+            forget_blocks(self.blocks, [shard["store"] for shard in state["shards"]])
+        learner.processes.wait()  # or another one would already write blocks that are not named yet
 
     def load(self) -> tuple[dict, int]:
         """The learner's state and how many bytes of metrics were logged by then.

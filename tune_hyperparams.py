@@ -73,6 +73,7 @@ SPACE: dict[str, Range] = {
 }
 """What is searched if nothing else is asked for."""
 LOOKS = 2  # evaluations of each seed on its way, after each of which a trial may be pruned
+SCHEDULE = ("value_from", "plan_from")  # settings of training that shrink with its length
 KEPT = 3  # trials whose checkpoints are kept
 HEARTBEAT, SILENCE = 20, 60  # seconds between a database's signs of life, and without any until a trial is given up
 PROGRAM = "tune_hyperparams.py"
@@ -89,10 +90,11 @@ class TuneArguments:
     """A JSON file of settings on top of the preset, which the search begins from."""
     trials: int = 20
     """Trials in the study in total, earlier ones and those of other workers counted in; at least 1."""
-    seeds: int = 2
-    """Seeds that each trial trains, at least 1; the score is their mean."""
+    seeds: int | None = None
+    """Seeds that each trial trains, at least 1; the score is their mean. 2 if not given, 1 of the preset quick."""
     updates: int | None = None
-    """Updates of each training; three tenths of the preset's if not given, about 90 seconds a seed on 2 cores."""
+    """Updates of each training, whose schedule shrinks with them; three tenths of the preset's if not given, about 90 seconds a
+    seed on 2 cores, and half of quick's."""
     lifetimes: int = 512
     """Validation lifetimes of each score, at least 2."""
     jobs: int = 1
@@ -161,7 +163,7 @@ def read_space(path: Path | None, base: Settings) -> dict[str, Range | list]:
 def check_range(name: str, what: Range | list, base: Settings) -> None:
     """UserError unless every value of the range fits the setting, which scores may be compared by, and `base` lies inside."""
     own = value_of(base, name)
-    if name.startswith("world.") or name in ("training.updates", "training.evaluation_lifetimes"):
+    if name.startswith("world.") or name in (f"training.{field}" for field in ("updates", "evaluation_lifetimes", *SCHEDULE)):
         raise UserError(f"{name} is not to be searched: scores in different worlds, or after more training, do not compare.")
     if isinstance(what, Range) and (isinstance(own, bool) or not isinstance(own, (int, float))):
         raise UserError(f"{name} is no number: give a list of choices for it.")
@@ -449,6 +451,14 @@ def conclude(study: optuna.Study, base: Settings, changed: dict[str, Any], folde
     return path
 
 
+def shortened(base: Settings, updates: int | None) -> Settings:
+    """`base` with a training of so many updates, or of the usual share, whose value and plans begin as much sooner."""
+    full = base.training
+    updates = max(1, full.updates * (5 if base.preset == "quick" else 3) // 10) if updates is None else updates
+    sooner = {name: round(getattr(full, name) * min(1.0, updates / full.updates)) for name in SCHEDULE}
+    return merge(base, {"training": {"updates": updates, **sooner}})
+
+
 def tune(arguments: TuneArguments) -> Path:
     """Run the study up to `arguments.trials` and conclude; returns the path of best.json.
 
@@ -456,8 +466,9 @@ def tune(arguments: TuneArguments) -> Path:
         UserError: a bad argument, an unreachable storage, or a study that was begun from other settings.
     """
     for name in ("trials", "seeds", "lifetimes", "jobs"):
-        if getattr(arguments, name) < (2 if name == "lifetimes" else 1):
-            raise UserError(f"{name} is {getattr(arguments, name)}, which is too few: choose more.")
+        given = getattr(arguments, name)
+        if given is not None and given < (2 if name == "lifetimes" else 1):
+            raise UserError(f"{name} is {given}, which is too few: choose more.")
     if not arguments.study.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"study is {arguments.study!r}, but may hold only letters, digits, - and _.")
     device_of(arguments.device)
@@ -466,8 +477,9 @@ def tune(arguments: TuneArguments) -> Path:
         raise UserError("preset gym is for a world of other people's: name it as world.gym_id in a --config.")
     base = with_rewards(merge(base, {"device": arguments.device}), said)
     require_room(base.world, arguments.lifetimes)
-    updates = arguments.updates if arguments.updates is not None else max(1, base.training.updates * 3 // 10)
-    base = merge(base, {"training": {"updates": updates}})
+    base = shortened(base, arguments.updates)
+    if arguments.seeds is None:
+        arguments = dataclasses.replace(arguments, seeds=1 if base.preset == "quick" else 2)
     space = read_space(arguments.space, base)
     folder = Path("runs") / f"tune-{arguments.study}"
     fresh = not folder.exists()

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import gymnasium
 import numpy as np
@@ -83,11 +83,18 @@ def command(*arguments: str, folder: Path, script: str = "main.py") -> subproces
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def start(*arguments: str, folder: Path, script: str = "main.py") -> subprocess.Popen:
-    """Begin what `command` runs to its end."""
+def start(
+    *arguments: str, folder: Path, script: str = "main.py", launcher: Sequence[str] = ()
+) -> subprocess.Popen:  # fmt: skip
+    """Begin what `command` runs to its end, by a launcher such as -m torch.distributed.run, which is torchrun."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    line = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    """Process numbers of what a process has started, on POSIX systems."""
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
 
 
 def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:

@@ -1,14 +1,16 @@
 """Agents: the order of the references, the exact filter, the value, the planner, and that the rule never reaches the agent."""
 
+import gc
+import types
 import unittest
 
 import torch
 
 from agent import BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
-from environment import ActionValues, HiddenRulesWorld, WorldSettings
+from environment import ActionValues, HiddenRulesWorld, Rule, WorldSettings
 from world_model import PlannerSettings, branch
 from context_engine import ExactFilter
-from main import System
+from main import Learner, System, evaluate
 from tests.shared import seeded, tiny
 from transition_model import pairs_present
 
@@ -243,6 +245,65 @@ class TestController(unittest.TestCase):
         for one, other in zip(*told):
             self.assertTrue(torch.equal(one, other))
         self.assertFalse(any("rule" in name or "task" in name for name in vars(agent) | agent.memory.experience()._asdict()))
+
+    def test_nothing_that_the_agent_holds_leads_to_what_is_hidden(self):
+        """The world with its rule and luck, the filter of the references, any random state: no path of references goes there."""
+        system = System(tiny(), torch.device("cpu"))
+        agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
+        exact = ExactFilter(world)
+        play(world, agent, [exact])
+        hidden = (HiddenRulesWorld, ExactFilter, Rule, torch.Generator)
+        self.assertEqual([type(one) for one in reachable(agent) if isinstance(one, hidden)], [])
+        storages = {tensor.untyped_storage().data_ptr() for tensor in reachable(agent) if isinstance(tensor, torch.Tensor)}
+        secret = [tensor for tensor in reachable(world) if isinstance(tensor, torch.Tensor) and tensor.numel() > 3]
+        secret += [tensor for tensor in reachable(exact) if isinstance(tensor, torch.Tensor) and tensor.numel() > 3]
+        self.assertFalse(storages & {tensor.untyped_storage().data_ptr() for tensor in secret})
+        for leak in (world, [exact], {"luck": world.step}, lambda: world.rule):  # the search would find it
+            agent.leak = leak
+            self.assertTrue(any(isinstance(one, hidden) for one in reachable(agent)), leak)
+
+    def test_the_filter_and_the_luck_of_an_evaluation_go_their_own_way(self):
+        system, lived, states = System(tiny(), torch.device("cpu")), [], []
+        for watched, seed, frozen in ((False, 1, False), (True, 2, False), (True, 3, True)):
+            torch.manual_seed(seed)  # whatever else is random in the process
+            world = HiddenRulesWorld(tiny().world, 8, VALIDATION, 0)
+            agent = system.controller(freeze_belief=frozen)
+            lived.append(play(world, agent, [ExactFilter(world)] if watched else []))
+            states.append([x.get_state() for x in vars(world).values() if isinstance(x, torch.Generator)])
+        for one, other in zip(lived[0], lived[1]):
+            self.assertTrue(torch.equal(one, other))  # no filter, another luck outside: the same lifetimes
+        self.assertGreater(len(states[0]), 1)
+        for one, other in zip(states[0], states[2]):
+            self.assertTrue(torch.equal(one, other))  # another agent: the same luck
+
+    def test_an_evaluation_leaves_the_luck_of_the_training_alone(self):
+        learner = Learner(tiny(), torch.device("cpu"))
+        learner.advance()
+        before = [learner.generator.get_state(), learner.sampler.get_state()]
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            results.append(evaluate(learner.system, "validation", 8))
+        self.assertEqual(*results)
+        for one, other in zip(before, (learner.generator.get_state(), learner.sampler.get_state())):
+            self.assertTrue(torch.equal(one, other))
+
+
+def reachable(root: object) -> list[object]:
+    """Everything that references lead to from an object: attributes, containers, bound methods, closures."""
+    found, left = {}, [root]
+    while left:
+        one = left.pop()
+        if id(one) in found or isinstance(one, (type, types.ModuleType, types.BuiltinFunctionType)):
+            continue
+        found[id(one)] = one
+        if isinstance(one, types.MethodType):
+            left += [one.__self__, one.__func__]
+        elif isinstance(one, types.FunctionType):
+            left += [cell.cell_contents for cell in one.__closure__ or ()] + list(one.__defaults__ or ())
+        else:
+            left += gc.get_referents(one)
+    return list(found.values())
 
 
 if __name__ == "__main__":

@@ -197,6 +197,7 @@ class TestResume(unittest.TestCase):
         for name in ("metrics.jsonl", "evaluation.json"):
             self.assertEqual((run / name).read_bytes(), (only_run(whole) / name).read_bytes(), name)
 
+    @unittest.skipIf(os.name == "nt", "sends POSIX signals")
     def test_a_run_goes_on_past_its_end_and_stops_on_ctrl_c(self):
         folder = tiny_file()
         process = start("--config", "tiny.json", folder=folder)
@@ -212,6 +213,22 @@ class TestResume(unittest.TestCase):
         done = command("resume", only_run(folder), "--updates", "5", folder=folder)
         self.assertEqual(done.returncode, 2)
         self.assertIn("already past 5 updates", done.stderr)
+
+    def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stays(self):
+        folder, advance = tiny_file(), Learner.advance
+
+        def interrupted(learner):
+            if learner.update == 10:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                self.fail("the update went on")
+            advance(learner)
+
+        with mock.patch.object(Learner, "advance", interrupted):
+            code, _ = in_process(["--config", "tiny.json"], folder)
+        self.assertEqual(code, 130)
+        self.assertEqual(RunFolder(only_run(folder)).load()[0]["counters"][0], 9)
+        self.assertEqual(in_process(["resume", str(only_run(folder))], folder)[0], 0)
 
     def test_a_damaged_or_unsafe_checkpoint_is_refused(self):
         folder = temporary_folder()

@@ -8,8 +8,8 @@ from unittest import mock
 import torch
 
 from environment import WorldStep
-from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, save_atomically
-from tests.shared import seeded
+from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, forget_blocks, save_atomically
+from tests.shared import seeded, temporary_folder
 
 T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends
 SEGMENT = torch.tensor([[0] * T, [0] * 3 + [1] * 3 + [300]])  # the second lifetime changes its rule
@@ -119,15 +119,38 @@ class TestStore(unittest.TestCase):
             for path, when in written.items():
                 self.assertEqual((folder / path).stat().st_mtime_ns, when)
             (folder / "block-000009.pt").write_bytes(b"left by a crash before the checkpoint that would have named it")
-            again.load_state_dict(store.state_dict(), folder)
+            forget_blocks(folder, [store.state_dict()])
             self.assertFalse((folder / "block-000009.pt").exists())
+            again.load_state_dict([store.state_dict()], folder)
             store.blocks = store.blocks[2:]
-            store.forget_blocks(folder)
+            forget_blocks(folder, [store.state_dict()])
             self.assertEqual(sorted(path.name for path in folder.iterdir()), ["block-000002.pt", "block-000003.pt"])
         self.assertEqual(len(again), 8)
         for one, other in zip(again.experience, store.experience):
             self.assertTrue(torch.equal(one, other))
         self.assertTrue(torch.equal(again.blocks[2].frames, store.blocks[0].frames))
+
+
+    def test_shards_number_their_blocks_apart_and_are_dealt_anew_to_more_or_fewer(self):
+        folder, shards = temporary_folder(), [LifetimeStore(MemorySettings(4.0), "cpu", shard, 2) for shard in (0, 1)]
+        for shard, store in enumerate(shards):
+            self.assertEqual(store.budget, 2 * 2**20)
+            for number in range(2):
+                store.add(counted(2 * number + shard), torch.tensor([number, shard]), SEGMENT, version=number)
+            store.save_blocks(folder)
+        states = [store.state_dict() for store in shards]
+        self.assertEqual([state["numbers"] for state in states], [[0, 2], [1, 3]])
+        whole = self.store(4)
+        for count, numbers in ((1, [[0, 1, 2, 3]]), (2, [[0, 2], [1, 3]]), (3, [[0, 3], [1], [2]])):
+            new = [LifetimeStore(MemorySettings(4.0), "cpu", shard, count) for shard in range(count)]
+            for store in new:
+                store.load_state_dict(states, folder)
+                for block, place in zip(store.blocks, range(len(store.blocks))):
+                    mine = whole.experience.rows(whole.rows_of(block.number))
+                    self.assertTrue(torch.equal(store.experience.rows(store.rows_of(place)).codes, mine.codes))
+                    self.assertTrue(torch.equal(block.frames, whole.blocks[block.number].frames))
+            self.assertEqual([[block.number for block in store.blocks] for store in new], numbers)
+            self.assertEqual([store.next % count if count == 2 else store.next - 5 for store in new], list(range(count)))
 
 
 class TestAtomicSave(unittest.TestCase):

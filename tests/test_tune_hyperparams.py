@@ -23,7 +23,7 @@ import optuna
 import tune_hyperparams
 from main import Learner, PRESETS, Settings, with_preset
 from memory import UserError, merge
-from tests.shared import TINY, command, start, temporary_folder, wait_for
+from tests.shared import TINY, children_of, command, start, temporary_folder, wait_for
 from tune_hyperparams import SPACE, TuneArguments, open_study, read_space, tune, value_of
 
 SHORT = ["--config", "tiny.json", "--seeds", "1", "--updates", "4", "--lifetimes", "8"]
@@ -215,10 +215,26 @@ class TestStudy(unittest.TestCase):
         self.assertFalse((folder / "runs").exists() and list((folder / "runs").iterdir()))
 
 
+class TestBudget(unittest.TestCase):
+    def test_a_shorter_training_begins_each_part_as_much_sooner(self):
+        for preset, given, updates in (("default", None, 300), ("quick", None, 140), ("default", 500, 500), ("default", 2000, 2000)):
+            base = with_preset(Settings(), preset)
+            short, full = tune_hyperparams.shortened(base, given).training, base.training
+            self.assertEqual(short.updates, updates)
+            share = min(1, updates / full.updates)
+            self.assertEqual((short.value_from, short.plan_from), (round(full.value_from * share), round(full.plan_from * share)))
+            self.assertEqual(short.outcome_updates, full.outcome_updates)
+
+    def test_the_schedule_that_shrinks_is_not_searched(self):
+        folder = study_folder(**{"training.plan_from": {"low": 10, "high": 300}})
+        with self.assertRaisesRegex(UserError, "training.plan_from is not to be searched"):
+            read_space(folder / "space.json", Settings())
+
+
 class TestFaults(unittest.TestCase):
     def test_the_quick_study_is_killed_in_the_middle_and_goes_on(self):
         folder = temporary_folder()
-        line = ["--preset", "quick", "--trials", "3", "--seeds", "1", "--updates", "12", "--lifetimes", "64"]
+        line = ["--preset", "quick", "--trials", "3", "--updates", "12", "--lifetimes", "64"]  # of one seed each
         process = start(*line, folder=folder, script="tune_hyperparams.py")
         metrics = folder / "runs/tune-default/trial-0001/seed-0/metrics.jsonl"
         wait_for(lambda: metrics.exists() or process.poll() is not None, 300)
@@ -231,6 +247,7 @@ class TestFaults(unittest.TestCase):
         self.assertEqual([trial["state"] for trial in trials[:2]], ["COMPLETE", "FAIL"])
         self.assertEqual((len(trials), trials[2]["params"]), (4, trials[1]["params"]))  # tried again
 
+    @unittest.skipIf(os.name == "nt", "sends POSIX signals")
     def test_ctrl_c_ends_cleanly_with_all_workers_and_the_same_command_goes_on(self):
         for jobs in (1, 2):
             folder = study_folder()
@@ -238,8 +255,7 @@ class TestFaults(unittest.TestCase):
             process = start_study(folder, *options)
             self.addCleanup(process.kill)  # it would slow all that follows
             wait_for(lambda: len(list(folder.glob("runs/tune-default/trial-*/seed-0/metrics.jsonl"))) == jobs or process.poll() is not None)
-            children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()] if jobs > 1 else []
-            for pid in (process.pid, *children):  # as a terminal does
+            for pid in (process.pid, *(children_of(process) if jobs > 1 else ())):  # as a terminal does
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGINT)
             _, errors = process.communicate(timeout=60)
