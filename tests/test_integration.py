@@ -8,9 +8,12 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 import unittest
 from pathlib import Path
 from typing import get_args
+from collections.abc import Callable
 from unittest import mock
 
 import gymnasium
@@ -21,7 +24,7 @@ from agent import AgentController
 from environment import WORLDS, HiddenRulesWorld, WorldStep
 from main import EVALUATION_SEED, Ablation, Learner, Settings, evaluate, load_system, with_preset
 from memory import RunFolder, merge, write_json
-from tests.benchmarks import ablations, belief, faults, robustness, switching, tinted
+from tests.benchmarks import ablations, belief, endurance, faults, processes, robustness, switching, tinted, tuning
 from tests.shared import ROOT, TINY, command, quick_run, temporary_folder, tiny
 
 LIFETIMES = 256
@@ -244,6 +247,35 @@ class TestBenchmarks(unittest.TestCase):
         self.assertEqual(tinted.code_accuracy(codes[:1], colours[:1], 6), (1.0, 1.0))
         self.assertEqual(tinted.code_accuracy(codes, colours, 6), (0.75, 0.5))
 
+    def printed_by(self, call: Callable, *arguments: object) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            call(*arguments)
+        return printed.getvalue()
+
+    def test_tuned_and_untuned_runs_are_compared_lifetime_by_lifetime(self):
+        run = quick_run()
+        printed = self.printed_by(tuning.main, tuning.Arguments(tuned=(run, run), baseline=(run, run)))
+        self.assertRegex(printed, r"\| tuned \| .* \| 0.00 \[0.00, 0.00\] \|")
+        study = json.loads((Path(tuning.__file__).parent / "study/trials.json").read_text())
+        scores = [trial["score"] for trial in study["trials"] if trial["state"] == "COMPLETE"]
+        base, found = (round(score, 3) for score in (study["trials"][study["baseline"]]["score"], max(scores)))
+        self.assertTrue(f"{base} to {found}" in (ROOT / "README.md").read_text(), "the README tells of another study")
+
+    def test_runs_of_one_process_beside_runs_of_several(self):
+        run, figure = quick_run(), temporary_folder() / "processes.png"
+        printed = self.printed_by(processes.main, processes.Arguments(alone=(run,), together=(run,), output=figure))
+        self.assertRegex(printed, r"\| total \| \d+ \| \d+ \| 1.00 \|")
+        self.assertGreater(figure.stat().st_size, 10_000)
+
+    def test_a_long_training_watches_itself_and_stops(self):
+        output = temporary_folder() / "endurance"
+        with mock.patch.object(endurance, "with_preset", lambda *_: tiny()):
+            printed = self.printed_by(endurance.main, endurance.Arguments(minutes=0.2, output=output))
+        self.assertRegex(printed, r"resident memory \d+ and \d+ MB")
+        seen = json.loads((output / "endurance.json").read_text())
+        self.assertEqual(seen["update"], list(range(20, 20 * len(seen["update"]) + 1, 20)))
+        self.assertTrue((output / "checkpoint.pt").exists())
+
     @staticmethod
     def begun(settings: Settings) -> Path:
         """The folder of a run that has seen one update."""
@@ -312,8 +344,12 @@ class TestReadme(unittest.TestCase):
             ("main.py", ["references"]), ("main.py", ["report"]), ("tune_hyperparams.py", []),
         ))  # fmt: skip
         blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-        for flag in re.findall(r"(?<= )--[a-z][\w.-]*", "\n".join(line for b in blocks for line in b.splitlines() if ".py" in line)):
+        for flag in re.findall(r"(?<= )--[a-z][\w.-]*", "\n".join(re.findall(r" [\w/]+\.py.*", "\n".join(blocks)))):
             self.assertIn(flag, helped)
+        launched = re.findall(r"^torchrun (.*?) main\.py", "\n".join(blocks), re.M)
+        known = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True).stdout
+        for flag in re.findall(r"--[a-z][\w-]*", " ".join(launched)):
+            self.assertIn(flag, known)
 
     def test_the_python_examples_run(self):
         worlds, loop = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

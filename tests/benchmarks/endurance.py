@@ -77,7 +77,9 @@ def draw(rows: np.ndarray, path: Path) -> None:
 
 
 def report(rows: np.ndarray, budget_mb: float) -> str:
-    """What has changed since the store was full, or since the middle if it never was."""
+    """What has changed since the store was full, or since the middle if it never was; nothing can be said of few rows."""
+    if len(rows) < 6:
+        return f"only {len(rows)} looks: give more --minutes"
     grown = np.diff(rows[:, 4]) > 0
     full = min(int(grown.nonzero()[0].max(initial=0)) + 1, len(rows) // 2)
     late = rows[full:]
