@@ -24,7 +24,7 @@ from agent import AgentController
 from environment import WORLDS, HiddenRulesWorld, WorldStep
 from main import EVALUATION_SEED, Ablation, Learner, Settings, evaluate, load_system, with_preset
 from memory import RunFolder, merge, write_json
-from tests.benchmarks import ablations, belief, endurance, faults, processes, robustness, switching, tinted, tuning
+from tests.benchmarks import ablations, belief, endurance, faults, processes, robustness, speed, switching, tinted, tuning
 from tests.shared import ROOT, TINY, command, quick_run, temporary_folder, tiny
 
 LIFETIMES = 256
@@ -266,6 +266,35 @@ class TestBenchmarks(unittest.TestCase):
         printed = self.printed_by(processes.main, processes.Arguments(alone=(run,), together=(run,), output=figure))
         self.assertRegex(printed, r"\| total \| \d+ \| \d+ \| 1.00 \|")
         self.assertGreater(figure.stat().st_size, 10_000)
+
+    def test_speeds_are_ratios_and_a_part_half_as_fast_is_noticed(self):
+        rows = [speed.Row(name, "", ratio, "") for name, ratio in json.loads(speed.RATIOS.read_text()).items()]
+        for share, code in ((0.6, 0), (0.4, 1)):
+            slower = [row._replace(ratio=row.ratio * share) for row in rows]
+            with mock.patch.object(speed, "few_rows", lambda: slower):
+                self.assertEqual(self.returned_by(speed.compared), code)
+        left, right = torch.randn(3, 5), torch.randn(5, 7, requires_grad=True)
+        self.assertEqual(speed.operations(lambda: left @ right), 2 * 3 * 5 * 7)
+        self.assertEqual(speed.operations(lambda: (left @ right).sum().backward()), 2 * 2 * 3 * 5 * 7)  # and one for the gradient
+        self.assertEqual(speed.operations(speed.bare(2 * 64 * 64 * 9, "cpu")), 2 * 64 * 64 * 9)
+
+    def test_every_part_is_timed(self):
+        output, system = temporary_folder(), load_system(quick_run())[0]
+        few = {"batch": speed.GROWTH["batch"][:2]}
+        learner = speed.prepared(tiny(), "cpu")
+        with mock.patch.object(speed, "GROWTH", few):
+            rows = speed.growth(tiny(), "cpu", output / "growth.png")
+        rows += speed.world_rows("cpu", (3,)) + [speed.decision_row(system, 2, True, "cpu")]
+        rows += speed.learning_rows(learner, "cpu") + speed.memory_rows(learner)
+        self.assertEqual(len(rows), 5 + 1 + 1 + 4 + 2)
+        for row in rows:
+            self.assertTrue(np.isfinite(row.ratio) and (row.ratio > 0 or "growth" in row.what), row)
+        self.assertGreater((output / "growth.png").stat().st_size, 5000)
+
+    @staticmethod
+    def returned_by(call: Callable) -> object:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return call()
 
     def test_a_long_training_watches_itself_and_stops(self):
         output = temporary_folder() / "endurance"
