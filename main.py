@@ -257,10 +257,7 @@ class Processes:
         store = distributed.PrefixStore(agreed_name(store, rank, count), store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
-        try:
-            yield cls(rank, count)
-        finally:
-            distributed.destroy_process_group()
+        yield cls(rank, count)  # the group ends with its processes: see `main`
 
     def average(self, tensors: list[Tensor]) -> None:
         """Let each tensor be its mean over all processes; all at once, as one long vector."""
@@ -1228,6 +1225,10 @@ def main() -> None:
         as_program("main.py", tyro.cli, COMMANDS[name], args=arguments, prog=f"main.py {name}")
     else:
         as_program("main.py", train_command, arguments if name == "train" else [name, *arguments])
+    if distributed.is_torchelastic_launched():  # all is done and written, but gloo's threads may abort an interpreter that ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
