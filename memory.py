@@ -291,19 +291,16 @@ class LifetimeStore:
 
         Were there as many shards as now, this one takes over its own; else all blocks are dealt anew, evenly.
         """
-        if len(states) == self.shards:
-            states = [states[self.shard]]
-            self.next = states[0]["next"]
-        else:
-            self.next = max(state["next"] for state in states) + self.shard
+        own = len(states) == self.shards
+        self.next = states[self.shard]["next"] if own else max(state["next"] for state in states) + self.shard
         held = []
-        for state in states:
+        for state in [states[self.shard]] if own else states:
             start, every = 0, Experience(*state["experience"])
             for number, version in zip(state["numbers"], state["version"]):
                 block = Pictures(**torch.load(folder / block_name(number), weights_only=True))
                 held.append((block, version, every.rows(slice(start, start + len(block)))))
                 start += len(block)
-        if len(states) > 1 or states[0]["next"] != self.next:
+        if not own:
             held = sorted(held, key=lambda one: one[0].number)[self.shard :: self.shards]
         self.blocks, self.version = [one[0] for one in held], [one[1] for one in held]
         self.experience = Experience(*(torch.cat(parts).to(self.device) for parts in zip(*(one[2] for one in held))))

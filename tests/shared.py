@@ -6,6 +6,7 @@ import atexit
 import functools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,19 @@ def wait_for(happened: Callable[[], object], seconds: float = 120) -> None:
         if time.monotonic() > end:
             raise TimeoutError
         time.sleep(0.005)
+
+
+def only_run(folder: Path) -> Path:
+    """The folder of the only run in a working directory."""
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def temporary_folder() -> Path:

@@ -23,7 +23,7 @@ from environment import WORLDS, task_split
 from world_model import Planner
 from main import PRESETS, Learner, Settings, evaluate, with_preset
 from memory import RunFolder, UserError, merge
-from tests.shared import ROOT, TINY, command, start, temporary_folder, tiny, wait_for
+from tests.shared import ROOT, TINY, command, only_run, start, temporary_folder, tiny, wait_for
 
 
 def tiny_file() -> Path:
@@ -31,11 +31,6 @@ def tiny_file() -> Path:
     folder = temporary_folder()
     (folder / "tiny.json").write_text(json.dumps(TINY))
     return folder
-
-
-def only_run(folder: Path) -> Path:
-    (run,) = (folder / "runs").iterdir()
-    return run
 
 
 def in_process(arguments: list[str], folder: Path) -> tuple[int, str]:

@@ -130,7 +130,6 @@ class TestStore(unittest.TestCase):
             self.assertTrue(torch.equal(one, other))
         self.assertTrue(torch.equal(again.blocks[2].frames, store.blocks[0].frames))
 
-
     def test_shards_number_their_blocks_apart_and_are_dealt_anew_to_more_or_fewer(self):
         folder, shards = temporary_folder(), [LifetimeStore(MemorySettings(4.0), "cpu", shard, 2) for shard in (0, 1)]
         for shard, store in enumerate(shards):
@@ -151,6 +150,10 @@ class TestStore(unittest.TestCase):
                     self.assertTrue(torch.equal(block.frames, whole.blocks[block.number].frames))
             self.assertEqual([[block.number for block in store.blocks] for store in new], numbers)
             self.assertEqual([store.next % count if count == 2 else store.next - 5 for store in new], list(range(count)))
+        pair = [LifetimeStore(MemorySettings(4.0), "cpu", shard, 2) for shard in (0, 1)]
+        for store in pair:  # of a run that one process had begun: nothing is held twice
+            store.load_state_dict([whole.state_dict()], folder)
+        self.assertEqual([[block.number for block in store.blocks] for store in pair], [[0, 2], [1, 3]])
 
 
 class TestAtomicSave(unittest.TestCase):

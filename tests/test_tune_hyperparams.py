@@ -23,7 +23,7 @@ import optuna
 import tune_hyperparams
 from main import Learner, PRESETS, Settings, with_preset
 from memory import UserError, merge
-from tests.shared import TINY, children_of, command, start, temporary_folder, wait_for
+from tests.shared import TINY, children_of, command, free_port, start, temporary_folder, wait_for
 from tune_hyperparams import SPACE, TuneArguments, open_study, read_space, tune, value_of
 
 SHORT = ["--config", "tiny.json", "--seeds", "1", "--updates", "4", "--lifetimes", "8"]
@@ -51,12 +51,6 @@ def trials_of(folder: Path) -> list[dict]:
 
 def start_study(folder: Path, *arguments: str) -> subprocess.Popen:
     return start(*SHORT, *arguments, folder=folder, script="tune_hyperparams.py")
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def answers(port: int) -> bool:
