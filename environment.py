@@ -370,12 +370,20 @@ class HiddenRulesWorld:
             self._layouts = torch.cat([made[split] for split in splits]).to(self.device)
         self._moves = MOVES.to(self.device)
         grey = torch.tensor([[WALL], [BACKGROUND]]).expand(-1, 3)
-        self._plain = torch.cat([PALETTE, grey]).to(self.device, torch.int16)
-        self._shades = self._plain.expand(batch, -1, -1)  # (B, (colours, wall, background), channel)
+        self._plain = torch.cat([PALETTE, grey]).to(self.device, torch.int16)  # ((colours, wall, background), channel)
+        # Cells of each colour as worlds show them: (1 or B, colours, numbers in a cell); of which of these each world is.
+        self._shades, self._look = self._plain.repeat(1, settings.cell**2)[None], self.rows if settings.tint else 0 * self.rows
+        pixels, cells = settings.pixels, torch.arange(settings.grid**2)
+        corner = 3 * settings.cell * (cells // settings.grid * pixels + cells % settings.grid)
+        inside = 3 * pixels * torch.arange(settings.cell)[:, None] + torch.arange(3 * settings.cell)
+        self._lies = (corner[:, None] + inside.flatten()).to(self.device)  # at which numbers of a picture each cell lies
         self._noise: Tensor | None = None
+        self._ground: Tensor | None = None  # noise on an empty world, where all of them look the same
         if settings.noise:
-            samples = torch.randn(bank + 3 * settings.pixels**2, generator=self.noise_generator, device=self.device)
-            self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16).unfold(0, 3 * settings.pixels**2, 1)
+            samples = torch.randn(bank + 3 * pixels**2, generator=self.noise_generator, device=self.device)
+            self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16)
+            if not settings.tint:
+                self._ground = (self._noise + BACKGROUND).clamp_(0, 255).to(torch.uint8)
 
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
@@ -392,7 +400,8 @@ class HiddenRulesWorld:
         """Draw how every lifetime looks: `gains` (B, channel) and `brightness` (B, 1), float."""
         strength = self.settings.tint * torch.rand((self.batch, 4), generator=self.tint_generator, device=self.device)
         self.gains, self.brightness = 1 - strength[:, :3], 100 * strength[:, 3:]
-        self._shades = (self._plain * self.gains[:, None] + self.brightness[:, None]).round().to(torch.int16)
+        shades = (self._plain * self.gains[:, None] + self.brightness[:, None]).round().to(torch.int16)
+        self._shades = shades.repeat(1, 1, self.settings.cell**2)
 
     def place(self, task: Tensor, position: Tensor, age: Tensor, walls: Tensor | None = None) -> None:
         """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64, and walls
@@ -462,26 +471,36 @@ class HiddenRulesWorld:
         self.segment = self.segment + switched
 
     def draw(self, rows: Tensor | None = None) -> Tensor:
-        """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8."""
+        """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8.
+
+        Empty worlds are copied out of the noise in whole rows, which is as fast as memory; only what stands in them is computed.
+        """
         s = self.settings
-        rows = slice(None) if rows is None else rows
-        position, colours, shades = self.position[rows], self.rule.colours[rows], self._shades[rows]
-        n = len(position)
-        picture = torch.full((n, s.grid, s.cell, s.grid, s.cell, 3), BACKGROUND, dtype=torch.int16, device=self.device)
-        if s.tint:
-            picture[:] = shades[:, -1, None, None, None, None]
-        index = self.rows[:n]
-        if self.walls is not None:
-            world, row, column = self.walls[rows].nonzero(as_tuple=True)
-            picture[world, row, :, column] = shades[world, -2][:, None, None, :]
-        for role in reversed(range(position.shape[1])):  # the body is drawn last: it covers what it stands on
-            colour = shades[index, colours[:, role]][:, None, None, :]  # (n, 1, 1, 3)
-            picture[index, position[:, role, 0], :, position[:, role, 1]] = colour
-        picture = picture.view(n, -1)
+        rows = self.rows if rows is None else rows
+        n, size = len(rows), 3 * s.pixels**2
+        start = torch.zeros_like(rows)
         if self._noise is not None:
-            start = torch.randint(len(self._noise), (n,), generator=self.noise_generator, device=self.device)
-            picture += self._noise[start]
-        return picture.clamp_(0, 255).to(torch.uint8).view(n, s.pixels, s.pixels, 3)
+            start = torch.randint(len(self._noise) - size + 1, (n,), generator=self.noise_generator, device=self.device)
+        if self._ground is not None:
+            picture = self._ground.unfold(0, size, 1).index_select(0, start)
+        else:
+            empty = self._shades[self._look[rows], -1].repeat(1, s.grid**2)
+            if self._noise is not None:
+                empty += self._noise.unfold(0, size, 1).index_select(0, start)
+            picture = empty.clamp_(0, 255).to(torch.uint8)
+
+        place, colour = self.position[rows], self.rule.colours[rows]  # (n, things, 2), (n, things)
+        colour = torch.where((place == place[:, :1]).all(-1), colour[:, :1], colour)  # the body covers what it stands on
+        cell = place[..., 0] * s.grid + place[..., 1]
+        if self.walls is not None:
+            walls = self.walls[rows].flatten(1).nonzero()[:, 1].view(n, -1)
+            cell, colour = torch.cat([cell, walls], 1), torch.cat([colour, torch.full_like(walls, len(self._plain) - 2)], 1)
+        where = self._lies.index_select(0, cell.flatten()).view(n, -1)  # (n, cells drawn * numbers in a cell)
+        shade = self._look[rows, None] * len(self._plain) + colour
+        shade = self._shades.flatten(0, 1).index_select(0, shade.flatten()).view(n, -1)
+        if self._noise is not None:
+            shade += self._noise.gather(0, (start[:, None] + where).flatten()).view(n, -1)
+        return picture.scatter_(1, where, shade.clamp_(0, 255).to(torch.uint8)).view(n, s.pixels, s.pixels, 3)
 
     def words(self, row: int) -> str:
         """What is hidden in one world in words, for captions."""

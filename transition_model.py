@@ -87,7 +87,8 @@ def pairs_present(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
 
 def one_hot(codes: Tensor, n_codes: int) -> Tensor:
     """(..., n_codes) float32 of codes (...) uint8: a look-up, because torch's own goes through int64."""
-    return torch.eye(n_codes, device=codes.device)[codes.long()]
+    rows = torch.eye(n_codes, device=codes.device).index_select(0, codes.flatten().long())
+    return rows.view(*codes.shape, n_codes)
 
 
 def pair_codes(n_codes: int) -> Tensor:
@@ -146,12 +147,11 @@ class OutcomeNetwork(nn.Module):
             the likeliest next grids (B, K, S) uint8, and `alike` (B, K, K) float: column j sums over the outcomes that
             lead to the same grid as j if j is the first of them, and is zero otherwise.
         """
-        K = self.outcomes
         grids = self._logits(codes).argmax(-1).transpose(1, 2)  # (B, K, S)
         fingerprint = (grids * self.fingerprint).sum(-1)  # 62 random bits a patch: equal sums, equal grids
         same = fingerprint[:, :, None] == fingerprint[:, None]  # (B, K, K)
-        first = same.to(torch.uint8).argmax(1) == torch.arange(K, device=codes.device)
-        return grids.to(torch.uint8), (same & first[:, None]).float()
+        repeated = same.triu(1).any(1)  # whether an earlier outcome leads to the same grid
+        return grids.to(torch.uint8), (same & ~repeated[:, None]).float()
 
     @torch.no_grad()
     def split(self, codes: Tensor, next_codes: Tensor, generator: torch.Generator, unsure: float = 0.2) -> bool:

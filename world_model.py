@@ -282,7 +282,7 @@ class Value(nn.Module):
             the half of the actions (N, 64), the half of the world (M, 64).
         """
         others, own = F.silu(self.of_action(others)), F.silu(self.of_action(own))
-        actions = (others.sum(1)[effect] - others[effect, action] + own) / others.shape[1]
+        actions = (others.sum(1).index_select(0, effect) - others[effect, action] + own) / others.shape[1]
         return actions, F.silu(self.of_world(world))
 
     def forward(self, statistics: Tensor, pooled: Tensor) -> Tensor:
@@ -402,7 +402,7 @@ class Planner:
             return values
         effect, onward = branches.effect[looked], branches.onward.clone()
         beliefs = branches.beliefs.belief(effect, branches.action[looked], *(row[looked] for row in branches.rows))
-        onward[looked] = self.action_values(branches.codes[effect], beliefs, again=False).amax(1)
+        onward[looked] = self.action_values(branches.codes.index_select(0, effect), beliefs, again=False).amax(1)
         return self._back_up(branches, onward, len(codes))
 
     def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
@@ -460,7 +460,7 @@ class Planner:
         index[state, outcome] = torch.arange(len(state), device=codes.device)
         next_codes = grids[state, outcome]
         present = pairs_present(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1])[state])
+        log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1]).index_select(0, state))
         rewarded, reward_weight = branch(log_reward.exp(), self.settings.reward_mass)  # (P, bins)
         posterior = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
 
@@ -480,11 +480,11 @@ class Planner:
         taken, bin_ = rewarded[effect].nonzero(as_tuple=True)
         effect = effect[taken]
         event = event_of[effect, bin_]
-        pooled = torch.cat([pooled_actions[taken], pooled_world[event]], -1)
+        pooled = torch.cat([pooled_actions.index_select(0, taken), pooled_world.index_select(0, event)], -1)
         return Branches(
             state=row[taken], action=action[taken], weight=weight[row, action, outcome][taken] * reward_weight[effect, bin_],
             reward=transition.reward_bins[bin_], end=torch.sigmoid(end)[effect], fresh=value.fresh(pooled),
-            onward=value(value.statistics(next_codes)[effect], pooled), effect=effect, rows=(taken, event),
+            onward=value(value.statistics(next_codes).index_select(0, effect), pooled), effect=effect, rows=(taken, event),
             codes=next_codes, beliefs=beliefs,
         )  # fmt: skip
 

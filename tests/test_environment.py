@@ -108,10 +108,10 @@ class TestWorld(unittest.TestCase):
 
     def test_noise_has_its_mean_and_deviation_and_does_not_repeat(self):
         settings = WorldSettings(noise=0.05, grid=16)
-        world, _ = world_of(settings, batch=64)
         with unittest.mock.patch.object(environment, "BACKGROUND", 128):  # far from both ends: nothing is clipped
+            world, _ = world_of(settings, batch=64)
             first, second = world.draw().float(), world.draw().float()
-            world._noise = None
+            world._noise = world._ground = None
             grey = world.draw() == 128
         self.assertAlmostEqual(float(first[grey].mean()), 128, delta=0.02 * 128)
         self.assertAlmostEqual(float(first[grey].std()), 12.75, delta=0.02 * 12.75)
