@@ -292,7 +292,7 @@ class Value(nn.Module):
         count, centre = statistics[..., :1], statistics[..., 1:]
         masked = key.masked_fill(count == 0, ABSENT)
         weight = (4 * masked).softmax(1)
-        points = torch.einsum("bcp,bcd->bpd", weight, centre)
+        points = weight.transpose(1, 2) @ centre
         state = torch.cat([points.flatten(1), masked.amax(1), (weight * value).sum(1)], -1)
         state = F.silu(self.state_film(self.state_norm(self.state_in(state)), pooled))
         state = state + F.silu(self.state_hidden(state))
@@ -383,7 +383,7 @@ class Planner:
 
     STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and branches are many
 
-    @torch.no_grad()
+    @torch.inference_mode()  # a fifth faster than no_grad where a few worlds make many small operations
     def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere."""
         parts = zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))

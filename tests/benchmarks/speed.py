@@ -103,7 +103,12 @@ class Operations(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        """Do it, and count it."""
+        """Do it, and count it; what is made of other operations is taken apart first."""
+        if function._overloadpacket not in flop_registry:
+            with self:
+                result = function.decompose(*arguments, **(options or {}))
+            if result is not NotImplemented:
+                return result
         result = function(*arguments, **(options or {}))
         if (formula := flop_registry.get(function._overloadpacket)) is not None:
             self.total += formula(*arguments, **(options or {}), out_val=result)
