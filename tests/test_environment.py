@@ -118,6 +118,14 @@ class TestWorld(unittest.TestCase):
         both = torch.stack([first[grey], second[grey]])
         self.assertLess(abs(float(torch.corrcoef(both)[0, 1])), 0.01)
 
+    def test_empty_worlds_with_noise_are_what_adding_it_gives(self):
+        copied, added = (world_of(WorldSettings(noise=0.3, walls=3), batch=16)[0] for _ in range(2))
+        added._ground = None
+        for _ in range(20):
+            steps = [world.step(torch.zeros(16, dtype=torch.int64)) for world in (copied, added)]
+            for one, other in zip(*steps):
+                self.assertTrue(torch.equal(one, other))
+
     def test_same_seed_same_luck_whatever_the_agent_does(self):
         worlds = [world_of(WorldSettings(), split="validation", seed=3)[0] for _ in range(2)]
         self.assertTrue(torch.equal(worlds[0].task, worlds[1].task))

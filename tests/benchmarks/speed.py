@@ -241,6 +241,14 @@ def memory_rows(learner: Learner) -> list[Row]:
     ]
 
 
+def sharpen(system: System) -> None:
+    """Let models that have not learnt expect one outcome and one reward each, about as trained ones do: vague ones would branch by
+    chance, and the more by one size the less by another."""
+    with torch.no_grad():
+        for layer in (system.transition.prior_out[-1], system.transition.consequence_out):
+            layer.weight.mul_(1000)
+
+
 def growth(base: Settings, device: str, path: Path) -> list[Row]:
     """How the cost of every part grows as something doubles: exponents, fitted by least squares, in one figure."""
     from matplotlib import pyplot
@@ -252,6 +260,7 @@ def growth(base: Settings, device: str, path: Path) -> list[Row]:
         for change in changes:
             settings = merge(base, change)
             learner = prepared(settings, device)
+            sharpen(learner.system)
             world, agent = HiddenRulesWorld(settings.world, settings.training.worlds, "train", 0, device), learner.system.controller()
             agent.begin(world.reset())
             action = agent.act()
