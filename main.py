@@ -590,7 +590,7 @@ class Learner:
 
     def learn_outcomes(self, number: int) -> None:
         """Outcome update `number`: its phase follows from it."""
-        t, transition = self.settings.training, self.system.transition
+        t, transition = self.training, self.system.transition
         with self.timed("outcomes"):
             if transition.settings.splits_at(number):
                 sample = self.store.experience.rows(self.store.sample(4 * t.outcome_batch, self.sampler))

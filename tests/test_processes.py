@@ -9,10 +9,13 @@ import subprocess
 import unittest
 from pathlib import Path
 
+from unittest import mock
+
 import torch
 
-from memory import RunFolder
-from tests.shared import TINY, children_of, command, free_port, only_run, start, temporary_folder, wait_for
+from main import Learner, Processes
+from memory import LifetimeStore, RunFolder
+from tests.shared import TINY, children_of, command, free_port, only_run, start, temporary_folder, tiny, wait_for
 
 TORCHRUN = ("-m", "torch.distributed.run")
 ALONE = ("--standalone", "--nproc-per-node", "2")
@@ -84,6 +87,19 @@ class TestProcesses(unittest.TestCase):
         code, said = finished(torchrun("evaluate", "runs/x", folder=self.folder))
         self.assertIn("evaluate runs in one process", said)
         self.assertEqual(len(list((self.folder / "runs").iterdir())), 1)
+
+    def test_each_has_its_share_of_every_batch(self):
+        sizes = {}
+        for count in (1, 2):
+            processes = Processes(0, count)
+            processes.average = processes.follow = lambda _: None  # nobody else is there
+            processes.joined = lambda tensor: tensor
+            learner, sample = Learner(tiny(), torch.device("cpu"), processes), LifetimeStore.sample
+            with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
+                while learner.update < learner.total:
+                    learner.advance()
+            sizes[count] = [call.args[1] for call in sampled.call_args_list] + [len(block) for block in learner.store.blocks]
+        self.assertEqual(sizes[1], [2 * size for size in sizes[2]])
 
     def test_weights_that_differ_are_noticed(self):
         folder = tiny_folder()
