@@ -371,8 +371,9 @@ class HiddenRulesWorld:
         self._moves = MOVES.to(self.device)
         grey = torch.tensor([[WALL], [BACKGROUND]]).expand(-1, 3)
         self._plain = torch.cat([PALETTE, grey]).to(self.device, torch.int16)  # ((colours, wall, background), channel)
-        # Cells of each colour as worlds show them: (1 or B, colours, numbers in a cell); of which of these each world is.
-        self._shades, self._look = self._plain.repeat(1, settings.cell**2)[None], self.rows if settings.tint else 0 * self.rows
+        # A cell of every colour as it is shown, (1 or B, colours, numbers in a cell), and in which of the first each world's are.
+        self._shades = self._plain.repeat(1, settings.cell**2)[None]
+        self._look = self.rows if settings.tint else torch.zeros_like(self.rows)
         pixels, cells = settings.pixels, torch.arange(settings.grid**2)
         corner = 3 * settings.cell * (cells // settings.grid * pixels + cells % settings.grid)
         inside = 3 * pixels * torch.arange(settings.cell)[:, None] + torch.arange(3 * settings.cell)

@@ -383,7 +383,7 @@ class Planner:
 
     STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and branches are many
 
-    @torch.inference_mode()  # a fifth faster than no_grad where a few worlds make many small operations
+    @torch.inference_mode()  # a decision for one world takes an eighth less than with no_grad: less to note down
     def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere."""
         parts = zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
