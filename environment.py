@@ -371,9 +371,8 @@ class HiddenRulesWorld:
         self._moves = MOVES.to(self.device)
         grey = torch.tensor([[WALL], [BACKGROUND]]).expand(-1, 3)
         self._plain = torch.cat([PALETTE, grey]).to(self.device, torch.int16)  # ((colours, wall, background), channel)
-        # A cell of every colour as it is shown, (1 or B, colours, numbers in a cell), and in which of the first each world's are.
+        # A cell of every colour as it is shown, alike in all worlds or not: (1 or B, colours, numbers in a cell).
         self._shades = self._plain.repeat(1, settings.cell**2)[None]
-        self._look = self.rows if settings.tint else torch.zeros_like(self.rows)
         pixels, cells = settings.pixels, torch.arange(settings.grid**2)
         corner = 3 * settings.cell * (cells // settings.grid * pixels + cells % settings.grid)
         inside = 3 * pixels * torch.arange(settings.cell)[:, None] + torch.arange(3 * settings.cell)
@@ -478,14 +477,13 @@ class HiddenRulesWorld:
         """
         s = self.settings
         rows = self.rows if rows is None else rows
-        n, size = len(rows), 3 * s.pixels**2
-        start = torch.zeros_like(rows)
+        n, size, look = len(rows), 3 * s.pixels**2, rows % len(self._shades)
         if self._noise is not None:
             start = torch.randint(len(self._noise) - size + 1, (n,), generator=self.noise_generator, device=self.device)
         if self._ground is not None:
             picture = self._ground.unfold(0, size, 1).index_select(0, start)
         else:
-            empty = self._shades[self._look[rows], -1].repeat(1, s.grid**2)
+            empty = self._shades[look, -1].repeat(1, s.grid**2)
             if self._noise is not None:
                 empty += self._noise.unfold(0, size, 1).index_select(0, start)
             picture = empty.clamp_(0, 255).to(torch.uint8)
@@ -497,8 +495,8 @@ class HiddenRulesWorld:
             walls = self.walls[rows].flatten(1).nonzero()[:, 1].view(n, -1)
             cell, colour = torch.cat([cell, walls], 1), torch.cat([colour, torch.full_like(walls, len(self._plain) - 2)], 1)
         where = self._lies.index_select(0, cell.flatten()).view(n, -1)  # (n, cells drawn * numbers in a cell)
-        shade = self._look[rows, None] * len(self._plain) + colour
-        shade = self._shades.flatten(0, 1).index_select(0, shade.flatten()).view(n, -1)
+        shown = look[:, None] * len(self._plain) + colour
+        shade = self._shades.flatten(0, 1).index_select(0, shown.flatten()).view(n, -1)
         if self._noise is not None:
             shade += self._noise.gather(0, (start[:, None] + where).flatten()).view(n, -1)
         return picture.scatter_(1, where, shade.clamp_(0, 255).to(torch.uint8)).view(n, s.pixels, s.pixels, 3)

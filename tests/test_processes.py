@@ -8,7 +8,6 @@ import signal
 import subprocess
 import unittest
 from pathlib import Path
-
 from unittest import mock
 
 import torch
