@@ -1,9 +1,12 @@
-"""What several tests need: tiny settings, and one trained `quick` run."""
+"""What several tests need: tiny settings, commands and their folders, and one trained `quick` run."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
+import io
+import json
 import os
 import shutil
 import socket
@@ -12,12 +15,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 from collections.abc import Callable, Sequence
 
 import gymnasium
 import numpy as np
 import torch
 
+import main
 from main import Settings
 from memory import merge
 
@@ -118,6 +123,27 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def tiny_folder(**training: int) -> Path:
+    """A folder with tiny settings in tiny.json."""
+    folder = temporary_folder()
+    (folder / "tiny.json").write_text(json.dumps(TINY | {"training": TINY["training"] | training}))
+    return folder
+
+
+def in_process(arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Exit code and error output of the command line, without the seconds that a new process takes to import."""
+    errors, quiet, before = io.StringIO(), contextlib.redirect_stdout(io.StringIO()), Path.cwd()
+    os.chdir(folder)
+    try:
+        with mock.patch.object(sys, "argv", ["main.py", *arguments]), contextlib.redirect_stderr(errors), quiet:
+            main.main()
+        return 0, errors.getvalue()
+    except SystemExit as stop:
+        return stop.code, errors.getvalue()
+    finally:
+        os.chdir(before)
 
 
 def temporary_folder() -> Path:

@@ -1,26 +1,21 @@
-"""The world: rules, alignment in time, splits, noise, pairing, the exact solution and the Gymnasium faces."""
+"""The world: rules, alignment in time, splits, noise, pairing and the exact solution."""
 
-import importlib.util
 import unittest
 import unittest.mock
-import warnings
 from dataclasses import replace
 
-import gymnasium
-import numpy as np
 import torch
-from gymnasium.utils.env_checker import check_env
 
 import environment
 from agent import RandomAgent, references
 from environment import (
-    MOVES, PALETTE, ActionValues, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings,
+    MOVES, PALETTE, ActionValues, HiddenRulesWorld, PixelEnv, WorldSettings,
     seeded, space_of, task_split,
 )  # fmt: skip
 from context_engine import ExactFilter, likelihood_by_case, of_every_rule, reward_consistent
 from main import Learner, Settings
 from memory import merge
-from tests.shared import temporary_folder, tiny
+from tests.shared import tiny
 
 CLEAR = WorldSettings(noise=0, slip=0)
 EVERYTHING = WorldSettings(**environment.WORLDS["everything"] | {"noise": 0})
@@ -408,120 +403,6 @@ class TestExactSolution(unittest.TestCase):
         with unittest.mock.patch.object(ActionValues, "PLACES", 1):  # fresh starts are drawn instead of gone through
             drawn = ActionValues(WorldSettings(grid=5))
         self.assertAlmostEqual(float(drawn.fresh), float(exact.fresh), delta=0.03 * float(exact.fresh))
-
-
-class TestFaces(unittest.TestCase):
-    def test_check_env_is_silent_on_every_registered_world(self):
-        for preset in environment.WORLDS:
-            name = "HiddenRules-v0" if preset == "default" else f"HiddenRules-{preset}-v0"
-            for symbolic in (False, True):
-                with self.subTest(name, symbolic=symbolic), warnings.catch_warnings():
-                    warnings.simplefilter("error")
-                    check_env(gymnasium.make(name, render_mode="rgb_array", symbolic=symbolic).unwrapped)
-            self.assertEqual(gymnasium.make_vec(name, num_envs=3).reset(seed=0)[0].shape[0], 3)
-
-    @unittest.skipUnless(importlib.util.find_spec("moviepy"), "RecordVideo needs moviepy: pip install -r tests/requirements.txt")
-    def test_common_wrappers_work(self):
-        folder = temporary_folder() / "videos"
-        env = gymnasium.make("HiddenRules-quick-v0", render_mode="rgb_array")
-        env = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.wrappers.FrameStackObservation(env, 3))
-        env = gymnasium.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda episode: True, disable_logger=True)
-        seen, _ = env.reset(seed=0)
-        self.assertEqual(seen.shape, (3, 48, 48, 3))
-        truncated, earned = False, 0.0
-        while not truncated:
-            _, reward, _, truncated, info = env.step(env.action_space.sample())
-            earned += reward
-        self.assertAlmostEqual(float(info["episode"]["r"]), earned)
-        env.close()
-        self.assertGreater(next(folder.glob("*.mp4")).stat().st_size, 1000)
-
-    def test_the_rule_is_revealed_to_those_who_ask(self):
-        env = PixelEnv(WorldSettings(slip=0, noise=0), reveal_rule=True, symbolic=True)
-        seen, info = env.reset(seed=3)
-        for step in range(64):
-            body = 1 + info["rule"]["colours"][0]
-            before, action = np.argwhere(seen == body), step % 4
-            expected = np.clip(before + MOVES[info["rule"]["action_map"][action]].numpy(), 0, 5)
-            seen, _, _, _, info = env.step(action)
-            after = info.get("final_frame", seen)
-            self.assertTrue(np.array_equal(np.argwhere(after == body), expected))
-
-    def test_an_outer_episode_is_one_lifetime(self):
-        env = gymnasium.make("HiddenRules-v0")
-        picture, _ = env.reset(seed=1)
-        self.assertEqual((picture.shape, picture.dtype), ((48, 48, 3), np.uint8))
-        ends = 0
-        for step in range(64):
-            picture, reward, terminated, truncated, info = env.step(step % 4)
-            self.assertFalse(terminated)
-            self.assertEqual(truncated, step == 63)
-            ended = info["episode_terminated"] or info["episode_truncated"]
-            self.assertEqual("final_frame" in info, ended)
-            self.assertEqual(abs(reward) == 1, info["episode_terminated"])
-            ends += ended
-        self.assertGreaterEqual(ends, 3)
-
-    def test_one_seed_gives_one_stream(self):
-        streams = []
-        for _ in range(2):
-            env = PixelEnv()
-            env.reset(seed=5)
-            for _ in range(64):
-                last = env.step(1)[0]
-            streams.append((last, env.reset()[0]))
-        self.assertTrue(np.array_equal(streams[0][0], streams[1][0]) and np.array_equal(streams[0][1], streams[1][1]))
-
-    def test_info_never_holds_the_rule(self):
-        env = PixelEnv()
-        env.reset(seed=0)
-        for step in range(64):
-            self.assertLessEqual(set(env.step(step % 4)[4]), {"episode_terminated", "episode_truncated", "final_frame"})
-
-    def test_render_is_large_and_the_caption_optional(self):
-        for caption in (False, True):
-            env = PixelEnv(render_mode="rgb_array", caption=caption)
-            env.reset(seed=0)
-            height, width, _ = env.render().shape
-            self.assertGreaterEqual(width, 384)
-            self.assertEqual(height > width, caption)
-
-    def test_vector_env_agrees_with_its_world_and_resets_in_the_same_step(self):
-        env = gymnasium.make_vec("HiddenRules-v0", num_envs=5, vectorization_mode="vector_entry_point")
-        self.assertEqual(env.metadata["autoreset_mode"], gymnasium.vector.AutoresetMode.SAME_STEP)
-        pictures, _ = env.reset(seed=2)
-        self.assertTrue(env.observation_space.contains(pictures))
-        for step in range(64):
-            pictures, reward, terminated, truncated, info = env.step(np.full(5, step % 4))
-            self.assertTrue(np.array_equal(info["episode_terminated"], reward != 0))
-            self.assertTrue((truncated == (step == 63)).all() and not terminated.any())
-        self.assertEqual(info["final_obs"].shape, pictures.shape)
-        self.assertFalse(np.array_equal(info["final_obs"], pictures))
-        self.assertFalse(env.step(np.zeros(5, int))[3].any())
-
-    def test_recurrent_agents_can_be_shown_the_previous_step(self):
-        env = PreviousStep(gymnasium.make("HiddenRules-v0"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", message=".*(different from the unwrapped version|infinity)")  # rewards may be any
-            check_env(env, skip_render_check=True)
-        seen, _ = env.reset(seed=1)
-        self.assertEqual(seen["previous"].tolist(), [0] * 6)
-        for step in range(64):
-            seen, reward, _, _, info = env.step(step % 4)
-            ended = info["episode_terminated"] or info["episode_truncated"]
-            self.assertEqual(seen["previous"].tolist(), [float(step % 4 == a) for a in range(4)] + [reward, ended])
-            self.assertTrue(env.observation_space.contains(seen))
-
-    def test_bad_actions_are_refused(self):
-        env, vector = PixelEnv(), PixelVectorEnv(3)
-        with self.assertRaises(gymnasium.error.ResetNeeded):
-            env.step(0)
-        env.reset(seed=0), vector.reset(seed=0)
-        with self.assertRaisesRegex(ValueError, "action is 4"):
-            env.step(4)
-        with self.assertRaisesRegex(ValueError, "3 integers"):
-            vector.step(np.array([0, 1]))
 
 
 if __name__ == "__main__":

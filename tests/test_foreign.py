@@ -18,8 +18,7 @@ from agent import RandomAgent, play
 from environment import GymWorlds, HiddenRulesWrapper, PreviousStep, WorldError, WorldSettings, make_worlds, permutation_rank, permutation_split
 from main import Learner, Settings, evaluate, rewards_of, with_preset
 from memory import merge
-from tests.shared import TINY, Room, temporary_folder
-from tests.test_main import in_process, only_run
+from tests.shared import TINY, Room, in_process, only_run, temporary_folder
 
 gymnasium.register("OtherRoom-v0", entry_point=Room)  # another of the same kind
 ROOM = WorldSettings(gym_id="Room-v0", lifetime=25, cell=4, slip=0, noise=0)

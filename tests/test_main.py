@@ -1,15 +1,10 @@
 """The command line and the run: settings, errors, resume after a kill, what was trained on."""
 
 import ast
-import contextlib
 import copy
 import dataclasses
-import io
 import json
-import os
-import signal
 import subprocess
-import sys
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -22,29 +17,8 @@ from context_engine import ContextInferenceEngine
 from environment import WORLDS, task_split
 from world_model import Planner
 from main import PRESETS, Learner, Settings, evaluate, with_preset
-from memory import RunFolder, UserError, merge
-from tests.shared import ROOT, TINY, command, only_run, start, temporary_folder, tiny, wait_for
-
-
-def tiny_file() -> Path:
-    """A folder with tiny.json in it."""
-    folder = temporary_folder()
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
-
-
-def in_process(arguments: list[str], folder: Path) -> tuple[int, str]:
-    """Exit code and error output of the command line, without the seconds that a new process takes to import."""
-    errors, quiet, before = io.StringIO(), contextlib.redirect_stdout(io.StringIO()), Path.cwd()
-    os.chdir(folder)
-    try:
-        with mock.patch.object(sys, "argv", ["main.py", *arguments]), contextlib.redirect_stderr(errors), quiet:
-            main.main()
-        return 0, errors.getvalue()
-    except SystemExit as stop:
-        return stop.code, errors.getvalue()
-    finally:
-        os.chdir(before)
+from memory import RunFolder, merge
+from tests.shared import ROOT, TINY, command, in_process, only_run, temporary_folder, tiny, tiny_folder
 
 
 class TestSettings(unittest.TestCase):
@@ -115,7 +89,7 @@ class TestCode(unittest.TestCase):
 
 class TestCommandLine(unittest.TestCase):
     def test_bad_input_stops_at_once_with_code_2_and_writes_nothing(self):
-        folder = tiny_file()
+        folder = tiny_folder()
         (folder / "bad.json").write_text("{")
         (folder / "slow.json").write_text('{"preset": "slow"}')
         (folder / "empty").mkdir()
@@ -161,7 +135,7 @@ class TestCommandLine(unittest.TestCase):
             self.assertEqual(json.loads((only_run(folder) / "config.json").read_text())["transition"]["reward_bins"], bins)
 
     def test_flags_beat_the_file_and_the_file_beats_the_preset(self):
-        folder = tiny_file()
+        folder = tiny_folder()
         content = TINY | {"preset": "quick", "world": TINY["world"] | {"slip": 0.2}}
         (folder / "both.json").write_text(json.dumps(content))
         done = command("--config", "both.json", "--world.lifetime", "10", folder=folder)
@@ -173,141 +147,9 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual(config["world"]["lifetime"], 10)  # from the flag
 
 
-class TestResume(unittest.TestCase):
-    def test_kill_and_resume_equal_no_stop_byte_for_byte(self):
-        whole, killed = tiny_file(), tiny_file()
-        done = command("--config", "tiny.json", folder=whole)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        process = start("--config", "tiny.json", folder=killed)  # until update 18 of 38 is logged: checkpoints are every third
-        wait_for(lambda: any(len(log.read_text().splitlines()) >= 6 for log in killed.glob("runs/*/metrics.jsonl")))
-        process.kill()
-        process.communicate()
-        run = only_run(killed)
-        state, logged = RunFolder(run).load()
-        self.assertTrue(3 <= state["counters"][0] < 38, "the kill came too late to test anything")
-        with open(run / "metrics.jsonl", "a") as log:
-            log.write("torn")  # what a kill in mid-line leaves
-        done = command("resume", run, folder=killed)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        for name in ("metrics.jsonl", "evaluation.json"):
-            self.assertEqual((run / name).read_bytes(), (only_run(whole) / name).read_bytes(), name)
-
-    @unittest.skipIf(os.name == "nt", "sends POSIX signals")
-    def test_a_run_goes_on_past_its_end_and_stops_on_ctrl_c(self):
-        folder = tiny_file()
-        process = start("--config", "tiny.json", folder=folder)
-        wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")))
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate()
-        self.assertEqual(process.returncode, 130)
-        self.assertRegex(output, "python3 main.py resume .* goes on")
-        done = command("resume", only_run(folder), "--updates", "30", folder=folder)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        lines = [json.loads(line) for line in (only_run(folder) / "metrics.jsonl").read_text().splitlines()]
-        self.assertEqual([line["update"] for line in lines], [*range(3, 44, 3), 44])
-        done = command("resume", only_run(folder), "--updates", "5", folder=folder)
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("already past 5 updates", done.stderr)
-
-    def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stays(self):
-        folder, advance = tiny_file(), Learner.advance
-
-        def interrupted(learner):
-            if learner.update == 10:
-                signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)
-                self.fail("the update went on")
-            advance(learner)
-
-        with mock.patch.object(Learner, "advance", interrupted):
-            code, _ = in_process(["--config", "tiny.json"], folder)
-        self.assertEqual(code, 130)
-        self.assertEqual(RunFolder(only_run(folder)).load()[0]["counters"][0], 9)
-        self.assertEqual(in_process(["resume", str(only_run(folder))], folder)[0], 0)
-
-    def test_a_damaged_or_unsafe_checkpoint_is_refused(self):
-        folder = temporary_folder()
-        run = RunFolder(folder)
-        with self.assertRaisesRegex(UserError, "no checkpoint yet"):
-            run.load()
-        torch.save({"format": 999}, run.checkpoint)
-        with self.assertRaisesRegex(UserError, "format 999"):
-            run.load()
-        torch.save({"format": 1, "learner": os.system}, run.checkpoint)  # a pickle that would run code
-        with self.assertRaisesRegex(UserError, "damaged or foreign"):
-            run.load()
-        run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:100])
-        with self.assertRaisesRegex(UserError, "damaged or foreign"):
-            run.load()
-
-    @unittest.skipUnless(hasattr(os, "fork"), "file sizes can be limited on POSIX systems alone")
-    def test_a_full_disk_leaves_the_last_checkpoint_and_a_run_that_goes_on(self):
-        folder, whole = tiny_file(), tiny_file()
-        self.assertEqual(in_process(["--config", "tiny.json"], whole)[0], 0)
-        process = start("--config", "tiny.json", folder=folder)
-        wait_for(lambda: list(folder.glob("runs/*/checkpoint.pt")))
-        process.kill()
-        process.communicate()
-        run = only_run(folder)
-        before, room = RunFolder(run).load()[0]["counters"][0], (run / "checkpoint.pt").stat().st_size + 1000
-        script = (
-            f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-            f"sys.argv = ['main.py', 'resume', {str(run)!r}]; import main; main.main()"
-        )
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-        self.assertEqual(done.returncode, 2, done.stderr)
-        self.assertRegex(done.stderr, "could not write .*checkpoint.pt .*the last checkpoint is whole")
-        self.assertGreaterEqual(RunFolder(run).load()[0]["counters"][0], before)
-        self.assertEqual(in_process(["resume", str(run)], folder)[0], 0)
-        for name in ("metrics.jsonl", "evaluation.json"):
-            self.assertEqual((run / name).read_bytes(), (only_run(whole) / name).read_bytes(), name)
-
-    def test_a_run_that_diverges_stops_and_keeps_what_led_there(self):
-        loss, created, learners = main.Planner.loss, Learner.__init__, []
-
-        def poisoned(planner, value, experience, beliefs):
-            losses = loss(planner, value, experience, beliefs)
-            if learners[-1].update == 24:
-                losses["value"] = losses["value"] * torch.nan
-            return losses
-
-        def remembered(learner, *arguments, **parts):
-            learners.append(learner)
-            return created(learner, *arguments, **parts)
-
-        for every in (12, 1000):  # with collections since the last checkpoint, and without any checkpoint
-            folder = tiny_file()
-            with mock.patch.object(main.Planner, "loss", poisoned), mock.patch.object(Learner, "__init__", remembered):
-                code, errors = in_process(["--config", "tiny.json", "--training.checkpoint-every", str(every)], folder)
-                run = only_run(folder)
-                self.assertEqual(code, 2)
-                self.assertIn("is not finite after update 25:", " ".join(errors.split()))
-                code, errors = in_process(["resume", str(run / "diverged-25")], folder)
-                self.assertEqual((code, "is not finite after update 25:" in errors), (2, True), errors)
-            if every == 12:
-                self.assertEqual(RunFolder(run).load()[0]["counters"][0], 24)
-                code, errors = in_process(["resume", str(run)], folder)  # the poison is gone
-                self.assertEqual(code, 0, errors)
-
-    def test_two_processes_never_share_a_run_and_new_runs_never_a_folder(self):
-        folder = temporary_folder()
-        before = Path.cwd()
-        os.chdir(folder)
-        try:
-            one, other = RunFolder.create(tiny()), RunFolder.create(tiny())
-        finally:
-            os.chdir(before)
-        self.assertNotEqual(one.folder, other.folder)
-        run = RunFolder(folder / one.folder)
-        with run.locked():
-            script = f"from pathlib import Path; from memory import RunFolder\nwith RunFolder(Path({str(run.folder)!r})).locked(): pass"
-            done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-            self.assertIn("being trained by another process", done.stderr)
-
-
 class TestInitFrom(unittest.TestCase):
     def test_another_run_gives_what_it_has_learnt_or_is_refused(self):
-        folder = tiny_file()
+        folder = tiny_folder()
         self.assertEqual(in_process(["--config", "tiny.json"], folder)[0], 0)
         first = only_run(folder)
         weights = RunFolder(first).load()[0]["modules"]
@@ -412,7 +254,7 @@ class TestLearner(unittest.TestCase):
 class TestReport(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.folder = tiny_file()
+        cls.folder = tiny_folder()
         for seed in ("0", "1"):
             code, errors = in_process(["--config", "tiny.json", "--seed", seed], cls.folder)
             assert code == 0, errors

@@ -14,17 +14,10 @@ import torch
 
 from main import Learner, Processes
 from memory import LifetimeStore, RunFolder
-from tests.shared import TINY, children_of, command, free_port, only_run, start, temporary_folder, tiny, wait_for
+from tests.shared import children_of, command, free_port, only_run, start, temporary_folder, tiny, tiny_folder, wait_for
 
 TORCHRUN = ("-m", "torch.distributed.run")
 ALONE = ("--standalone", "--nproc-per-node", "2")
-
-
-def tiny_folder(**training: int) -> Path:
-    """A folder with tiny settings in tiny.json."""
-    folder = temporary_folder()
-    (folder / "tiny.json").write_text(json.dumps(TINY | {"training": TINY["training"] | training}))
-    return folder
 
 
 def torchrun(*arguments: str, folder: Path, options: tuple[str, ...] = ALONE, script: str = "main.py") -> subprocess.Popen:
