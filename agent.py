@@ -23,7 +23,7 @@ from environment import (
     ActionValues, GymWorlds, HiddenRulesWorld, Split, WorldSettings, WorldStep, by_role, seeded,
 )  # fmt: skip
 from memory import EpisodicMemory, UserError
-from transition_model import TransitionModel
+from transition_model import ModeTable, TransitionModel
 from world_model import VAE, Planner
 
 if TYPE_CHECKING:  # whoever only steps the world need not wait for matplotlib
@@ -48,7 +48,7 @@ class AgentController:
 
     Args:
         vae, transition, engine: perception, dynamics and inference.
-        planner: answers `action_values(codes, belief, again)`.
+        planner: answers `action_values(codes, belief, again, modes)`.
         lifetime: steps of a lifetime.
         appearance: infers how everything looks, and its context modulates the VAE; without it the world's row does.
         keep_pictures: keep the pictures in `memory`, for the store of past lifetimes.
@@ -90,6 +90,7 @@ class AgentController:
             len(frames), self.lifetime, patches, self.transition.settings.outcomes, frames.device, self.keep_pictures
         )
         self.frame, self.belief, self.look = frames, self.engine.initial_belief(len(frames)), None
+        self.modes = ModeTable(self.transition.outcome_network)
         self.nats: list[Tensor] = []  # for each step, how unexpected it was (B,), as in ExactFilter
 
     @torch.no_grad()
@@ -99,7 +100,7 @@ class AgentController:
         self.codes = self.vae.encode(self.frame, self.vision)
         if self.exploration >= 1:  # no need to plan
             return self._random()
-        action = self.planner.action_values(self.codes, self.belief, self.look_again).argmax(-1)
+        action = self.planner.action_values(self.codes, self.belief, self.look_again, self.modes).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random(), action)
@@ -121,6 +122,7 @@ class AgentController:
     @torch.no_grad()
     def recall(self) -> None:
         """Rebuild the belief from the memory: after the models have changed in mid-lifetime."""
+        self.modes = ModeTable(self.transition.outcome_network)
         if not self.freeze_belief:
             self.belief = self.engine(self.memory)
 

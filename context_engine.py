@@ -57,20 +57,19 @@ class ContextSettings:
 
 
 class Imagined(NamedTuple):
-    """Rows of beliefs after P imagined effects, N actions that had one of them and M rewards that came with one."""
+    """Rows of beliefs after N imagined actions that had an effect, and after M effects that came with a reward."""
 
-    others: Tensor
-    """(P, A, H): of the actions that were not taken."""
     own: Tensor
-    """(N, H): of the actions that were."""
+    """(N, H): of the actions that were taken."""
     world: Tensor
     """(M, H): of the world."""
 
-    def belief(self, effect: Tensor, action: Tensor, taken: Tensor, event: Tensor) -> Tensor:
-        """Whole beliefs (n, A + 1, H) after `action` (n,) had `effect` (n,); rows `taken`, `event` (n,) of own, world."""
-        rows = self.others.index_select(0, effect)
+    def belief(self, before: Tensor, action: Tensor, taken: Tensor, event: Tensor) -> Tensor:
+        """Whole beliefs (n, A + 1, H) after `action` (n,) in beliefs `before` (n, A + 1, H); rows `taken`, `event` (n,) of own, world."""
+        rows = before.clone()
         rows[torch.arange(len(action), device=action.device), action] = self.own[taken]
-        return torch.cat([rows, self.world.index_select(0, event)[:, None]], 1)
+        rows[:, -1] = self.world[event]
+        return rows
 
 
 class ContextInferenceEngine(nn.Module):
@@ -139,8 +138,8 @@ class ContextInferenceEngine(nn.Module):
     ) -> Imagined:  # fmt: skip
         """What would be believed after experiences that only might happen, each row of a belief computed once.
 
-        The row of an action that was not taken does not depend on which other one was, and the world's row not on the
-        action at all; so P effects need P rows for each action, and one more for each action taken and each reward.
+        Only the rows of the action taken and of the world are carried on. What an imagined effect would say of the *other* actions
+        is left out: it is most of the work, and worth nothing that could be measured (tests/benchmarks/TRIED.md).
 
         Args:
             belief: (B, A + 1, H).
@@ -151,23 +150,18 @@ class ContextInferenceEngine(nn.Module):
         """
         effect, action = taken
         origin, reward = event
-        eye, hidden_gates = torch.eye(self.outcomes, device=belief.device), self._hidden_gates(belief)
-        # Effects enter linearly, so token and input gates of all of them fit into two small tables.
-        own, others = (posterior @ self._input_gates(layer(eye)) for layer in (self.own_effect, self.others_effect))
+        # Effects enter linearly, so token and input gates of all of them fit into a small table.
+        own = posterior @ self._input_gates(self.own_effect(torch.eye(self.outcomes, device=belief.device)))
+        rewarded = reward.nonzero(as_tuple=True)
+        world = self._input_gates(self._world_token(posterior[origin], reward, rewarded, present[origin[rewarded]]))
         rows = self.actions + 1
         mine, whole = state[effect] * rows + action, state[origin] * rows + self.actions  # rows of all beliefs
-        touched, rewarded = torch.zeros(len(reward), self.settings.touched, device=belief.device), reward.nonzero()[:, 0]
-        touched[rewarded] = self._touched(present[origin[rewarded]])  # without a reward it counts for nothing
-        world = self._input_gates(self._world_token(posterior[origin], reward, touched))
         # Whole rows are copied by index_select, several times as fast as by indexing.
-        every, every_gates = belief.flatten(0, 1), hidden_gates.flatten(0, 1)
+        every, gates = belief.flatten(0, 1), self._hidden_gates(belief).flatten(0, 1)
         return Imagined(
-            others=self._cell(
-                others[:, None], hidden_gates[:, :-1].index_select(0, state), belief[:, :-1].index_select(0, state)
-            ),
-            own=self._cell(own.index_select(0, effect), every_gates.index_select(0, mine), every.index_select(0, mine)),
-            world=self._cell(world, every_gates.index_select(0, whole), every.index_select(0, whole)),
-        )  # fmt: skip
+            own=self._cell(own.index_select(0, effect), gates.index_select(0, mine), every.index_select(0, mine)),
+            world=self._cell(world, gates.index_select(0, whole), every.index_select(0, whole)),
+        )
 
     # ------------------------------------------------------------------------------------------------- parts
 
@@ -176,20 +170,19 @@ class ContextInferenceEngine(nn.Module):
         posterior = experience.posterior.float()
         mine = F.one_hot(experience.action, self.actions)[..., None].bool()  # (B, T, A, 1)
         effects = torch.where(mine, self.own_effect(posterior)[:, :, None], self.others_effect(posterior)[:, :, None])
-        present = pairs_present(experience.codes, experience.next_codes, self.codes)
-        world = self._world_token(posterior, experience.reward, self._touched(present))
+        rewarded = experience.reward.nonzero(as_tuple=True)
+        present = pairs_present(experience.codes[rewarded], experience.next_codes[rewarded], self.codes)
+        world = self._world_token(posterior, experience.reward, rewarded, present)
         return torch.cat([effects, world[:, :, None]], 2)
 
-    def _touched(self, present: Tensor) -> Tensor:
-        """Features (..., F) of what touched what: the highest over the pairs (..., C*C) that occur."""
+    def _world_token(self, posterior: Tensor, reward: Tensor, rewarded: tuple[Tensor, ...], present: Tensor) -> Tensor:
+        """(..., H) from effects (..., K), rewards (...), and what touched what: which pairs of codes (n, C*C) occur where there is
+        a reward, at the indices `rewarded`. It is signed by the reward, so that steps without one add nothing to the evidence
+        about what is worth something."""
         features = F.silu(self.touched(self.pairs)).expand(*present.shape, -1)
-        return features.masked_fill(~present[..., None], ABSENT).amax(-2)
-
-    def _world_token(self, posterior: Tensor, reward: Tensor, touched: Tensor) -> Tensor:
-        """(..., H) from effects (..., K), rewards (...), features (..., F): signed by the reward, so that steps without
-        reward add nothing to the evidence about what is worth something."""
-        reward = reward[..., None]
-        return self.world_event(torch.cat([posterior, reward, reward * touched], -1))
+        touched = features.masked_fill(~present[..., None], ABSENT).amax(-2)  # the highest over the pairs that occur
+        signed = reward.new_zeros(*reward.shape, touched.shape[-1]).index_put(rewarded, reward[rewarded][:, None] * touched)
+        return self.world_event(torch.cat([posterior, reward[..., None], signed], -1))
 
     def _input_gates(self, token: Tensor) -> Tensor:
         return F.linear(token, self.gru.weight_ih_l0, self.gru.bias_ih_l0)

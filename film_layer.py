@@ -37,12 +37,16 @@ class FiLMLayer(nn.Module):
             self.generator.weight.mul_(scale)
             self.generator.bias.zero_()
 
-    def forward(self, features: Tensor, context: Tensor) -> Tensor:
+    def forward(self, features: Tensor, context: Tensor, row: Tensor | None = None) -> Tensor:
         """Modulate features (B, F), (B, N, F) or (B, F, H, W), float, by context (B, D), or (B, N, D) for (B, N, F).
 
-        Returns the modulated features in the shape of `features`.
+        With `row` (B,) int64 contexts may be fewer: features i are modulated by context[row[i]], and gamma and beta of each are
+        computed once. Returns the modulated features in the shape of `features`.
         """
-        gamma, beta = self.generator(context).chunk(2, -1)
+        modulation = self.generator(context)
+        if row is not None:
+            modulation = modulation.index_select(0, row)
+        gamma, beta = modulation.chunk(2, -1)
         if features.ndim == 4:
             channels, gamma, beta = features.shape[1], gamma[:, :, None, None], beta[:, :, None, None]
         else:

@@ -139,7 +139,7 @@ PRESETS: dict[str, dict] = {
     "default": {},
     "switching": {"training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
     "tinted": {
-        "vae": {"exact": True, "encoder_rate": 5e-4, "final_rate": 0.05},
+        "vae": {"encoder_rate": 5e-4, "final_rate": 0.05},
         "context": {"appearance": 16},
         "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
@@ -437,7 +437,7 @@ class Learner:
             "context": [*engine.parameters(), *transition.contextual_parameters()],
             "value": self.system.value.parameters(),
         }
-        self.optimisers = {name: torch.optim.Adam(parameters) for name, parameters in groups.items()}
+        self.optimisers = {name: torch.optim.Adam(parameters, fused=True) for name, parameters in groups.items()}
         self.update = self.collections = self.env_steps = 0
         self.metrics: dict[str, Tensor] = {}
         self.seconds: dict[str, float] = {}
@@ -575,7 +575,7 @@ class Learner:
             if self.update == 0:
                 system.vae.seed_codes(self.processes.joined(frames), self.processes.joined(vision))
                 self.processes.follow(system.vae)
-            self._descend("vae", system.vae.loss(frames, vision, self.generator), clip=1e4)
+            self._descend("vae", system.vae.loss(frames, vision), clip=1e4)
 
     def merge_codes(self, every: int = 16) -> None:
         """Perception is new: let its codes that stand for the same count as one, by every so many pictures of a block."""

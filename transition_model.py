@@ -128,30 +128,38 @@ class OutcomeNetwork(nn.Module):
             pictures = torch.cat([pictures, self.edges.expand(len(pictures), -1, -1, -1)], 1)
         return self.features(pictures).flatten(2).transpose(1, 2)
 
-    def _logits(self, codes: Tensor) -> Tensor:
-        """Of every code at every patch under every outcome: (B, S, K, C)."""
-        logits = self.head(self.hidden(codes)).view(*codes.shape, self.outcomes, self.codes)
-        stay = self.stay * one_hot(codes, self.codes)
-        return logits.add_(stay[:, :, None])  # in place: the largest tensor of all, and new memory is what costs here
+    def _logits(self, codes: Tensor, codes_first: bool) -> Tensor:
+        """Of every code at every patch under every outcome: (B, S, K, C), where the likeliest code is found sooner, or with
+        `codes_first` (B, S, C, K), where normalising over the codes takes half the time."""
+        weight, bias = (x.view(self.outcomes, self.codes, *x.shape[1:]) for x in (self.head.weight, self.head.bias))
+        staying = (self.stay * torch.eye(self.codes, device=codes.device)).expand(self.outcomes, -1, -1)
+        weight = torch.cat([weight, staying], -1)  # (K, C, W + C): the present code, too, is an input, and raises its own logit
+        if codes_first:
+            weight, bias = weight.transpose(0, 1), bias.t()
+        features = torch.cat([self.hidden(codes), one_hot(codes, self.codes)], -1)
+        return F.linear(features, weight.flatten(0, 1), bias.flatten()).view(*codes.shape, *bias.shape)
 
     def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:
         """log p(z'|z, k) (B, K), summed over patches, of code grids (B, S) uint8."""
-        logits = self._logits(codes)
-        index = next_codes.long()[:, :, None, None].expand(*logits.shape[:3], 1)
-        return (logits.gather(3, index)[..., 0] - logits.logsumexp(-1)).sum(1)
+        logarithms = self._logits(codes, codes_first=True).log_softmax(2)
+        index = next_codes.long()[:, :, None, None].expand(-1, -1, 1, self.outcomes)
+        return logarithms.gather(2, index)[:, :, 0].sum(1)
 
+    @torch.no_grad()
     def modes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """What every outcome would lead to from code grids (B, S) uint8.
 
         Returns:
-            the likeliest next grids (B, K, S) uint8, and `alike` (B, K, K) float: column j sums over the outcomes that
-            lead to the same grid as j if j is the first of them, and is zero otherwise.
+            the likeliest next grids (B, K, S) uint8, and for each outcome the first one that leads to the same grid, (B, K) int64.
         """
-        grids = self._logits(codes).argmax(-1).transpose(1, 2)  # (B, K, S)
-        fingerprint = (grids * self.fingerprint).sum(-1)  # 62 random bits a patch: equal sums, equal grids
-        same = fingerprint[:, :, None] == fingerprint[:, None]  # (B, K, K)
-        repeated = same.triu(1).any(1)  # whether an earlier outcome leads to the same grid
-        return grids.to(torch.uint8), (same & ~repeated[:, None]).float()
+        grids = self._logits(codes, codes_first=False).argmax(-1).transpose(1, 2)  # (B, K, S)
+        key = self.key(grids)
+        same = key[:, :, None] == key[:, None]  # (B, K, K)
+        return grids.to(torch.uint8), same.byte().argmax(-1)
+
+    def key(self, codes: Tensor) -> Tensor:
+        """A number (...) int64 of each grid (..., S): 62 random bits a patch, so that equal numbers mean equal grids."""
+        return (codes * self.fingerprint).sum(-1)
 
     @torch.no_grad()
     def split(self, codes: Tensor, next_codes: Tensor, generator: torch.Generator, unsure: float = 0.2) -> bool:
@@ -186,6 +194,36 @@ class OutcomeNetwork(nn.Module):
         self.marginal[worst] -= math.log(2)
         self.marginal[spare] = self.marginal[worst]
         return True
+
+
+class ModeTable:
+    """`OutcomeNetwork.modes` while the network stays as it is: each grid's are computed once and looked up from then on.
+
+    Each grid has one slot that it may lie in, as in a direct-mapped cache; whatever lay there before is forgotten.
+
+    Args:
+        network: must not learn as long as this table is used.
+        slots: grids that are remembered at most; memory is taken as they come.
+    """
+
+    def __init__(self, network: OutcomeNetwork, slots: int = 1 << 15) -> None:
+        self.network, device = network, network.fingerprint.device
+        self.owner = torch.full((slots,), -1, device=device)  # the key of the grid that each slot is for
+        self.grids = torch.empty((slots, network.outcomes, len(network.fingerprint)), dtype=torch.uint8, device=device)
+        self.first = torch.empty((slots, network.outcomes), dtype=torch.int64, device=device)
+
+    def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OutcomeNetwork.modes`."""
+        key = self.network.key(codes)
+        slot = key % len(self.owner)
+        new = (self.owner[slot] != key).nonzero()[:, 0]
+        grids, first = self.grids.index_select(0, slot), self.first.index_select(0, slot)
+        if len(new):
+            grids[new], first[new] = self.network.modes(codes[new])
+            self.owner[slot[new]] = key[new]
+            new = new[self.owner[slot[new]] == key[new]]  # where two want one slot, one of them has it
+            self.grids[slot[new]], self.first[slot[new]] = grids[new], first[new]
+        return grids, first
 
 
 class TransitionModel(nn.Module):
@@ -226,7 +264,7 @@ class TransitionModel(nn.Module):
         return (likelihood + self.outcome_network.marginal.log_softmax(0)).softmax(-1)
 
     def effect_of_alike(self, alike: Tensor) -> Tensor:
-        """The effect posterior (N, K) of an imagined step, of which outcomes (N, K) would have looked the same."""
+        """The effect posterior (N, K) of an imagined step, of which outcomes (N, K) bool would have looked the same."""
         mass = alike * self.outcome_network.marginal.softmax(0)
         return mass / mass.sum(-1, keepdim=True)
 
@@ -239,22 +277,23 @@ class TransitionModel(nn.Module):
         features = self.prior_film(self.action_features.expand(*context.shape[:2], -1), context)
         return self.prior_out(features).log_softmax(-1)
 
-    def consequence_table(self, context: Tensor) -> Tensor:
-        """Modulated features of every pair (B, C*C, F) under contexts (B, D); for `consequences`."""
-        features = self.pair_in(self.pairs).expand(len(context), -1, -1)
-        return F.silu(self.consequence_film(features, context))
-
-    def consequences(self, present: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def consequences(self, present: Tensor, context: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reward and end of the episode from what touched what.
 
         Args:
-            present: (B, C*C) bool, see `pairs_present`.
-            table: (B, C*C, F), see `consequence_table`; it is overwritten.
+            present: (N, C*C) bool, see `pairs_present`.
+            context: (B, D), of the world.
+            row: (N,) int64, which context each is asked under, so that what they share is computed once; None for each its own.
 
         Returns:
-            log p(r) (B, bins) over `reward_bins`, and the logit (B,) that the episode terminates.
+            log p(r) (N, bins) over `reward_bins`, and the logit (N,) that the episode terminates.
         """
-        out = self.consequence_out(table.masked_fill_(~present[..., None], ABSENT).amax(-2))
+        occurring = present.any(0).nonzero()[:, 0]  # a third of the pairs that there could be
+        features = self.pair_in(self.pairs[occurring]).expand(len(context), -1, -1)
+        features = F.silu(self.consequence_film(features, context))
+        if row is not None:
+            features = features.index_select(0, row)
+        out = self.consequence_out(features.masked_fill_(~present[:, occurring, None], ABSENT).amax(-2))
         return out[..., :-1].log_softmax(-1), out[..., -1]
 
     # -------------------------------------------------------------------------------------------- losses
@@ -329,7 +368,7 @@ class TransitionModel(nn.Module):
 
     def consequence_loss(self, context: Tensor, present: Tensor, reward: Tensor, terminated: Tensor) -> dict[str, Tensor]:
         """Cross-entropies (N,), nats, of rewards (N,) and ends (N,) bool; context (N, D), present (N, C*C) bool."""
-        log_reward, end = self.consequences(present, self.consequence_table(context))
+        log_reward, end = self.consequences(present, context)
         return {
             "reward": -(self.two_hot(reward) * log_reward).sum(-1),
             "termination": F.binary_cross_entropy_with_logits(end, terminated.float(), reduction="none"),

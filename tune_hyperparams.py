@@ -67,7 +67,7 @@ SPACE: dict[str, Range] = {
     "planner.trace": Range(0.5, 0.95),
     "planner.discount": Range(0.9, 0.97),
     "planner.promising": Range(0.0, 0.5),
-    "planner.second_look": Range(5, 60, log=True, when="planner.promising"),
+    "planner.likely": Range(0.05, 0.6, when="planner.promising"),
     "training.exploration": Range(0.05, 0.5),
     "training.final_rate": Range(0.02, 0.5, log=True),
 }

@@ -2,8 +2,7 @@
 value of such grids; planning with both, all modulated by the context.
 
 Each patch of the picture becomes one categorical code, so that all later inference and planning work on small integer
-grids. Source of the parts: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014; Jang et al., "Categorical
-Reparameterization with Gumbel-Softmax", 2017.
+grids. Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from context_engine import ContextInferenceEngine, Imagined
 from environment import require_all
 from film_layer import FiLMLayer
 from memory import Experience
-from transition_model import ABSENT, TransitionModel, one_hot, pairs_present
+from transition_model import ABSENT, ModeTable, TransitionModel, one_hot, pairs_present
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,6 @@ class VAESettings:
     """Patches nearer than this share of the largest distance begin with one code, in [0, 1]: what noise is taken to do."""
     deviation: float = 0.1
     """Standard deviation of a pixel around its reconstruction, as a share of the range, above 0."""
-    temperature: float = 1.0
-    """Of the Gumbel-softmax sample, above 0."""
-    exact: bool = False
-    """Sum the bound over all codes of a patch instead of drawing one: without noise, and steadier where worlds look different."""
     decoder_rate: float = 1e-2
     """Adam's learning rate of the decoder while perception is learnt alone."""
     encoder_rate: float = 2e-4
@@ -53,7 +49,7 @@ class VAESettings:
     def __post_init__(self) -> None:
         require_all(
             "vae", self, patch=(0, 64), codes=(2, 255), width=(1, 4096), alike=(0, 1), deviation=(1e-3, 10),
-            temperature=(1e-2, 100), decoder_rate=(0, 1), encoder_rate=(0, 1), final_rate=(0, 1), late_rate=(0, 1),
+            decoder_rate=(0, 1), encoder_rate=(0, 1), final_rate=(0, 1), late_rate=(0, 1),
         )  # fmt: skip
 
 
@@ -117,38 +113,28 @@ class VAE(nn.Module):
         patches = patches.view(-1, rows, columns, patch, patch, channels).transpose(2, 3)  # (B, rows, p, columns, p, ch)
         return patches.reshape(-1, *self.picture)
 
-    def loss(self, frames: Tensor, context: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def loss(self, frames: Tensor, context: Tensor) -> dict[str, Tensor]:
         """The negative evidence lower bound, in nats a picture, mean over the batch.
 
-            -log p(x|z, c) + KL(q(z|x, c) || p(z)),   z ~ q by straight-through Gumbel-softmax, or summed over z,
+            E_{z ~ q(z|x, c)} -log p(x|z, c) + KL(q(z|x, c) || p(z))
 
         with p(x|z, c) Gaussian of fixed deviation (its constant left out), summed over pixels, and the KL summed over
-        patches. p(z) is one categorical for all patches: uniform at the start and learnt, because under a uniform
-        prior the bound gains by spreading the background over several codes that mean the same.
+        patches. A patch has few codes, so the expectation is an exact sum over them: no sample is drawn, no gradient estimated,
+        and the decoder works once a code instead of once a patch. p(z) is one categorical for all patches: uniform at the start
+        and learnt, because under a uniform prior the bound gains by spreading the background over several codes that mean the same.
 
         Args:
             frames: (B, H, W, channels) uint8.
             context: (B, D) float32; whatever made it learns along unless it is detached.
-            generator: of the Gumbel noise.
 
         Returns:
             scalars by name: reconstruction, kl; their sum is the bound.
         """
         log_q = self.logits(frames, context).log_softmax(-1)  # (B, S, codes)
-        if self.settings.exact:
-            kl = self._divergence(log_q)
-            square = (log_q.exp() * self._square_errors(frames, context)).sum((1, 2))
-            return {"reconstruction": square.mean() / (2 * self.settings.deviation**2), "kl": kl.mean()}
-        gumbel = -torch.empty_like(log_q).exponential_(generator=generator).log()
-        soft = ((log_q + gumbel) / self.settings.temperature).softmax(-1)
-        hard = F.one_hot(soft.argmax(-1), self.settings.codes).float()
-        error = self._decode_patches(hard + soft - soft.detach(), context) - self.patches(frames)
-        reconstruction = error.square().sum((1, 2)) / (2 * self.settings.deviation**2)
-        return {"reconstruction": reconstruction.mean(), "kl": self._divergence(log_q).mean()}
-
-    def _divergence(self, log_q: Tensor) -> Tensor:
-        """KL(q || p) (B,), nats, of log posteriors (B, S, codes) from the prior, summed over patches."""
-        return (log_q.exp() * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
+        q = log_q.exp()
+        square = (q * self._square_errors(frames, context)).sum((1, 2))
+        divergence = (q * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
+        return {"reconstruction": square.mean() / (2 * self.settings.deviation**2), "kl": divergence.mean()}
 
     @torch.no_grad()
     def seed_codes(self, frames: Tensor, context: Tensor) -> int:
@@ -271,30 +257,35 @@ class Value(nn.Module):
         actions = F.silu(self.of_action(context[:, :-1])).mean(1)
         return torch.cat([actions, F.silu(self.of_world(context[:, -1]))], -1)
 
-    def pool_shared(self, others: Tensor, own: Tensor, world: Tensor, effect: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def pool_shared(self, context: Tensor, state: Tensor, action: Tensor, own: Tensor, world: Tensor) -> tuple[Tensor, Tensor]:
         """Both halves of `pool` where contexts share rows, each read once; see `context_engine.Imagined`.
 
         Args:
-            others, own, world: (P, A, D), (N, D), (M, D) contexts of such rows.
-            effect, action: (N,) int64: context n is that of effect[n], with own[n] in the place of action[n].
+            context: (B, A + 1, D).
+            state, action: (N,) int64: context n is that of state[n], with own[n] (N, D) in the place of action[n].
+            world: (M, D) rows.
 
         Returns:
             the half of the actions (N, 64), the half of the world (M, 64).
         """
-        others, own = F.silu(self.of_action(others)), F.silu(self.of_action(own))
-        actions = (others.sum(1).index_select(0, effect) - others[effect, action] + own) / others.shape[1]
-        return actions, F.silu(self.of_world(world))
+        before = F.silu(self.of_action(context[:, :-1]))  # (B, A, 64)
+        sums = before.sum(1).index_select(0, state) - before[state, action] + F.silu(self.of_action(own))
+        return sums / before.shape[1], F.silu(self.of_world(world))
 
-    def forward(self, statistics: Tensor, pooled: Tensor) -> Tensor:
-        """V (B,) of states by `statistics` (B, C, 3) under pooled contexts (B, 128)."""
+    def forward(self, statistics: Tensor, pooled: Tensor, row: Tensor | None = None) -> Tensor:
+        """V (B,) of states by `statistics` (B, C, 3) under pooled contexts (B, 128); with `row` (B,) int64 these may be fewer, and
+        state i is read under pooled[row[i]]."""
         features = F.silu(self.code_film(self.code_features.expand(len(pooled), -1, -1), pooled))
-        key, value = self.code_out(features).chunk(2, -1)  # (B, C, P) each
+        of_codes = self.code_out(features)
+        if row is not None:
+            of_codes = of_codes.index_select(0, row)
+        key, value = of_codes.chunk(2, -1)  # (B, C, P) each
         count, centre = statistics[..., :1], statistics[..., 1:]
         masked = key.masked_fill(count == 0, ABSENT)
         weight = (4 * masked).softmax(1)
         points = weight.transpose(1, 2) @ centre
         state = torch.cat([points.flatten(1), masked.amax(1), (weight * value).sum(1)], -1)
-        state = F.silu(self.state_film(self.state_norm(self.state_in(state)), pooled))
+        state = F.silu(self.state_film(self.state_norm(self.state_in(state)), pooled, row))
         state = state + F.silu(self.state_hidden(state))
         return self.state_out(state)[:, 0]
 
@@ -318,8 +309,8 @@ class PlannerSettings:
     """The same for the rewards of an outcome; nearly 1 where bins stand for rewards between them."""
     promising: float = 0.2
     """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
-    second_look: int = 20
-    """Imagined steps of a state, at most so many for a second one: a vague belief is planned with one step."""
+    likely: float = 0.3
+    """And there only steps whose probability that the episode goes on behind them is above this, in [0, 1)."""
     imagine: bool = True
     """Plan with what would be known after an imagined step; without, information is worth nothing (as in QMDP)."""
     keypoints: int = 8
@@ -335,8 +326,8 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         require_all(
-            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), reward_mass=(1e-6, 1), promising=(0, 1e6),
-            second_look=(0, 10**6), keypoints=(1, 1024), width=(1, 4096), trace=(0, 1), slow=(1e-6, 1), learning_rate=(0, 1),
+            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), reward_mass=(1e-6, 1), promising=(0, 1e6), likely=(0, 1),
+            keypoints=(1, 1024), width=(1, 4096), trace=(0, 1), slow=(1e-6, 1), learning_rate=(0, 1),
         )  # fmt: skip
 
 
@@ -358,12 +349,13 @@ class Branches(NamedTuple):
     onward: Tensor
     """(N,) float: V, what going on would be."""
     effect: Tensor
-    """(N,) int64: row of `codes`, and of `beliefs.others`."""
+    """(N,) int64: row of `codes`."""
     rows: tuple[Tensor, Tensor]
     """(N,) int64 each: rows of `beliefs.own` and of `beliefs.world`."""
     codes: Tensor
     """(P, S) uint8: the grids of codes that the effects lead to."""
-    beliefs: Imagined
+    beliefs: Imagined | None
+    """None where these steps teach nothing."""
 
 
 class Planner:
@@ -373,9 +365,10 @@ class Planner:
 
     z'_k is the outcome's mode, e the probability that the episode ends, and h'_kr the belief after the imagined
     experience (a, k, r), c'_kr its context: the value of what an action teaches is part of the action's value. U is the
-    learnt V(z', c'), and for actions that are close to the best one max_a' Q(z', h', a') under that belief, with V
-    below it. Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and Wefald, 1991 (search where
-    it may change the decision).
+    learnt V(z', c'), and behind likely steps of actions that are close to the best one max_a' Q(z', h', a') under that belief,
+    with V(z'', c') and W(c') below it: what a second step would teach is not imagined, which makes it several times as cheap and
+    costs nothing (tests/benchmarks/TRIED.md). Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and
+    Wefald, 1991 (search where it may change the decision).
     """
 
     def __init__(self, settings: PlannerSettings, transition: TransitionModel, engine: ContextInferenceEngine, value: Value) -> None:
@@ -384,25 +377,31 @@ class Planner:
     STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and branches are many
 
     @torch.inference_mode()  # a decision for one world takes an eighth less than with no_grad: less to note down
-    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
-        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere."""
+    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True, modes: ModeTable | None = None) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere. `modes` remembers what
+        outcomes lead to, for as long as they do not learn."""
+        modes = modes or self.transition.outcome_network.modes
         parts = zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
-        return torch.cat([self._action_values(*part, again) for part in parts])
+        return torch.cat([self._action_values(*part, again, modes) for part in parts])
 
-    def _action_values(self, codes: Tensor, belief: Tensor, again: bool) -> Tensor:
-        branches = self._imagine(codes, belief)
+    def _action_values(self, codes: Tensor, belief: Tensor, again: bool, modes: Callable) -> Tensor:
+        branches = self._imagine(codes, belief, modes, self.settings.imagine)
         values = self._back_up(branches, branches.onward, len(codes))
         if not again:
             return values
         promising = values > values.amax(1, keepdim=True) - self.settings.promising
-        few = branches.state.bincount(minlength=len(codes)) <= self.settings.second_look
-        promising &= (few & (promising.sum(1) > 1))[:, None]  # nothing to choose, nothing to look at
-        looked = promising[branches.state, branches.action].nonzero()[:, 0]
+        promising &= (promising.sum(1) > 1)[:, None]  # nothing to choose, nothing to look at
+        likely = branches.weight * (1 - branches.end) > self.settings.likely
+        looked = (promising[branches.state, branches.action] & likely).nonzero()[:, 0]
         if len(looked) == 0:
             return values
-        effect, onward = branches.effect[looked], branches.onward.clone()
-        beliefs = branches.beliefs.belief(effect, branches.action[looked], *(row[looked] for row in branches.rows))
-        onward[looked] = self.action_values(branches.codes.index_select(0, effect), beliefs, again=False).amax(1)
+        beliefs = belief.index_select(0, branches.state[looked])
+        if branches.beliefs:
+            beliefs = branches.beliefs.belief(beliefs, branches.action[looked], *(row[looked] for row in branches.rows))
+        next_codes = branches.codes.index_select(0, branches.effect[looked])
+        further = self._imagine(next_codes, beliefs, modes, learn=False)
+        onward = branches.onward.clone()
+        onward[looked] = self._back_up(further, further.onward, len(looked)).amax(1)
         return self._back_up(branches, onward, len(codes))
 
     def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
@@ -448,43 +447,45 @@ class Planner:
             "fresh": F.mse_loss(value.fresh(pooled[first.flatten()]), target[first]),
         }
 
-    def _imagine(self, codes: Tensor, belief: Tensor) -> Branches:
+    def _imagine(self, codes: Tensor, belief: Tensor, modes: Callable, learn: bool) -> Branches:
+        """The likely steps from states, with what they would teach or, unless `learn`, under the belief as it is."""
         transition, engine, value, mass = self.transition, self.engine, self.value, self.settings.mass
         context = engine.context(belief)
 
         # What can happen: outcomes that look alike from here are one, and take the mass of all.
-        grids, alike = transition.outcome_network.modes(codes)  # (B, K, S), (B, K, K)
-        kept, weight = branch(transition.log_prior(context[:, :-1]).exp() @ alike, mass)  # (B, A, K)
+        grids, first = modes(codes)  # (B, K, S), (B, K)
+        prior = transition.log_prior(context[:, :-1]).exp()
+        together = torch.zeros_like(prior).scatter_add_(2, first[:, None].expand_as(prior), prior)
+        kept, weight = branch(together, mass)  # (B, A, K)
         state, outcome = kept.any(1).nonzero(as_tuple=True)  # P effects, shared by the actions
         index = torch.zeros(len(codes), kept.shape[-1], dtype=torch.int64, device=codes.device)  # of the effect, 0 to P - 1
         index[state, outcome] = torch.arange(len(state), device=codes.device)
         next_codes = grids[state, outcome]
         present = pairs_present(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1]).index_select(0, state))
+        log_reward, end = transition.consequences(present, context[:, -1], state)
         rewarded, reward_weight = branch(log_reward.exp(), self.settings.reward_mass)  # (P, bins)
-        posterior = transition.effect_of_alike(alike[state, :, outcome])  # (P, K)
 
-        # What will be known then. Taken: an action has an effect; event: an effect comes with a reward.
-        row, action, outcome = kept.nonzero(as_tuple=True)
-        effect, (origin, bin_) = index[row, outcome], rewarded.nonzero(as_tuple=True)
-        if self.settings.imagine:
-            taken, event = (effect, action), (origin, transition.reward_bins[bin_])
-            beliefs = engine.imagine(belief, state, posterior, present, taken, event)
-        else:
-            beliefs = Imagined(belief[state, :-1], belief[row, action], belief[state[origin], -1])
-        pooled_actions, pooled_world = value.pool_shared(*map(engine.context, beliefs), effect, action)
-
-        # A branch is a pair of the two with the same effect; and what it is worth.
+        # Taken: an action has an effect; event: an effect comes with a reward. A branch is a pair of the two with the same effect.
+        row, action, kind = kept.nonzero(as_tuple=True)
+        caused, (origin, bin_) = index[row, kind], rewarded.nonzero(as_tuple=True)
         event_of = torch.zeros_like(rewarded, dtype=torch.int64)
         event_of[origin, bin_] = torch.arange(len(origin), device=codes.device)
-        taken, bin_ = rewarded[effect].nonzero(as_tuple=True)
-        effect = effect[taken]
-        event = event_of[effect, bin_]
-        pooled = torch.cat([pooled_actions.index_select(0, taken), pooled_world.index_select(0, event)], -1)
+        taken, reward = rewarded[caused].nonzero(as_tuple=True)
+        effect = caused[taken]
+        event, branch_state = event_of[effect, reward], row[taken]
+
+        # What will be known then, and what it is worth.
+        beliefs, pooled, under = None, value.pool(context), branch_state
+        if learn:
+            posterior = transition.effect_of_alike(first[state] == outcome[:, None])  # (P, K)
+            beliefs = engine.imagine(belief, state, posterior, present, (caused, action), (origin, transition.reward_bins[bin_]))
+            pooled_actions, pooled_world = value.pool_shared(context, row, action, *map(engine.context, beliefs))
+            pooled, under = torch.cat([pooled_actions.index_select(0, taken), pooled_world.index_select(0, event)], -1), None
+        fresh = value.fresh(pooled)
         return Branches(
-            state=row[taken], action=action[taken], weight=weight[row, action, outcome][taken] * reward_weight[effect, bin_],
-            reward=transition.reward_bins[bin_], end=torch.sigmoid(end)[effect], fresh=value.fresh(pooled),
-            onward=value(value.statistics(next_codes).index_select(0, effect), pooled), effect=effect, rows=(taken, event),
+            state=branch_state, action=action[taken], weight=weight[row, action, kind][taken] * reward_weight[effect, reward],
+            reward=transition.reward_bins[reward], end=torch.sigmoid(end)[effect], fresh=fresh if under is None else fresh[under],
+            onward=value(value.statistics(next_codes).index_select(0, effect), pooled, under), effect=effect, rows=(taken, event),
             codes=next_codes, beliefs=beliefs,
         )  # fmt: skip
 

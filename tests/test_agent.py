@@ -3,16 +3,17 @@
 import gc
 import types
 import unittest
+from unittest import mock
 
 import torch
 
 from agent import BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
 from environment import ActionValues, HiddenRulesWorld, Rule, WorldSettings
-from world_model import PlannerSettings, branch
+from world_model import Planner, PlannerSettings, branch
 from context_engine import ExactFilter
 from main import Learner, System, evaluate
 from tests.shared import seeded, tiny
-from transition_model import pairs_present
+from transition_model import ModeTable, pairs_present
 
 VALIDATION = "validation"
 
@@ -109,19 +110,19 @@ class TestValueAndPlanner(unittest.TestCase):
         codes, belief = self.codes[:1], self.belief[:1]
         transition, engine, value = system.transition, system.engine, system.slow_value
         context = engine.context(belief)
-        grids, alike = transition.outcome_network.modes(codes)
+        grids, twins = transition.outcome_network.modes(codes)
         expected = torch.zeros(4)
         with torch.no_grad():
             for action in range(4):
                 for k in range(grids.shape[1]):
-                    first = int(alike[0, k].argmax())
+                    first = int(twins[0, k])
                     present = pairs_present(codes, grids[:, first], 6)
-                    log_reward, end = transition.consequences(present, transition.consequence_table(context[:, -1]))
+                    log_reward, end = transition.consequences(present, context[:, -1])
                     for bin_, reward in enumerate(transition.reward_bins):
-                        effect = transition.effect_of_alike(alike[:, :, first])
+                        effect = transition.effect_of_alike(twins == first)
                         zero = torch.zeros(1, dtype=torch.int64)
                         after = engine.imagine(belief, zero, effect, present, (zero, zero + action), (zero, reward[None]))
-                        pooled = value.pool(engine.context(after.belief(zero, zero + action, zero, zero)))
+                        pooled = value.pool(engine.context(after.belief(belief, zero + action, zero, zero)))
                         onward, fresh = value(value.statistics(grids[:, first]), pooled), value.fresh(pooled)
                         e = torch.sigmoid(end)
                         worth = reward + 0.95 * ((1 - e) * onward + e * fresh)
@@ -134,30 +135,60 @@ class TestValueAndPlanner(unittest.TestCase):
         planner = self.system.planner
         once = planner.action_values(self.codes, self.belief, again=False)
         margin = float((once.amax(1) - once.median(1).values).mean())  # some actions are close, some are not
-        planner.settings = PlannerSettings(promising=margin, second_look=10**6)
+        planner.settings = PlannerSettings(promising=margin, likely=0)
         twice = planner.action_values(self.codes, self.belief)
         close = once > once.amax(1, keepdim=True) - margin
         looked = close & (close.sum(1) > 1)[:, None]
         self.assertTrue(looked.any() and not looked.all())
         torch.testing.assert_close(twice[~looked], once[~looked])
-        branches = planner._imagine(self.codes, self.belief)
-        expected = torch.zeros_like(once)
-        for i in range(len(branches.state)):
-            at = slice(i, i + 1)
-            belief = branches.beliefs.belief(branches.effect[at], branches.action[at], *(row[at] for row in branches.rows))
-            best = planner.action_values(branches.codes[branches.effect[at]], belief, again=False).max()
-            onward = torch.lerp(best, branches.fresh[i], branches.end[i])
-            expected[branches.state[i], branches.action[i]] += branches.weight[i] * (branches.reward[i] + 0.95 * onward)
+        expected, chances = self.backed_up(0)
         torch.testing.assert_close(twice[looked], expected[looked], atol=1e-5, rtol=1e-5)
-        planner.settings = PlannerSettings(promising=margin, second_look=0)
+        middle = float(chances.median())
+        likely, _ = self.backed_up(middle)
+        self.assertFalse(torch.allclose(likely[looked], expected[looked]))
+        planner.settings = PlannerSettings(promising=margin, likely=middle)
+        torch.testing.assert_close(planner.action_values(self.codes, self.belief)[looked], likely[looked], atol=1e-5, rtol=1e-5)
+        planner.settings = PlannerSettings(promising=margin, likely=0.999)
         torch.testing.assert_close(planner.action_values(self.codes, self.belief), once)
 
+    def backed_up(self, likely):
+        """Q (B, A) if every step with more than this chance of going on is looked at again, under what is known then; the chances."""
+        planner, modes = self.system.planner, self.system.transition.outcome_network.modes
+        branches = planner._imagine(self.codes, self.belief, modes, learn=True)
+        unteaching = Planner(PlannerSettings(imagine=False), planner.transition, planner.engine, planner.value)
+        chances, expected = branches.weight * (1 - branches.end), torch.zeros(len(self.codes), 4)
+        for i in range(len(branches.state)):
+            at = slice(i, i + 1)
+            before = self.belief[branches.state[at]]
+            belief = branches.beliefs.belief(before, branches.action[at], *(row[at] for row in branches.rows))
+            best = unteaching.action_values(branches.codes[branches.effect[at]], belief, again=False).max()
+            onward = torch.lerp(best if chances[i] > likely else branches.onward[i], branches.fresh[i], branches.end[i])
+            expected[branches.state[i], branches.action[i]] += branches.weight[i] * (branches.reward[i] + 0.95 * onward)
+        return expected, chances
+
     def test_without_imagination_nothing_is_learnt_in_a_plan(self):
-        planner = self.system.planner
+        """Every state that is valued, is valued under the belief as it was."""
+        planner, seen = self.system.planner, []
+        value, pool = planner.value, planner.value.pool(planner.engine.context(self.belief))
         planner.settings = PlannerSettings(imagine=False)
-        branches = planner._imagine(self.codes, self.belief)
-        after = branches.beliefs.belief(branches.effect, branches.action, *branches.rows)
-        torch.testing.assert_close(after, self.belief[branches.state])
+        with mock.patch.object(value, "forward", lambda statistics, pooled, row=None: seen.append((pooled, row)) or torch.zeros(len(statistics))):
+            planner.action_values(self.codes, self.belief, again=False)
+        ((pooled, row),) = seen
+        torch.testing.assert_close(pooled, pool)
+        self.assertEqual(set(row.tolist()), set(range(len(self.codes))))
+
+    def test_a_table_of_modes_changes_nothing(self):
+        planner, network = self.system.planner, self.system.transition.outcome_network
+        plain = planner.action_values(self.codes, self.belief)
+        for slots in (1 << 15, 3):  # with room for all, and with hardly any
+            table = ModeTable(network, slots)
+            for _ in range(2):
+                torch.testing.assert_close(planner.action_values(self.codes, self.belief, modes=table), plain)
+        table = ModeTable(network)
+        first = table(self.codes)
+        with mock.patch.object(network, "modes", side_effect=AssertionError("computed again")):
+            for looked_up, computed in zip(table(self.codes.flip(0)), first):
+                self.assertTrue(torch.equal(looked_up.flip(0), computed))
 
     def test_chunks_change_nothing(self):
         whole = self.system.planner.action_values(self.codes, self.belief)

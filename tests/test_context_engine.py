@@ -76,7 +76,12 @@ class TestBelief(unittest.TestCase):
         taken, event = (each, now.action[row]), (each, now.reward[row])
         imagined = engine.imagine(belief, row, now.posterior[row], present, taken, event)
         lived = engine.step(belief, Experience(*(part[:, 3:4] for part in experience)))
-        torch.testing.assert_close(imagined.belief(each, now.action[row], each, each), lived[row])
+        after = imagined.belief(belief[row], now.action[row], each, each)
+        for changed in (now.action[row], torch.full((len(row),), A)):  # the other actions' rows stay as they were
+            torch.testing.assert_close(after[each, changed], lived[row, changed])
+        others = torch.ones(len(row), A + 1, dtype=torch.bool)
+        others[each, now.action[row]] = others[:, A] = False
+        torch.testing.assert_close(after[others], belief[row][others])
 
     def test_without_reward_what_was_touched_says_nothing_about_worth(self):
         engine, experience = engine_of(), experience_of()

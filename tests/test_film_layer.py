@@ -39,6 +39,11 @@ class TestFiLMLayer(unittest.TestCase):
         layer(torch.randn(2, 3), context).sum().backward()
         self.assertGreater(context.grad.abs().sum(), 0)
 
+    def test_rows_that_share_a_context_are_modulated_as_if_each_had_its_own(self):
+        layer, context, row = FiLMLayer(5, 3), torch.randn(2, 5), torch.tensor([1, 0, 1, 1])
+        for features in (torch.randn(4, 3), torch.randn(4, 6, 3)):
+            torch.testing.assert_close(layer(features, context, row), layer(features, context[row]))
+
     def test_errors_name_the_values(self):
         with self.assertRaisesRegex(ValueError, "context_dim >= 1.*not 0"):
             FiLMLayer(0, 3)

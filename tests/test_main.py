@@ -229,7 +229,7 @@ class TestLearner(unittest.TestCase):
 
     def test_a_planner_of_ones_own_takes_the_place_of_ours(self):
         class Still(Planner):
-            def action_values(self, codes, belief, again=True):
+            def action_values(self, codes, belief, again=True, modes=None):
                 return torch.zeros(len(codes), self.engine.actions)
 
             def loss(self, value, experience, beliefs):

@@ -66,22 +66,22 @@ class TestSpace(unittest.TestCase):
 
     def test_files_choose_from_it_and_add_to_it(self):
         folder = study_folder(**{
-            "planner.trace": None, "planner.second_look": None, "planner.imagine": [True, False],
+            "planner.trace": None, "planner.likely": None, "planner.imagine": [True, False],
             "memory.budget_mb": {"low": 64, "high": 512, "log": True},
         })  # fmt: skip
         space = read_space(folder / "space.json", Settings())
-        self.assertEqual(set(space), {"planner.trace", "planner.second_look", "planner.imagine", "memory.budget_mb"})
-        self.assertEqual(space["planner.second_look"].when, "")  # what it hangs on is not searched
-        (folder / "space.json").write_text('{"planner.second_look": null, "planner.promising": null}')
-        self.assertEqual(list(read_space(folder / "space.json", Settings())), ["planner.promising", "planner.second_look"])
+        self.assertEqual(set(space), {"planner.trace", "planner.likely", "planner.imagine", "memory.budget_mb"})
+        self.assertEqual(space["planner.likely"].when, "")  # what it hangs on is not searched
+        (folder / "space.json").write_text('{"planner.likely": null, "planner.promising": null}')
+        self.assertEqual(list(read_space(folder / "space.json", Settings())), ["planner.promising", "planner.likely"])
         base = merge(Settings(), {"context": {"hindsight_weight": 0}})  # where the usual range is a logarithmic one
         self.assertEqual(read_space(None, base)["context.hindsight_weight"], tune_hyperparams.Range(0, 4))
 
     def test_what_hangs_on_another_setting_is_only_asked_for_where_that_counts(self):
-        space = {"planner.promising": SPACE["planner.promising"], "planner.second_look": SPACE["planner.second_look"]}
+        space = {"planner.promising": SPACE["planner.promising"], "planner.likely": SPACE["planner.likely"]}
         for promising, asked in ((0.0, False), (0.2, True)):
-            trial = optuna.trial.FixedTrial({"planner.promising": promising, "planner.second_look": 20})
-            self.assertEqual("planner.second_look" in tune_hyperparams.suggest(trial, space, Settings()), asked)
+            trial = optuna.trial.FixedTrial({"planner.promising": promising, "planner.likely": 0.3})
+            self.assertEqual("planner.likely" in tune_hyperparams.suggest(trial, space, Settings()), asked)
 
     def test_mistakes_in_it_are_told(self):
         for content, words in (

@@ -30,6 +30,7 @@ from agent import interval, mean, shown, statistics
 from main import Ablation, Learner, Settings, System, evaluate, load_system
 from memory import Experience, merge, write_json
 from tests.benchmarks import scores
+from transition_model import ModeTable
 from world_model import Planner, Value
 
 BASE = Settings()
@@ -47,7 +48,7 @@ class ModelFree(Planner):
     """No look-ahead: the same value network, reading the row of one action in the place of the mean over all of them, is
     Q(z, c, a), and learns by Watkins' Q(lambda) (1989) along the same stored lifetimes."""
 
-    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True) -> Tensor:
+    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True, modes: ModeTable | None = None) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H), of the slow value."""
         with torch.no_grad():
             return self._values(self.value, codes, self.engine.context(belief))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -46,7 +47,8 @@ class Recorder:
             for listener in (agent, exact):
                 listener.observe(action, step)
             happened = agent.memory.latest().posterior[:, 0].float()
-            _, alike = system.transition.outcome_network.modes(agent.codes)
+            _, first = system.transition.outcome_network.modes(agent.codes)
+            alike = F.one_hot(first, first.shape[1]).float()  # (B, K, K): puts the mass of all that look alike on the first
             chosen = prior[torch.arange(LIFETIMES), action]
             kept.append((context.flatten(1), posterior, (chosen[:, None] @ alike)[:, 0], (happened[:, None] @ alike)[:, 0]))
         self.context, self.posterior, self.predicted, self.happened = (torch.stack(x) for x in zip(*kept))
