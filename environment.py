@@ -345,6 +345,8 @@ class HiddenRulesWorld:
         bank: noise samples kept (int16); frames read random windows of it, which is 20 times cheaper than new noise.
     """
 
+    PATCHES = 4096  # of noise, for single cells
+
     def __init__(
         self, settings: WorldSettings, batch: int, tasks: Tensor | Split, seed: int, device: torch.device | str = "cpu",
         bank: int = 1 << 20,
@@ -373,17 +375,22 @@ class HiddenRulesWorld:
         self._plain = torch.cat([PALETTE, grey]).to(self.device, torch.int16)  # ((colours, wall, background), channel)
         # A cell of every colour as it is shown, alike in all worlds or not: (1 or B, colours, numbers in a cell).
         self._shades = self._plain.repeat(1, settings.cell**2)[None]
-        pixels, cells = settings.pixels, torch.arange(settings.grid**2)
-        corner = 3 * settings.cell * (cells // settings.grid * pixels + cells % settings.grid)
-        inside = 3 * pixels * torch.arange(settings.cell)[:, None] + torch.arange(3 * settings.cell)
-        self._lies = (corner[:, None] + inside.flatten()).to(self.device)  # at which numbers of a picture each cell lies
-        self._noise: Tensor | None = None
-        self._ground: Tensor | None = None  # noise on an empty world, where all of them look the same
+        grid = torch.arange(settings.grid, device=self.device)
+        self._cells = torch.cartesian_prod(grid, grid)  # (cell, (row, column))
+        size, inside = 3 * settings.pixels**2, 3 * settings.cell**2
+        # A row of a cell is written in the longest words that it is made of, four times as fast as in single numbers.
+        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        self._words = words[math.gcd(3 * settings.cell, 8)]
+        self._noise: Tensor | None = None  # for empty worlds, which are windows of it
         if settings.noise:
-            samples = torch.randn(bank + 3 * pixels**2, generator=self.noise_generator, device=self.device)
+            samples = torch.randn(bank + size, generator=self.noise_generator, device=self.device)
             self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16)
-            if not settings.tint:
-                self._ground = (self._noise + BACKGROUND).clamp_(0, 255).to(torch.uint8)
+            self._noisy = self._noise[: bank // inside * inside].view(-1, inside)[: self.PATCHES]  # for what stands in a cell
+        # Where all worlds look the same, both are made ready: noise on an empty world, and PATCHES cells of every colour.
+        self._ground: Tensor | None = None
+        if settings.noise and not settings.tint:
+            self._ground = (self._noise + BACKGROUND).clamp_(0, 255).to(torch.uint8)
+            self._ready = (self._shades[0, :, None] + self._noisy).clamp_(0, 255).to(torch.uint8)
 
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
@@ -436,7 +443,7 @@ class HiddenRulesWorld:
         random_action = torch.randint(s.actions, (batch,), generator=self.generator, device=self.device)
         starts = self._starts()  # drawn whether used or not: see the class docstring
         taken = torch.where(chance < s.slip * s.slip_random, random_action, action)
-        move = self._moves[self.rule.action_map[self.rows, taken]]
+        move = self._moves.index_select(0, self.rule.action_map.gather(1, taken[:, None])[:, 0])
         stands_still = (chance >= s.slip * s.slip_random) & (chance < s.slip)
         move = move.masked_fill(stands_still[:, None], 0)
         if s.wind:
@@ -473,11 +480,12 @@ class HiddenRulesWorld:
     def draw(self, rows: Tensor | None = None) -> Tensor:
         """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8.
 
-        Empty worlds are copied out of the noise in whole rows, which is as fast as memory; only what stands in them is computed.
+        Empty worlds are copied out of the noise in whole rows, which is as fast as memory, and so are the cells that something
+        stands in.
         """
         s = self.settings
         rows = self.rows if rows is None else rows
-        n, size, look = len(rows), 3 * s.pixels**2, rows % len(self._shades)
+        n, size, look, start = len(rows), 3 * s.pixels**2, rows % len(self._shades), torch.zeros_like(rows)
         if self._noise is not None:
             start = torch.randint(len(self._noise) - size + 1, (n,), generator=self.noise_generator, device=self.device)
         if self._ground is not None:
@@ -488,18 +496,28 @@ class HiddenRulesWorld:
                 empty += self._noise.unfold(0, size, 1).index_select(0, start)
             picture = empty.clamp_(0, 255).to(torch.uint8)
 
-        place, colour = self.position[rows], self.rule.colours[rows]  # (n, things, 2), (n, things)
+        place, colour = (x.index_select(0, rows) for x in (self.position, self.rule.colours))  # (n, things, 2), (n, things)
         colour = torch.where((place == place[:, :1]).all(-1), colour[:, :1], colour)  # the body covers what it stands on
-        cell = place[..., 0] * s.grid + place[..., 1]
         if self.walls is not None:
-            walls = self.walls[rows].flatten(1).nonzero()[:, 1].view(n, -1)
-            cell, colour = torch.cat([cell, walls], 1), torch.cat([colour, torch.full_like(walls, len(self._plain) - 2)], 1)
-        where = self._lies.index_select(0, cell.flatten()).view(n, -1)  # (n, cells drawn * numbers in a cell)
-        shown = look[:, None] * len(self._plain) + colour
-        shade = self._shades.flatten(0, 1).index_select(0, shown.flatten()).view(n, -1)
+            walls = self.walls[rows].nonzero()[:, 1:].view(n, -1, 2)
+            wall = torch.full(walls.shape[:2], len(self._plain) - 2, device=self.device)
+            place, colour = torch.cat([place, walls], 1), torch.cat([colour, wall], 1)
+        row, column = place.unbind(-1)
+        patch = (start[:, None] + 61 * (row * s.grid + column)) % self.PATCHES  # in one picture no two cells have the same noise
+        patches = self._patches(look, colour, patch).view(n, -1, s.cell, 3 * s.cell).view(self._words)
+        inside = picture.view(self._words).view(n, s.grid, s.cell, s.grid, -1)
+        inside[torch.arange(n, device=self.device)[:, None], row, :, column] = patches
+        return picture.view(n, s.pixels, s.pixels, 3)
+
+    def _patches(self, look: Tensor, colour: Tensor, patch: Tensor) -> Tensor:
+        """Cells (n * m, numbers in a cell) uint8 of `colour` (n, m) as worlds that look like `look` (n,) show them, with the noise
+        of number `patch` (n, m) on them, all int64."""
+        if self._ground is not None:
+            return self._ready.flatten(0, 1).index_select(0, (colour * self.PATCHES + patch).flatten())
+        shade = self._shades.flatten(0, 1).index_select(0, (look[:, None] * len(self._plain) + colour).flatten())
         if self._noise is not None:
-            shade += self._noise.gather(0, (start[:, None] + where).flatten()).view(n, -1)
-        return picture.scatter_(1, where, shade.clamp_(0, 255).to(torch.uint8)).view(n, s.pixels, s.pixels, 3)
+            shade += self._noisy.index_select(0, patch.flatten())
+        return shade.clamp_(0, 255).to(torch.uint8)
 
     def words(self, row: int) -> str:
         """What is hidden in one world in words, for captions."""
@@ -541,7 +559,7 @@ class HiddenRulesWorld:
             taken = torch.cat([taken, cell[:, None]], 1)
         if self.walls is not None:
             taken = (~self.walls).flatten(1).nonzero()[:, 1].view(self.batch, free).gather(1, taken)
-        return torch.stack([taken // self.settings.grid, taken % self.settings.grid], -1)
+        return self._cells.index_select(0, taken.flatten()).view(*taken.shape, 2)
 
 
 def landing(place: Tensor, move: Tensor, wraps: Tensor, grid: int, walls: Tensor | None) -> Tensor:

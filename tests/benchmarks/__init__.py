@@ -1,8 +1,12 @@
 """Benchmarks: they print figures and assert nothing; the product never imports them."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agent import shown
 
@@ -18,3 +22,13 @@ def named_runs(benchmark: str, several: bool = True) -> list[Path]:
 def scores(said: dict[str, Any]) -> list[str]:
     """Return and normalised return of an evaluation, or of several joined, with their intervals: two cells of a table."""
     return [shown(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3))]
+
+
+def collected(run: Path) -> np.ndarray:
+    """Seconds since the first line of metrics, frames, and return of the latest collection: (lines, 3)."""
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    seen = events.Scalars("charts/return")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    frames = {line["update"]: line["env_steps"] for line in lines}
+    return np.array([(event.wall_time - seen[0].wall_time, frames[event.step], event.value) for event in seen])

@@ -103,7 +103,8 @@ def results_of(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
             from tests.benchmarks.peers import evaluate_peer, train_recurrent_ppo  # needs tests/requirements.txt
 
             seconds = results_of("nothing", seed, arguments)["seconds"]
-            results = {variant: evaluate_peer(train_recurrent_ppo(settings.world, seed, seconds), settings, arguments.lifetimes)}
+            model, _ = train_recurrent_ppo(settings.world, seed, seconds)
+            results = {variant: evaluate_peer(model, settings, arguments.lifetimes)}
         else:
             results, seconds = train_variant(variant, settings, arguments.lifetimes)
         write_json(results | {"seconds": seconds}, path)

@@ -3,6 +3,9 @@
 RecurrentPPO of sb3-contrib as RL2 (Duan et al., 2016), without adaptation code, beside this project's agent of a RUN: trained
 for as many frames, for as many seconds, and for five times as many seconds, and evaluated in the same lifetimes. The seconds
 of RUN compare only where nothing else ran beside it. Needs tests/requirements.txt.
+
+It is the only one: of the public meta-RL baselines AMAGO, variBAD and RL2's own are in no package registry, garage (2021) asks
+for packages that no Python of today has, popularl (2025) knows nothing but a pole on a cart, and metarl (2024) is MAML alone.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from agent import compare, draw_curve, interval, normalised, play, shown
 from environment import PreviousStep, WorldSettings, WorldStep, make_worlds, previous_step
 from main import EVALUATION_SEEDS, Settings, better_thompson, evaluate, load_system, references_in
-from tests.benchmarks import named_runs, scores
+from tests.benchmarks import collected, named_runs, scores
 
 WORLDS = 32
 
@@ -32,15 +35,19 @@ WORLDS = 32
 LIFETIMES = 512
 
 
-class StopAfter(BaseCallback):
-    """Ends training after so many seconds."""
+class Watch(BaseCallback):
+    """Ends training after so many seconds; `progress` has seconds and the mean return of the latest lifetimes, rollout by rollout."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.end = time.perf_counter() + seconds
+        self.begin, self.seconds, self.progress = time.perf_counter(), seconds, []
 
     def _on_step(self) -> bool:
-        return time.perf_counter() < self.end
+        return time.perf_counter() - self.begin < self.seconds
+
+    def _on_rollout_end(self) -> None:
+        returns = [lifetime["r"] for lifetime in self.model.ep_info_buffer]
+        self.progress.append((time.perf_counter() - self.begin, float(np.mean(returns))))
 
 
 def enlarged(world: WorldSettings) -> WorldSettings:
@@ -48,8 +55,11 @@ def enlarged(world: WorldSettings) -> WorldSettings:
     return dataclasses.replace(world, cell=math.ceil(48 / world.grid))
 
 
-def train_recurrent_ppo(world: WorldSettings, seed: int, seconds: float = np.inf, frames: int = 10**12) -> RecurrentPPO:
-    """Train on the training tasks of `world`, for so many seconds or frames; about as many weights as our agent has."""
+def train_recurrent_ppo(
+    world: WorldSettings, seed: int, seconds: float = np.inf, frames: int = 10**12
+) -> tuple[RecurrentPPO, list[tuple[float, float]]]:  # fmt: skip
+    """Train on the training tasks of `world`, for so many seconds or frames; about as many weights as our agent has. With it the
+    `Watch.progress`."""
     worlds = make_vec_env(
         "HiddenRules-v0", WORLDS, seed=seed, env_kwargs={"settings": enlarged(world)}, wrapper_class=PreviousStep
     )  # fmt: skip
@@ -61,7 +71,8 @@ def train_recurrent_ppo(world: WorldSettings, seed: int, seconds: float = np.inf
         "MultiInputLstmPolicy", worlds, n_steps=world.lifetime, batch_size=8 * world.lifetime, n_epochs=4, learning_rate=1e-3,
         gamma=0.95, ent_coef=0.01, policy_kwargs=policy, seed=seed, device="cpu",
     )  # fmt: skip
-    return model.learn(frames, callback=StopAfter(seconds))
+    watch = Watch(seconds)
+    return model.learn(frames, callback=watch), watch.progress
 
 
 class PeerAgent:
@@ -98,10 +109,14 @@ def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> di
     return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Reward by step of the lifetime of every agent and of the references, as PNG; see `agent.draw_curve`."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, first = figure.subplots(), next(iter(results.values()))
+def draw(results: dict[str, dict[str, Any]], progress: dict[str, np.ndarray], path: Path) -> None:
+    """As PNG: what training lifetimes return over its seconds, and reward by step of the held-out lifetime of every agent and of the
+    references, see `agent.draw_curve`."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    (learning, axes), first = figure.subplots(1, 2), next(iter(results.values()))
+    for name, points in progress.items():
+        learning.plot(*points.T, label=name)
+    learning.set(xlabel="seconds of training", ylabel="return of lifetimes in training")
     curves = {name: result["agent"] for name, result in results.items()}
     curves |= {label: first[name] for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling")) if name in first}
     for name, curve in curves.items():
@@ -121,22 +136,22 @@ def main(run: Path) -> None:
     }  # fmt: skip
     heads = ["agent", "seconds", "frames", "return", "normalised", "less than ours, normalised"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-    results = {}
+    results, progress = {}, {}
     own = np.array([ours["returns"][name] for name in ("agent", "random", "known_rule")], float)
     for name, budget in ({"this project's": None} | budgets).items():
-        result, spent, frames = ours, seconds, state["counters"][2]
+        result, spent, frames, points = ours, seconds, state["counters"][2], collected(run)[:, [0, 2]]
         if budget is not None:
             started = time.perf_counter()
-            model = train_recurrent_ppo(settings.world, settings.seed, **budget)
+            model, points = train_recurrent_ppo(settings.world, settings.seed, **budget)
             spent, result = time.perf_counter() - started, evaluate_peer(model, settings, LIFETIMES)
             frames, name = result["frames"], f"RecurrentPPO, {name}"
-        results[name] = result
+        results[name], progress[name] = result, np.array(points)
         theirs = np.array([result["returns"]["agent"]], float)
         less = lambda x, y, low, high: normalised(x, low, high) - normalised(y, low, high)  # noqa: E731
         strata = [np.stack([own[0], theirs[0], own[1], own[2]])]
         gap = shown(float(less(*strata[0])), interval(less, *strata), 3) if budget else ""
         print(f"| {name} | {spent:.0f} | {frames:,} | {' | '.join(scores(result))} | {gap} |", flush=True)
-        draw(results, run / "peers.png")
+        draw(results, progress, run / "peers.png")
     print(f"\n{LIFETIMES} lifetimes on the test split; figure in {run / 'peers.png'}")
 
 

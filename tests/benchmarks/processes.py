@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agent import statistics
-from tests.benchmarks import scores
+from tests.benchmarks import collected, scores
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,6 @@ class Arguments:
     """Finished runs of several processes."""
     output: Path = Path("processes.png")
     """The figure; written over."""
-
-
-def curve(run: Path) -> np.ndarray:
-    """Seconds since the first line of metrics, frames, and return of the latest collection: (lines, 3)."""
-    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
-    events.Reload()
-    seen = events.Scalars("charts/return")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    frames = {line["update"]: line["env_steps"] for line in lines}
-    return np.array([(event.wall_time - seen[0].wall_time, frames[event.step], event.value) for event in seen])
 
 
 def main(arguments: Arguments) -> None:
@@ -58,7 +47,7 @@ def main(arguments: Arguments) -> None:
         each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
         print(f"| {name} | {seconds[name]['total']:.0f} | {' | '.join(scores(statistics(*results)))} | {each} |")
         for number, run in enumerate(runs):
-            points = curve(run)
+            points = collected(run)
             for axis, column in zip(axes, (1, 0)):
                 axis.plot(points[:, column], points[:, 2], colour, alpha=0.6, label=None if number else name)
     print("\n| part | one, seconds | several | times faster |\n|---|---|---|---|")
