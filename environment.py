@@ -345,7 +345,7 @@ class HiddenRulesWorld:
         bank: noise samples kept (int16); frames read random windows of it, which is 20 times cheaper than new noise.
     """
 
-    PATCHES = 4096  # of noise, for single cells
+    PATCHES = 4096  # of noise, for single cells, at most
 
     def __init__(
         self, settings: WorldSettings, batch: int, tasks: Tensor | Split, seed: int, device: torch.device | str = "cpu",
@@ -382,11 +382,12 @@ class HiddenRulesWorld:
         words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         self._words = words[math.gcd(3 * settings.cell, 8)]
         self._noise: Tensor | None = None  # for empty worlds, which are windows of it
+        self._noisy = torch.zeros((1, inside), dtype=torch.int16, device=self.device)  # (patches, numbers), for what is in a cell
         if settings.noise:
             samples = torch.randn(bank + size, generator=self.noise_generator, device=self.device)
             self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16)
-            self._noisy = self._noise[: bank // inside * inside].view(-1, inside)[: self.PATCHES]  # for what stands in a cell
-        # Where all worlds look the same, both are made ready: noise on an empty world, and PATCHES cells of every colour.
+            self._noisy = self._noise[: bank // inside * inside].view(-1, inside)[: self.PATCHES]
+        # Where all worlds look the same, both are made ready: noise on an empty world, and cells of every colour.
         self._ground: Tensor | None = None
         if settings.noise and not settings.tint:
             self._ground = (self._noise + BACKGROUND).clamp_(0, 255).to(torch.uint8)
@@ -503,7 +504,7 @@ class HiddenRulesWorld:
             wall = torch.full(walls.shape[:2], len(self._plain) - 2, device=self.device)
             place, colour = torch.cat([place, walls], 1), torch.cat([colour, wall], 1)
         row, column = place.unbind(-1)
-        patch = (start[:, None] + 61 * (row * s.grid + column)) % self.PATCHES  # in one picture no two cells have the same noise
+        patch = (start[:, None] + 61 * (row * s.grid + column)) % len(self._noisy)  # no two of a picture's cells alike
         patches = self._patches(look, colour, patch).view(n, -1, s.cell, 3 * s.cell).view(self._words)
         inside = picture.view(self._words).view(n, s.grid, s.cell, s.grid, -1)
         inside[torch.arange(n, device=self.device)[:, None], row, :, column] = patches
@@ -513,10 +514,9 @@ class HiddenRulesWorld:
         """Cells (n * m, numbers in a cell) uint8 of `colour` (n, m) as worlds that look like `look` (n,) show them, with the noise
         of number `patch` (n, m) on them, all int64."""
         if self._ground is not None:
-            return self._ready.flatten(0, 1).index_select(0, (colour * self.PATCHES + patch).flatten())
+            return self._ready.flatten(0, 1).index_select(0, (colour * len(self._noisy) + patch).flatten())
         shade = self._shades.flatten(0, 1).index_select(0, (look[:, None] * len(self._plain) + colour).flatten())
-        if self._noise is not None:
-            shade += self._noisy.index_select(0, patch.flatten())
+        shade += self._noisy.index_select(0, patch.flatten())
         return shade.clamp_(0, 255).to(torch.uint8)
 
     def words(self, row: int) -> str:

@@ -1,5 +1,6 @@
 """The world: rules, alignment in time, splits, noise, pairing and the exact solution."""
 
+import dataclasses
 import unittest
 import unittest.mock
 from dataclasses import replace
@@ -106,12 +107,28 @@ class TestWorld(unittest.TestCase):
         with unittest.mock.patch.object(environment, "BACKGROUND", 128):  # far from both ends: nothing is clipped
             world, _ = world_of(settings, batch=64)
             first, second = world.draw().float(), world.draw().float()
-            world._noise = world._ground = None
+            world._noise, world._ground, world._noisy = None, None, torch.zeros_like(world._noisy[:1])
             grey = world.draw() == 128
         self.assertAlmostEqual(float(first[grey].mean()), 128, delta=0.02 * 128)
         self.assertAlmostEqual(float(first[grey].std()), 12.75, delta=0.02 * 12.75)
         both = torch.stack([first[grey], second[grey]])
         self.assertLess(abs(float(torch.corrcoef(both)[0, 1])), 0.01)
+
+    def test_things_have_noise_of_their_own(self):
+        for cell, batch in ((4, 2000), (3, 2000), (48, 20)):  # rows of a cell are copied as words of 4, 1 and 8 bytes
+            settings = WorldSettings(noise=0.05, cell=cell)
+            worlds = [world_of(one, batch=batch)[0] for one in (settings, dataclasses.replace(settings, noise=0))]
+            noisy, plain = (world.draw().float().view(batch, 6, cell, 6, cell, 3).transpose(2, 3) for world in worlds)
+            rows, place = torch.arange(batch)[:, None], worlds[0].position
+            noisy, plain = (x[rows, place[..., 0], place[..., 1]].flatten(2) for x in (noisy, plain))  # (batch, 3 things, numbers)
+            visible = (plain > 50) & (plain < 210)  # hardly ever clipped
+            noise = (noisy - plain).masked_fill(~visible, 0)
+            self.assertAlmostEqual(float(noise[visible].mean()), 0, delta=0.5)
+            self.assertAlmostEqual(float(noise[visible].std()), 12.75, delta=0.5)
+            for one, other in ((0, 1), (0, 2), (1, 2)):
+                both = visible[:, one] & visible[:, other]
+                pair = torch.stack([noise[:, one][both], noise[:, other][both]])
+                self.assertLess(abs(float(torch.corrcoef(pair)[0, 1])), 0.03)
 
     def test_empty_worlds_with_noise_are_what_adding_it_gives(self):
         copied, added = (world_of(WorldSettings(noise=0.3, walls=3), batch=16)[0] for _ in range(2))
