@@ -139,7 +139,7 @@ class ContextInferenceEngine(nn.Module):
         """What would be believed after experiences that only might happen, each row of a belief computed once.
 
         Only the rows of the action taken and of the world are carried on. What an imagined effect would say of the *other* actions
-        is left out: it is most of the work, and worth nothing that could be measured (tests/benchmarks/TRIED.md).
+        is left out: it is half of this work, and worth nothing that could be measured (tests/benchmarks/TRIED.md).
 
         Args:
             belief: (B, A + 1, H).

@@ -386,7 +386,7 @@ class HiddenRulesWorld:
         if settings.noise:
             samples = torch.randn(bank + size, generator=self.noise_generator, device=self.device)
             self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16)
-            self._noisy = self._noise[: bank // inside * inside].view(-1, inside)[: self.PATCHES]
+            self._noisy = self._noise[: len(self._noise) // inside * inside].view(-1, inside)[: self.PATCHES]
         # Where all worlds look the same, both are made ready: noise on an empty world, and cells of every colour.
         self._ground: Tensor | None = None
         if settings.noise and not settings.tint:
@@ -504,7 +504,7 @@ class HiddenRulesWorld:
             wall = torch.full(walls.shape[:2], len(self._plain) - 2, device=self.device)
             place, colour = torch.cat([place, walls], 1), torch.cat([colour, wall], 1)
         row, column = place.unbind(-1)
-        patch = (start[:, None] + 61 * (row * s.grid + column)) % len(self._noisy)  # no two of a picture's cells alike
+        patch = (start[:, None] + 61 * (row * s.grid + column)) % len(self._noisy)  # cells of a picture differ
         patches = self._patches(look, colour, patch).view(n, -1, s.cell, 3 * s.cell).view(self._words)
         inside = picture.view(self._words).view(n, s.grid, s.cell, s.grid, -1)
         inside[torch.arange(n, device=self.device)[:, None], row, :, column] = patches

@@ -203,14 +203,15 @@ class ModeTable:
 
     Args:
         network: must not learn as long as this table is used.
-        slots: grids that are remembered at most; memory is taken as they come.
+        slots: grids that are remembered at most, and no more than fit into 64 MB; on CPUs memory is taken as they come.
     """
 
     def __init__(self, network: OutcomeNetwork, slots: int = 1 << 15) -> None:
-        self.network, device = network, network.fingerprint.device
+        self.network, device, K, S = network, network.fingerprint.device, network.outcomes, len(network.fingerprint)
+        slots = min(slots, (64 << 20) // (K * (S + 8)))
         self.owner = torch.full((slots,), -1, device=device)  # the key of the grid that each slot is for
-        self.grids = torch.empty((slots, network.outcomes, len(network.fingerprint)), dtype=torch.uint8, device=device)
-        self.first = torch.empty((slots, network.outcomes), dtype=torch.int64, device=device)
+        self.grids = torch.empty((slots, K, S), dtype=torch.uint8, device=device)
+        self.first = torch.empty((slots, K), dtype=torch.int64, device=device)
 
     def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """See `OutcomeNetwork.modes`."""
@@ -288,7 +289,9 @@ class TransitionModel(nn.Module):
         Returns:
             log p(r) (N, bins) over `reward_bins`, and the logit (N,) that the episode terminates.
         """
-        occurring = present.any(0).nonzero()[:, 0]  # a third of the pairs that there could be
+        occurs = present.any(0)  # a third of the pairs that there could be
+        occurs[0] = True  # at least one, or there would be nothing to take the highest of
+        occurring = occurs.nonzero()[:, 0]
         features = self.pair_in(self.pairs[occurring]).expand(len(context), -1, -1)
         features = F.silu(self.consequence_film(features, context))
         if row is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -140,7 +140,7 @@ class VAE(nn.Module):
     def seed_codes(self, frames: Tensor, context: Tensor) -> int:
         """Give each clearly different kind of patch a code of its own before training; returns how many were found.
 
-        Straight-through training alone often merges two kinds of patch into one code and stays there. So the encoder's
+        Training alone often merges two kinds of patch into one code and stays there. So the encoder's
         last layer begins as the posterior of a mixture of Gaussians around centres found by farthest-first traversal
         and k-means in its random features (the remedy for codebook collapse in vector quantisation: k-means seeding,
         Arthur & Vassilvitskii 2007). Codes without a centre begin improbable everywhere.
@@ -310,7 +310,7 @@ class PlannerSettings:
     promising: float = 0.2
     """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
     likely: float = 0.3
-    """And there only steps whose probability that the episode goes on behind them is above this, in [0, 1)."""
+    """And there only steps whose probability that the episode goes on behind them is above this, in [0, .999]."""
     imagine: bool = True
     """Plan with what would be known after an imagined step; without, information is worth nothing (as in QMDP)."""
     keypoints: int = 8
@@ -326,7 +326,7 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         require_all(
-            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), reward_mass=(1e-6, 1), promising=(0, 1e6), likely=(0, 1),
+            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), reward_mass=(1e-6, 1), promising=(0, 1e6), likely=(0, 0.999),
             keypoints=(1, 1024), width=(1, 4096), trace=(0, 1), slow=(1e-6, 1), learning_rate=(0, 1),
         )  # fmt: skip
 
@@ -366,8 +366,8 @@ class Planner:
     z'_k is the outcome's mode, e the probability that the episode ends, and h'_kr the belief after the imagined
     experience (a, k, r), c'_kr its context: the value of what an action teaches is part of the action's value. U is the
     learnt V(z', c'), and behind likely steps of actions that are close to the best one max_a' Q(z', h', a') under that belief,
-    with V(z'', c') and W(c') below it: what a second step would teach is not imagined, which makes it several times as cheap and
-    costs nothing (tests/benchmarks/TRIED.md). Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and
+    with V(z'', c') and W(c') below it: what a second step would teach is not imagined, which makes planning half as dear
+    and costs nothing (tests/benchmarks/TRIED.md). Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and
     Wefald, 1991 (search where it may change the decision).
     """
 
@@ -381,8 +381,10 @@ class Planner:
         """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere. `modes` remembers what
         outcomes lead to, for as long as they do not learn."""
         modes = modes or self.transition.outcome_network.modes
-        parts = zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
-        return torch.cat([self._action_values(*part, again, modes) for part in parts])
+        return torch.cat([self._action_values(*part, again, modes) for part in self._parts(codes, belief)])
+
+    def _parts(self, codes: Tensor, belief: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
 
     def _action_values(self, codes: Tensor, belief: Tensor, again: bool, modes: Callable) -> Tensor:
         branches = self._imagine(codes, belief, modes, self.settings.imagine)
@@ -398,10 +400,12 @@ class Planner:
         beliefs = belief.index_select(0, branches.state[looked])
         if branches.beliefs:
             beliefs = branches.beliefs.belief(beliefs, branches.action[looked], *(row[looked] for row in branches.rows))
-        next_codes = branches.codes.index_select(0, branches.effect[looked])
-        further = self._imagine(next_codes, beliefs, modes, learn=False)
+        next_codes, further = branches.codes.index_select(0, branches.effect[looked]), []
+        for part in self._parts(next_codes, beliefs):
+            steps = self._imagine(*part, modes, learn=False)
+            further.append(self._back_up(steps, steps.onward, len(part[0])).amax(1))
         onward = branches.onward.clone()
-        onward[looked] = self._back_up(further, further.onward, len(looked)).amax(1)
+        onward[looked] = torch.cat(further)
         return self._back_up(branches, onward, len(codes))
 
     def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
@@ -475,18 +479,20 @@ class Planner:
         event, branch_state = event_of[effect, reward], row[taken]
 
         # What will be known then, and what it is worth.
-        beliefs, pooled, under = None, value.pool(context), branch_state
+        reached = value.statistics(next_codes).index_select(0, effect)
         if learn:
             posterior = transition.effect_of_alike(first[state] == outcome[:, None])  # (P, K)
             beliefs = engine.imagine(belief, state, posterior, present, (caused, action), (origin, transition.reward_bins[bin_]))
             pooled_actions, pooled_world = value.pool_shared(context, row, action, *map(engine.context, beliefs))
-            pooled, under = torch.cat([pooled_actions.index_select(0, taken), pooled_world.index_select(0, event)], -1), None
-        fresh = value.fresh(pooled)
+            pooled = torch.cat([pooled_actions.index_select(0, taken), pooled_world.index_select(0, event)], -1)
+            fresh, onward = value.fresh(pooled), value(reached, pooled)
+        else:
+            beliefs, pooled = None, value.pool(context)
+            fresh, onward = value.fresh(pooled).index_select(0, branch_state), value(reached, pooled, branch_state)
         return Branches(
             state=branch_state, action=action[taken], weight=weight[row, action, kind][taken] * reward_weight[effect, reward],
-            reward=transition.reward_bins[reward], end=torch.sigmoid(end)[effect], fresh=fresh if under is None else fresh[under],
-            onward=value(value.statistics(next_codes).index_select(0, effect), pooled, under), effect=effect, rows=(taken, event),
-            codes=next_codes, beliefs=beliefs,
+            reward=transition.reward_bins[reward], end=torch.sigmoid(end)[effect], fresh=fresh, onward=onward, effect=effect,
+            rows=(taken, event), codes=next_codes, beliefs=beliefs,
         )  # fmt: skip
 
     def _back_up(self, branches: Branches, onward: Tensor, states: int) -> Tensor:

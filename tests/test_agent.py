@@ -143,7 +143,7 @@ class TestValueAndPlanner(unittest.TestCase):
         torch.testing.assert_close(twice[~looked], once[~looked])
         expected, chances = self.backed_up(0)
         torch.testing.assert_close(twice[looked], expected[looked], atol=1e-5, rtol=1e-5)
-        middle = float(chances.median())
+        middle = float(chances.detach().median())
         likely, _ = self.backed_up(middle)
         self.assertFalse(torch.allclose(likely[looked], expected[looked]))
         planner.settings = PlannerSettings(promising=margin, likely=middle)
@@ -191,9 +191,18 @@ class TestValueAndPlanner(unittest.TestCase):
                 self.assertTrue(torch.equal(looked_up.flip(0), computed))
 
     def test_chunks_change_nothing(self):
-        whole = self.system.planner.action_values(self.codes, self.belief)
-        self.system.planner.STATES_AT_ONCE = 4
-        torch.testing.assert_close(self.system.planner.action_values(self.codes, self.belief), whole)
+        planner = self.system.planner
+        planner.settings = PlannerSettings(promising=100, likely=0)  # every step is looked at again
+        whole = planner.action_values(self.codes, self.belief)
+        planner.STATES_AT_ONCE = 4
+        with mock.patch.object(planner, "_imagine", wraps=planner._imagine) as imagined:
+            torch.testing.assert_close(planner.action_values(self.codes, self.belief), whole)
+        self.assertLessEqual(max(len(call.args[0]) for call in imagined.call_args_list), 4)
+
+    def test_a_belief_that_is_no_number_plans_nothing(self):
+        """Training notices it at its next look at the losses, and says so."""
+        values = self.system.planner.action_values(self.codes, self.belief * torch.nan)
+        self.assertEqual(values.shape, (9, 4))
 
     def test_value_learns_and_the_slow_value_and_the_belief_do_not(self):
         system = self.system

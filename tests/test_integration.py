@@ -331,9 +331,12 @@ class TestBenchmarks(unittest.TestCase):
 
         run, train = self.begun(tiny()), peers.train_recurrent_ppo
         with mock.patch.multiple(peers, LIFETIMES=16, train_recurrent_ppo=lambda world, seed, **_: train(world, seed, frames=100)):
-            with contextlib.redirect_stdout(io.StringIO()) as printed:
+            with contextlib.redirect_stdout(io.StringIO()) as printed, mock.patch.object(peers, "draw", wraps=peers.draw) as drawn:
                 peers.main(run)
         self.assertGreater((run / "peers.png").stat().st_size, 10_000)
+        for name, points in drawn.call_args.args[1].items():  # seconds and returns of training
+            self.assertTrue(len(points) and np.isfinite(points).all(), name)
+            self.assertTrue((np.diff(points[:, 0]) > 0).all(), name)
         rows = re.findall(r"^\| (RecurrentPPO, [a-z ]+) \| \d+ \| ([\d,]+) \| -?[\d.]+ \[", printed.getvalue(), re.M)
         self.assertEqual([name for name, _ in rows], [f"RecurrentPPO, {b}" for b in ("as many frames", "as many seconds", "five times the seconds")])
         self.assertTrue(all(int(frames.replace(",", "")) >= 100 for _, frames in rows))

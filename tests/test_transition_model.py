@@ -144,6 +144,11 @@ class TestPredictions(unittest.TestCase):
         log_reward, end = model.consequences(present, context[:, -1])
         torch.testing.assert_close(log_reward.exp().sum(-1), torch.ones(2))
         self.assertEqual((log_reward.shape, end.shape), ((2, 3), (2,)))
+        alone, row = model.consequences(present[1:], context[1:, -1])[0], torch.tensor([1, 0, 1])
+        torch.testing.assert_close(alone, log_reward[1:])  # whatever else occurs beside it
+        shared, _ = model.consequences(present[row], context[:, -1], row)
+        torch.testing.assert_close(shared, log_reward[row])
+        self.assertEqual(model.consequences(present[:0], context[:, -1], row[:0])[0].shape, (0, 3))
 
     def test_surprise_is_the_mixture_under_the_chosen_action(self):
         model, context, action = model_of(), torch.randn(4, 3, 5), torch.tensor([0, 1, 1, 0])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agent import shown
 
@@ -26,6 +25,8 @@ def scores(said: dict[str, Any]) -> list[str]:
 
 def collected(run: Path) -> np.ndarray:
     """Seconds since the first line of metrics, frames, and return of the latest collection: (lines, 3)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
+
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
     events.Reload()
     seen = events.Scalars("charts/return")

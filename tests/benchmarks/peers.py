@@ -140,6 +140,7 @@ def main(run: Path) -> None:
     own = np.array([ours["returns"][name] for name in ("agent", "random", "known_rule")], float)
     for name, budget in ({"this project's": None} | budgets).items():
         result, spent, frames, points = ours, seconds, state["counters"][2], collected(run)[:, [0, 2]]
+        points[:, 0] += seconds - points[-1, 0]  # the first line of metrics comes after the first lifetimes; the last one is the end
         if budget is not None:
             started = time.perf_counter()
             model, points = train_recurrent_ppo(settings.world, settings.seed, **budget)

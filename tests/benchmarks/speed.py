@@ -30,6 +30,7 @@ from tyro.conf import Positional
 from environment import HiddenRulesWorld, WorldSettings, make_gym
 from main import Learner, Settings, System, load_system, with_preset
 from memory import UserError, merge, write_json
+from transition_model import ModeTable
 
 RATIOS = Path(__file__).parent / "ratios.json"
 MINIGRID = "MiniGrid-Empty-8x8-v0"
@@ -266,8 +267,13 @@ def growth(base: Settings, device: str, path: Path) -> list[Row]:
             action = agent.act()
             calls = updates(learner)
             experience = learner.store.experience.rows(slice(settings.training.worlds))
+
+            def plan():
+                agent.modes = ModeTable(learner.system.transition.outcome_network)  # or the same states would be looked up
+                agent.act()
+
             timed = {
-                "world": lambda: world.step(action), "planning": agent.act, "context": calls["context"], "value": calls["value"],
+                "world": lambda: world.step(action), "planning": plan, "context": calls["context"], "value": calls["value"],
                 "inference": lambda: learner.system.engine.sequence(experience),
             }  # fmt: skip
             for part, call in timed.items():
