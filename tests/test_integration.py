@@ -54,13 +54,17 @@ class TestQuickRun(unittest.TestCase):
         dice = torch.Generator().manual_seed(0)
 
         def careless(plan):
-            return lambda codes, belief, again=True: torch.rand(len(codes), 4, generator=dice)
+            return lambda codes, belief, again=True, modes=None: torch.rand(len(codes), 4, generator=dice)
 
         def frozen(step):
             return lambda belief, experience: belief
 
         def confused(judge):  # goals look like hazards and hazards like goals
-            return lambda present, table: (judge(present, table)[0].flip(-1), judge(present, table)[1])
+            def judged(present, context, row=None):
+                reward, end = judge(present, context, row)
+                return reward.flip(-1), end
+
+            return judged
 
         for broken in ({"planner__action_values": careless}, {"engine__step": frozen}, {"transition__consequences": confused}):
             with self.subTest(broken=list(broken)):
