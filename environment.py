@@ -504,7 +504,7 @@ class HiddenRulesWorld:
             wall = torch.full(walls.shape[:2], len(self._plain) - 2, device=self.device)
             place, colour = torch.cat([place, walls], 1), torch.cat([colour, wall], 1)
         row, column = place.unbind(-1)
-        patch = (start[:, None] + 61 * (row * s.grid + column)) % len(self._noisy)  # cells of a picture differ
+        patch = (start[:, None] + 61 * (row * s.grid + column)) % len(self._noisy)  # another for each cell
         patches = self._patches(look, colour, patch).view(n, -1, s.cell, 3 * s.cell).view(self._words)
         inside = picture.view(self._words).view(n, s.grid, s.cell, s.grid, -1)
         inside[torch.arange(n, device=self.device)[:, None], row, :, column] = patches

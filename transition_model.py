@@ -97,6 +97,11 @@ def pair_codes(n_codes: int) -> Tensor:
     return torch.cat([eye.repeat_interleave(n_codes, 0), eye.repeat(n_codes, 1)], 1)
 
 
+def merged(mass: Tensor, first: Tensor) -> Tensor:
+    """The mass (B, n, K) of outcomes that look alike, all of it on the first of them (B, K), see `OutcomeNetwork.modes`."""
+    return torch.zeros_like(mass).scatter_add_(2, first[:, None].expand_as(mass), mass)
+
+
 class OutcomeNetwork(nn.Module):
     """The universal outcomes: cell-wise categorical p(z'|z, k) from two convolutions over the grid of codes.
 
@@ -122,8 +127,8 @@ class OutcomeNetwork(nn.Module):
         self.register_buffer("fingerprint", bits, persistent=False)
 
     def hidden(self, codes: Tensor) -> Tensor:
-        """Features (B, S, width) of code grids (B, S) uint8."""
-        pictures = one_hot(codes, self.codes).view(-1, *self.grid, self.codes).permute(0, 3, 1, 2)
+        """Features (B, S, width) of code grids (B, S, C), one-hot."""
+        pictures = codes.view(-1, *self.grid, self.codes).permute(0, 3, 1, 2)
         if len(self.edges):
             pictures = torch.cat([pictures, self.edges.expand(len(pictures), -1, -1, -1)], 1)
         return self.features(pictures).flatten(2).transpose(1, 2)
@@ -136,7 +141,8 @@ class OutcomeNetwork(nn.Module):
         weight = torch.cat([weight, staying], -1)  # (K, C, W + C): the present code, too, is an input, and raises its own logit
         if codes_first:
             weight, bias = weight.transpose(0, 1), bias.t()
-        features = torch.cat([self.hidden(codes), one_hot(codes, self.codes)], -1)
+        present = one_hot(codes, self.codes)
+        features = torch.cat([self.hidden(present), present], -1)
         return F.linear(features, weight.flatten(0, 1), bias.flatten()).view(*codes.shape, *bias.shape)
 
     def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from context_engine import ContextInferenceEngine, Imagined
 from environment import require_all
 from film_layer import FiLMLayer
 from memory import Experience
-from transition_model import ABSENT, ModeTable, TransitionModel, one_hot, pairs_present
+from transition_model import ABSENT, ModeTable, TransitionModel, merged, one_hot, pairs_present
 
 
 @dataclass(frozen=True)
@@ -398,7 +398,7 @@ class Planner:
         if len(looked) == 0:
             return values
         beliefs = belief.index_select(0, branches.state[looked])
-        if branches.beliefs:
+        if branches.beliefs is not None:
             beliefs = branches.beliefs.belief(beliefs, branches.action[looked], *(row[looked] for row in branches.rows))
         next_codes, further = branches.codes.index_select(0, branches.effect[looked]), []
         for part in self._parts(next_codes, beliefs):
@@ -458,9 +458,7 @@ class Planner:
 
         # What can happen: outcomes that look alike from here are one, and take the mass of all.
         grids, first = modes(codes)  # (B, K, S), (B, K)
-        prior = transition.log_prior(context[:, :-1]).exp()
-        together = torch.zeros_like(prior).scatter_add_(2, first[:, None].expand_as(prior), prior)
-        kept, weight = branch(together, mass)  # (B, A, K)
+        kept, weight = branch(merged(transition.log_prior(context[:, :-1]).exp(), first), mass)  # (B, A, K)
         state, outcome = kept.any(1).nonzero(as_tuple=True)  # P effects, shared by the actions
         index = torch.zeros(len(codes), kept.shape[-1], dtype=torch.int64, device=codes.device)  # of the effect, 0 to P - 1
         index[state, outcome] = torch.arange(len(state), device=codes.device)

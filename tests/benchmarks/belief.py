@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from context_engine import ExactFilter
 from environment import DIRECTIONS, HiddenRulesWorld, WorldSettings, space_of
 from main import EVALUATION_SEED, System, load_system
 from tests.benchmarks import named_runs
+from transition_model import merged
 
 LIFETIMES = 2048
 STEPS = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32), (32, 64))
@@ -48,9 +48,8 @@ class Recorder:
                 listener.observe(action, step)
             happened = agent.memory.latest().posterior[:, 0].float()
             _, first = system.transition.outcome_network.modes(agent.codes)
-            alike = F.one_hot(first, first.shape[1]).float()  # (B, K, K): puts the mass of all that look alike on the first
             chosen = prior[torch.arange(LIFETIMES), action]
-            kept.append((context.flatten(1), posterior, (chosen[:, None] @ alike)[:, 0], (happened[:, None] @ alike)[:, 0]))
+            kept.append((context.flatten(1), posterior, *(merged(mass[:, None], first)[:, 0] for mass in (chosen, happened))))
         self.context, self.posterior, self.predicted, self.happened = (torch.stack(x) for x in zip(*kept))
         self.nats = [torch.stack(one.nats).double().mean(1).numpy() for one in (agent, exact)]
 

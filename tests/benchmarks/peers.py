@@ -136,11 +136,12 @@ def main(run: Path) -> None:
     }  # fmt: skip
     heads = ["agent", "seconds", "frames", "return", "normalised", "less than ours, normalised"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    own_progress = collected(run)[:, [0, 2]]
+    own_progress[:, 0] += seconds - own_progress[-1, 0]  # metrics begin after the first lifetimes, and end with the training
     results, progress = {}, {}
     own = np.array([ours["returns"][name] for name in ("agent", "random", "known_rule")], float)
     for name, budget in ({"this project's": None} | budgets).items():
-        result, spent, frames, points = ours, seconds, state["counters"][2], collected(run)[:, [0, 2]]
-        points[:, 0] += seconds - points[-1, 0]  # the first line of metrics comes after the first lifetimes; the last one is the end
+        result, spent, frames, points = ours, seconds, state["counters"][2], own_progress
         if budget is not None:
             started = time.perf_counter()
             model, points = train_recurrent_ppo(settings.world, settings.seed, **budget)
