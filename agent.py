@@ -214,7 +214,7 @@ class ThompsonAgent(KnownRuleAgent):
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Update the posterior, and draw again where it is time."""
         self.filter.observe(action, step)
-        renewed = (step.terminated | step.truncated) if self.each == "episode" else torch.ones_like(step.terminated)
+        renewed = step.ended if self.each == "episode" else torch.ones_like(step.terminated)
         self.assumed = torch.where(renewed, self._draw(), self.assumed)
 
     def assumed_task(self) -> Tensor:

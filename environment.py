@@ -5,7 +5,7 @@ Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed numb
 follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
 `arrival[t]` is the picture that the action led to, and `reward[t]` came with it. When an episode ends at step t
 (`terminated[t]` by a goal or hazard, `truncated[t]` by its time limit), `frame[t + 1]` is the first picture of the next
-episode; otherwise it is `arrival[t]`.
+episode, and `arrival[t]` the final one of the old; otherwise both are the same.
 """
 
 from __future__ import annotations
@@ -310,24 +310,34 @@ def layouts(grid: int, walls: int) -> dict[str, Tensor]:
 class WorldStep(NamedTuple):
     """What one step gives; B worlds, pictures (B, H, W, 3) uint8."""
 
-    arrival: Tensor
-    """The picture that the action led to."""
+    frame: Tensor
+    """The picture that the next action is chosen on: what the action led to, or a new episode's first picture."""
     reward: Tensor
     """(B,) float32: what the thing that was reached is worth, else 0."""
     terminated: Tensor
     """(B,) bool: the episode ended on a thing."""
     truncated: Tensor
     """(B,) bool: the episode ended by its time limit."""
-    frame: Tensor
-    """The picture that the next action is chosen on: `arrival`, or a new episode's first picture."""
+    finals: Tensor
+    """(n, H, W, 3) uint8: the final pictures of the n episodes that ended, in the order of their rows."""
+
+    @property
+    def ended(self) -> Tensor:
+        """(B,) bool: the episode ended, in whichever way."""
+        return self.terminated | self.truncated
+
+    @property
+    def arrival(self) -> Tensor:
+        """The picture that the action led to; a copy where an episode ended, so ask once."""
+        return self.frame.index_put((self.ended,), self.finals) if len(self.finals) else self.frame
 
     @classmethod
     def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
         """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
         frame = torch.as_tensor(picture)[None]
-        arrival = torch.as_tensor(info["final_frame"])[None] if "final_frame" in info else frame
+        finals = torch.as_tensor(info["final_frame"])[None] if "final_frame" in info else frame[:0]
         ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
-        return cls(arrival, torch.tensor([reward], dtype=torch.float32), *ended, frame)
+        return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, finals)
 
 
 class HiddenRulesWorld:
@@ -379,8 +389,10 @@ class HiddenRulesWorld:
         self._cells = torch.cartesian_prod(grid, grid)  # (cell, (row, column))
         size, inside = 3 * settings.pixels**2, 3 * settings.cell**2
         # A row of a cell is written in the longest words that it is made of, four times as fast as in single numbers.
-        words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        self._words = words[math.gcd(3 * settings.cell, 8)]
+        long = math.gcd(3 * settings.cell, 8)
+        self._words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[long]
+        at = torch.arange(size // long, device=self.device).view(settings.grid, settings.cell, settings.grid, -1)
+        self._at = at.transpose(1, 2).reshape(settings.grid**2, -1)  # (cell, word): where in a picture the words of a cell lie
         self._noise: Tensor | None = None  # for empty worlds, which are windows of it
         self._noisy = torch.zeros((1, inside), dtype=torch.int16, device=self.device)  # (patches, numbers), for what is in a cell
         if settings.noise:
@@ -423,13 +435,12 @@ class HiddenRulesWorld:
         if action.shape != (self.batch,):
             raise ValueError(f"action has shape {tuple(action.shape)}, but {self.batch} worlds need ({self.batch},).")
         reward, terminated, truncated, starts = self._move(action)
-        arrival = self.draw()
+        frame, ended = self.draw(), (terminated | truncated).nonzero()[:, 0]
+        finals = frame.index_select(0, ended)
         self._restart(terminated | truncated, starts)
-        frame, restarted = arrival, (terminated | truncated).nonzero()[:, 0]
-        if len(restarted):
-            frame = arrival.clone()
-            frame[restarted] = self.draw(restarted)
-        return WorldStep(arrival, reward, terminated, truncated, frame)
+        if len(ended):
+            frame.index_copy_(0, ended, self.draw(ended))
+        return WorldStep(frame, reward, terminated, truncated, finals)
 
     def step_unseen(self, action: Tensor) -> WorldStep:
         """As `step`, but without pictures (None), for planners that imagine with the world itself."""
@@ -482,7 +493,7 @@ class HiddenRulesWorld:
         """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8.
 
         Empty worlds are copied out of the noise in whole rows, which is as fast as memory, and so are the cells that something
-        stands in.
+        stands in; of two things in one cell both write the same.
         """
         s = self.settings
         rows = self.rows if rows is None else rows
@@ -503,11 +514,10 @@ class HiddenRulesWorld:
             walls = self.walls[rows].nonzero()[:, 1:].view(n, -1, 2)
             wall = torch.full(walls.shape[:2], len(self._plain) - 2, device=self.device)
             place, colour = torch.cat([place, walls], 1), torch.cat([colour, wall], 1)
-        row, column = place.unbind(-1)
-        patch = (start[:, None] + 61 * (row * s.grid + column)) % len(self._noisy)  # another for each cell
-        patches = self._patches(look, colour, patch).view(n, -1, s.cell, 3 * s.cell).view(self._words)
-        inside = picture.view(self._words).view(n, s.grid, s.cell, s.grid, -1)
-        inside[torch.arange(n, device=self.device)[:, None], row, :, column] = patches
+        cell = place[..., 0] * s.grid + place[..., 1]  # (n, things)
+        patch = (start[:, None] + 61 * cell) % len(self._noisy)  # another for each cell
+        words = self._patches(look, colour, patch).view(self._words).view(n, -1)
+        picture.view(self._words).scatter_(1, self._at.index_select(0, cell.flatten()).view(n, -1), words)
         return picture.view(n, s.pixels, s.pixels, 3)
 
     def _patches(self, look: Tensor, colour: Tensor, patch: Tensor) -> Tensor:
@@ -733,11 +743,11 @@ class PixelEnv(gymnasium.Env):
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
         if not self.action_space.contains(action):
             raise ValueError(f"action is {action!r}, but must be an integer from 0 to {self.settings.actions - 1}.")
-        arrival, reward, terminated, truncated, frame = self.world.step(torch.tensor([int(action)]))
+        frame, reward, terminated, truncated, finals = self.world.step(torch.tensor([int(action)]))
         self.steps += 1
         info = self._info(bool(terminated), bool(truncated))
         if terminated or truncated:
-            info["final_frame"] = arrival[0].numpy()
+            info["final_frame"] = finals[0].numpy()
             if self.symbolic:
                 info["final_frame"] = self.world.symbols(self.world.arrived_at, self.world.lived_rule)[0].numpy()
         self._picture = frame[0].numpy()
@@ -961,13 +971,11 @@ class GymWorlds:
     def step(self, action: Tensor) -> WorldStep:
         """Take `action` (B,) int64 in every world; see `WorldStep`."""
         frames, reward, _, _, info = self._guarded(self.vector.step, action.cpu().numpy())
-        frame = self._tensor(frames)
-        arrival, ended = frame, info.get("_final_frame")
-        if ended is not None:
-            arrival = frame.clone()
-            arrival[torch.as_tensor(ended)] = self._tensor(np.stack(info["final_frame"][ended]))
+        finals = frames[:0]
+        if "_final_frame" in info:
+            finals = np.stack(info["final_frame"][info["_final_frame"]])
         flags = (self._tensor(info[name]) for name in ("episode_terminated", "episode_truncated"))
-        return WorldStep(arrival, self._tensor(reward).float(), *flags, frame)
+        return WorldStep(self._tensor(frames), self._tensor(reward).float(), *flags, self._tensor(finals))
 
     def words(self, row: int) -> str:
         """What is hidden in one world in words, for captions."""
@@ -1061,13 +1069,15 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
         if not self.action_space.contains(np.asarray(actions)):
             raise ValueError(f"actions must be {self.num_envs} integers from 0 to {self.settings.actions - 1}, not {actions!r}.")
-        arrival, reward, terminated, truncated, frame = self.world.step(torch.as_tensor(np.asarray(actions)))
+        step = self.world.step(torch.as_tensor(np.asarray(actions)))
+        frame, reward, terminated, truncated, finals = step
         self.steps += 1
-        everywhere, ended = np.ones(self.num_envs, bool), (terminated | truncated).numpy()
+        everywhere, ended = np.ones(self.num_envs, bool), step.ended.numpy()
         info = {"episode_terminated": terminated.numpy(), "_episode_terminated": everywhere}
         info |= {"episode_truncated": truncated.numpy(), "_episode_truncated": everywhere}
         if ended.any():
-            info |= {"final_frame": arrival.numpy(), "_final_frame": ended}
+            info |= {"final_frame": np.zeros(frame.shape, np.uint8), "_final_frame": ended}
+            info["final_frame"][ended] = finals.numpy()
         over = np.full(self.num_envs, self.steps >= self.settings.lifetime)
         if over[0]:
             info |= {"final_info": dict(info), "_final_info": everywhere}

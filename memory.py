@@ -99,7 +99,7 @@ class EpisodicMemory:
         """Forget everything: a new task begins, and nothing of the old one says anything about it."""
         self.steps = 0
         self.frames: list[Tensor] = []
-        self.arrivals: list[Tensor] = []
+        self.finals: list[Tensor] = []
 
     def append(
         self, codes: Tensor, next_codes: Tensor, posterior: Tensor, action: Tensor, frame: Tensor, step: WorldStep
@@ -121,7 +121,7 @@ class EpisodicMemory:
         self.steps += 1
         if self.keep_pictures:
             self.frames.append(frame)
-            self.arrivals.append(step.arrival)
+            self.finals.append(step.finals if self.steps < self.capacity else step.arrival)  # the lifetime's end ends all
 
     def latest(self) -> Experience:
         """The last step, (B, 1, ...); views."""
@@ -154,9 +154,8 @@ class Pictures:
         ended = (experience.terminated | experience.truncated).cpu().clone()
         ended[:, -1] = True
         final_index = torch.full(ended.shape, -1, dtype=torch.int32)
-        final_index[ended] = torch.arange(int(ended.sum()), dtype=torch.int32)
-        frames, arrivals = torch.stack(memory.frames, 1).cpu(), torch.stack(memory.arrivals, 1).cpu()
-        return cls(number, frames, arrivals[ended], final_index, task.cpu().clone())
+        final_index.T[ended.T] = torch.arange(int(ended.sum()), dtype=torch.int32)  # step by step, as they came
+        return cls(number, torch.stack(memory.frames, 1).cpu(), torch.cat(memory.finals).cpu(), final_index, task.cpu().clone())
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -80,7 +80,9 @@ class TestWorld(unittest.TestCase):
             self.assertTrue(torch.equal(step.terminated, goal | hazard))
             self.assertTrue(torch.equal(step.truncated, (age == 18) & ~step.terminated))
             ended = step.terminated | step.truncated
+            self.assertTrue(torch.equal(step.ended, ended))
             self.assertTrue(torch.equal(step.frame[~ended], step.arrival[~ended]))
+            self.assertTrue(torch.equal(step.finals, step.arrival[ended]))
             age[ended] = 0
         self.assertTrue((world.position[:, 0] != world.position[:, 1]).any(-1)[ended].all())
 

@@ -142,7 +142,7 @@ class TestGymWorlds(unittest.TestCase):
             self.assertEqual((frames.shape, frames.dtype), ((6, 12, 12, 3), torch.uint8))
             for step in range(25):
                 happened = worlds.step(torch.full((6,), step % 5))
-                ended = happened.terminated | happened.truncated
+                ended = happened.ended
                 self.assertEqual(happened.reward.tolist(), (0.5 * happened.terminated).tolist())
                 self.assertTrue(torch.equal(happened.arrival[~ended], happened.frame[~ended]))
                 reached = happened.arrival[happened.terminated][:, 8:, 8:, 0]

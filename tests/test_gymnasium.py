@@ -6,10 +6,11 @@ import warnings
 
 import gymnasium
 import numpy as np
+import torch
 from gymnasium.utils.env_checker import check_env
 
 import environment
-from environment import MOVES, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings
+from environment import MOVES, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings, seed_from
 from tests.shared import temporary_folder
 
 
@@ -94,11 +95,17 @@ class TestFaces(unittest.TestCase):
         self.assertEqual(env.metadata["autoreset_mode"], gymnasium.vector.AutoresetMode.SAME_STEP)
         pictures, _ = env.reset(seed=2)
         self.assertTrue(env.observation_space.contains(pictures))
+        world = HiddenRulesWorld(env.settings, 5, "train", seed_from(np.random.default_rng(2)))
+        self.assertTrue(np.array_equal(world.reset(), pictures))
         for step in range(64):
+            same = world.step(torch.full((5,), step % 4))
             pictures, reward, terminated, truncated, info = env.step(np.full(5, step % 4))
+            self.assertTrue(np.array_equal(info.get("_final_frame", np.zeros(5)), same.ended))
+            if same.ended.any():
+                self.assertTrue(np.array_equal(info["final_frame"][same.ended], same.finals))
             self.assertTrue(np.array_equal(info["episode_terminated"], reward != 0))
             self.assertTrue((truncated == (step == 63)).all() and not terminated.any())
-        self.assertEqual(info["final_obs"].shape, pictures.shape)
+        self.assertTrue(np.array_equal(info["final_obs"], same.frame))
         self.assertFalse(np.array_equal(info["final_obs"], pictures))
         self.assertFalse(env.step(np.zeros(5, int))[3].any())
 

@@ -23,7 +23,8 @@ def counted(lifetime: int = 0) -> EpisodicMemory:
     for step in range(T):
         ended = torch.tensor([(row, step) in ENDS for row in range(BATCH)])
         arrival, frame = now + 1, torch.where(ended, 100 + now, now + 1)
-        happened = WorldStep(picture(arrival), arrival.float(), ended, torch.zeros(BATCH, dtype=torch.bool), picture(frame))
+        none = torch.zeros(BATCH, dtype=torch.bool)
+        happened = WorldStep(picture(frame), arrival.float(), ended, none, picture(arrival[ended]))
         codes = [picture(numbers)[:, 0, 0, :1].expand(-1, 4) for numbers in (now, arrival)]
         memory.append(*codes, torch.full((BATCH, 3), step / 8), torch.full((BATCH,), step), picture(now), happened)
         now = frame

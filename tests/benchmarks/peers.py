@@ -96,7 +96,7 @@ class PeerAgent:
 
     def observe(self, action: torch.Tensor, step: WorldStep) -> None:
         """What `PreviousStep` shows."""
-        seen = (action.numpy(), step.reward.numpy(), (step.terminated | step.truncated).numpy())
+        seen = (action.numpy(), step.reward.numpy(), step.ended.numpy())
         self.seen = {"picture": step.frame.numpy(), "previous": previous_step(*seen, self.model.action_space.n)}
 
 
