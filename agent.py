@@ -83,7 +83,9 @@ class AgentController:
     def begin(self, frames: Tensor | np.ndarray) -> None:
         """A lifetime begins: the memory is cleared, because what happened under another rule says nothing here. One
         picture (H, W, 3) is a batch of one."""
-        frames = torch.as_tensor(frames, device=next(self.vae.parameters()).device)
+        if isinstance(frames, np.ndarray):
+            frames = torch.from_numpy(np.ascontiguousarray(frames))  # some worlds hand out pictures upside down, as views
+        frames = frames.to(next(self.vae.parameters()).device)
         frames = frames[None] if frames.ndim == 3 else frames
         patches = self.vae.grid[0] * self.vae.grid[1]
         self.memory = EpisodicMemory(
@@ -118,13 +120,6 @@ class AgentController:
         if not self.freeze_belief:
             self.belief = self.engine.step(self.belief, self.memory.latest())
         self.frame = step.frame
-
-    @torch.no_grad()
-    def recall(self) -> None:
-        """Rebuild the belief from the memory: after the models have changed in mid-lifetime."""
-        self.modes = ModeTable(self.transition.outcome_network)
-        if not self.freeze_belief:
-            self.belief = self.engine(self.memory)
 
     def _vision(self) -> Tensor:
         """The context (B, D) to see with."""
@@ -197,6 +192,9 @@ class ThompsonAgent(KnownRuleAgent):
         each: draw a new rule each "step" or each "episode".
         seed: of the draws.
         options: of the `ExactFilter`.
+
+    Raises:
+        ValueError: `each` is neither.
     """
 
     def __init__(self, world: HiddenRulesWorld, q: ActionValues, each: str, seed: int, **options: float) -> None:

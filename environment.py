@@ -334,8 +334,8 @@ class WorldStep(NamedTuple):
     @classmethod
     def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
         """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
-        frame = torch.as_tensor(picture)[None]
-        finals = torch.as_tensor(info["final_frame"])[None] if "final_frame" in info else frame[:0]
+        frame = torch.from_numpy(np.ascontiguousarray(picture))[None]
+        finals = torch.from_numpy(np.ascontiguousarray(info["final_frame"]))[None] if "final_frame" in info else frame[:0]
         ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
         return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, finals)
 
@@ -352,14 +352,16 @@ class HiddenRulesWorld:
         tasks: the split whose tasks and walls are drawn, each with equal probability; or task numbers (n,) int64, with all walls.
         seed: of the world's two generators.
         device: where all tensors live.
-        bank: noise samples kept (int16); frames read random windows of it, which is 20 times cheaper than new noise.
+
+    Raises:
+        ValueError: no world or no task is asked for; at a step, actions for another number of worlds.
     """
 
+    NOISE = 1 << 20  # samples kept (int16); pictures read random windows of them, which is 20 times cheaper than new noise
     PATCHES = 4096  # of noise, for single cells, at most
 
     def __init__(
-        self, settings: WorldSettings, batch: int, tasks: Tensor | Split, seed: int, device: torch.device | str = "cpu",
-        bank: int = 1 << 20,
+        self, settings: WorldSettings, batch: int, tasks: Tensor | Split, seed: int, device: torch.device | str = "cpu"
     ) -> None:  # fmt: skip
         splits = [tasks] if isinstance(tasks, str) else SPLITS
         tasks = task_split(settings, tasks) if isinstance(tasks, str) else tasks
@@ -396,7 +398,7 @@ class HiddenRulesWorld:
         self._noise: Tensor | None = None  # for empty worlds, which are windows of it
         self._noisy = torch.zeros((1, inside), dtype=torch.int16, device=self.device)  # (patches, numbers), for what is in a cell
         if settings.noise:
-            samples = torch.randn(bank + size, generator=self.noise_generator, device=self.device)
+            samples = torch.randn(self.NOISE + size, generator=self.noise_generator, device=self.device)
             self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16)
             self._noisy = self._noise[: len(self._noise) // inside * inside].view(-1, inside)[: self.PATCHES]
         # Where all worlds look the same, both are made ready: noise on an empty world, and cells of every colour.
@@ -435,15 +437,16 @@ class HiddenRulesWorld:
         if action.shape != (self.batch,):
             raise ValueError(f"action has shape {tuple(action.shape)}, but {self.batch} worlds need ({self.batch},).")
         reward, terminated, truncated, starts = self._move(action)
-        frame, ended = self.draw(), (terminated | truncated).nonzero()[:, 0]
+        frame, over = self.draw(), terminated | truncated
+        ended = over.nonzero()[:, 0]
         finals = frame.index_select(0, ended)
-        self._restart(terminated | truncated, starts)
+        self._restart(over, starts)
         if len(ended):
             frame.index_copy_(0, ended, self.draw(ended))
         return WorldStep(frame, reward, terminated, truncated, finals)
 
     def step_unseen(self, action: Tensor) -> WorldStep:
-        """As `step`, but without pictures (None), for planners that imagine with the world itself."""
+        """As `step`, but without pictures (None, and so no `arrival`), for planners that imagine with the world itself."""
         reward, terminated, truncated, starts = self._move(action)
         self._restart(terminated | truncated, starts)
         return WorldStep(None, reward, terminated, truncated, None)

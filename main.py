@@ -703,7 +703,11 @@ class Learner:
 def evaluate(
     system: System, split: str, lifetimes: int, without: Ablation | None = None, env_steps: int = 0
 ) -> dict[str, Any]:  # fmt: skip
-    """Compare the agent with the references on held-out tasks, in worlds of their own; see README for the fields.
+    """Compare the agent with the references on held-out tasks, in worlds of their own.
+
+    Besides what it was asked for, the answer holds what `agent.compare` says of every agent; `thompson_draws_each`, whether drawing
+    anew each step or each episode earned more; and `belief_nats`: how unexpected each step was to the agent and to the exact
+    filter, mean over lifetimes, and the agent's `late_excess` from step `late` on. Where there is no exact filter, these are None.
 
     Args:
         system: the agent's parts; split: validation, test or permutations; lifetimes: at least 2.
@@ -712,8 +716,10 @@ def evaluate(
 
     Raises:
         UserError: the split asks for held-out permutations that this run has trained on.
+        ValueError: the exact filter has no room for so many lifetimes.
     """
     settings = system.settings
+    require_room(settings.world, lifetimes)
     if split == "permutations" and settings.world.gym_id:
         raise UserError("other people's worlds always hold permutations out: the split test is theirs.")
     if split == "permutations" and settings.world.holdout != "permutations":
@@ -948,6 +954,8 @@ def train_command(arguments: list[str]) -> None:
         with run.locked() if processes.first else nullcontext():
             if run.checkpoint.exists():
                 go_on(run, learner)
+            elif processes.first:
+                run.forget()
             train_and_evaluate(run, learner)
 
 
@@ -974,7 +982,7 @@ def from_file(settings: Settings, path: Path | None, preset: str | None, gym_id:
         said = changes if isinstance(changes, dict) else {}
         world = said.get("world", {}) if isinstance(said.get("world", {}), dict) else {}
         preset = preset or said.get("preset") or ("gym" if gym_id or world.get("gym_id") else "default")
-        if preset in PRESETS:  # an unknown one is refused by what comes next, with the names that exist
+        if isinstance(preset, str) and preset in PRESETS:  # an unknown one is refused by what comes next, with the names that exist
             settings = with_preset(settings, preset)
         return merge(settings, changes), said
     except (OSError, ValueError) as error:
@@ -1007,7 +1015,7 @@ def rewards_of(world: WorldSettings, lifetimes: int = 16, most: int = 4) -> tupl
             largest = math.copysign(max(1.0, *map(abs, kinds)), kinds[0])
             kinds = [largest * k / most for k in range(1, most + 1)]
         bins |= set(kinds)
-    return tuple(sorted({round(x, 6) for x in bins}))
+    return tuple(sorted({float(str(np.float32(x))) for x in bins}))  # the shortest decimals that are these numbers
 
 
 def resume_command(run: Positional[Path], updates: int | None = None) -> None:

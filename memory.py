@@ -57,6 +57,11 @@ class Experience(NamedTuple):
     segment: Tensor
     """(B, T) uint8: number of the stretch under one rule. Known in training alone; 0 for whoever lives it."""
 
+    @property
+    def ended(self) -> Tensor:
+        """(B, T) bool: the episode ended with the step, in whichever way."""
+        return self.terminated | self.truncated
+
     def rows(self, index: Tensor | slice) -> Experience:
         """The same for some of the lifetimes."""
         return Experience(*(part[index] for part in self))
@@ -149,9 +154,10 @@ class Pictures:
 
     @classmethod
     def of(cls, number: int, memory: EpisodicMemory, task: Tensor) -> Pictures:
-        """Those of a finished lifetime in `memory`, on the CPU."""
-        experience = memory.experience()
-        ended = (experience.terminated | experience.truncated).cpu().clone()
+        """Those of a finished lifetime in `memory`, on the CPU; ValueError if it is not finished."""
+        if len(memory) < memory.capacity:
+            raise ValueError(f"the lifetime has seen {len(memory)} of {memory.capacity} steps: only whole ones are stored.")
+        ended = memory.experience().ended.cpu()
         ended[:, -1] = True
         final_index = torch.full(ended.shape, -1, dtype=torch.int32)
         final_index.T[ended.T] = torch.arange(int(ended.sum()), dtype=torch.int32)  # step by step, as they came
@@ -289,8 +295,14 @@ class LifetimeStore:
         """Restore from the `state_dict` of every shard and the blocks in `folder`.
 
         Were there as many shards as now, this one takes over its own; else all blocks are dealt anew, evenly.
+
+        Raises:
+            UserError: there are fewer blocks than shards.
+            OSError, RuntimeError: a block is missing or cannot be read.
         """
-        own = len(states) == self.shards
+        own, blocks = len(states) == self.shards, sum(len(state["numbers"]) for state in states)
+        if blocks < self.shards:
+            raise UserError(f"{blocks} stored blocks of lifetimes cannot be dealt to {self.shards} processes: use at most {blocks}.")
         self.next = states[self.shard]["next"] if own else max(state["next"] for state in states) + self.shard
         held = []
         for state in [states[self.shard]] if own else states:
@@ -442,6 +454,11 @@ class RunFolder:
             save_atomically({"format": self.FORMAT, "logged": logged, "learner": state}, self.checkpoint)
             forget_blocks(self.blocks, [shard["store"] for shard in state["shards"]])
         learner.processes.wait()  # or another one would already write blocks that are not named yet
+
+    def forget(self) -> None:
+        """Delete what a training has left that died before its first checkpoint."""
+        self.metrics.unlink(missing_ok=True)
+        forget_blocks(self.blocks, [])
 
     def load(self) -> tuple[dict, int]:
         """The learner's state and how many bytes of metrics were logged by then.

@@ -106,12 +106,20 @@ class OutcomeNetwork(nn.Module):
     """The universal outcomes: cell-wise categorical p(z'|z, k) from two convolutions over the grid of codes.
 
     The logits start near "everything stays as it is": a learnt multiple of the present code is added to them.
+
+    Raises:
+        ValueError: a circular kernel that would reach round the whole grid.
     """
 
     def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.codes, self.grid, self.outcomes = codes, grid, settings.outcomes
         padding = settings.padding or "zeros"
+        if padding == "circular" and settings.kernel // 2 > min(grid):
+            raise ValueError(
+                f"transition.kernel is {settings.kernel}, but in a grid of {grid[0]}x{grid[1]} whose edges wrap it may be at most "
+                f"{2 * min(grid) + 1}."
+            )
         convolution = dict(kernel_size=settings.kernel, padding=settings.kernel // 2, padding_mode=padding)
         edges = torch.zeros(4, *grid)  # top, bottom, left, right: to be told apart where the other side is seen beyond them
         edges[0, 0], edges[1, -1], edges[2, :, 0], edges[3, :, -1] = 1, 1, 1, 1

@@ -154,7 +154,8 @@ def read_space(path: Path | None, base: Settings) -> dict[str, Range | list]:
     for name, what in space.items():
         check_range(name, what, base)
         if isinstance(what, Range) and what.when:
-            value_of(base, what.when)
+            if not isinstance(value_of(base, what.when), (int, float)) or getattr(space.get(what.when), "when", ""):
+                raise UserError(f"{name} is searched when {what.when} is above 0, which must be a number that is always searched.")
             if what.when not in space:
                 space = space | {name: dataclasses.replace(what, when="")}
     return dict(sorted(space.items(), key=lambda item: bool(getattr(item[1], "when", ""))))  # what hangs on others comes last

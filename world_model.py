@@ -88,7 +88,8 @@ class VAE(nn.Module):
         self.register_buffer("meaning", torch.arange(settings.codes, dtype=torch.uint8))  # see `merge_codes`
 
     def patches(self, frames: Tensor) -> Tensor:
-        """The patches (B, S, pixels * channels) float32, range -0.5..0.5, of pictures (B, H, W, channels) uint8."""
+        """The patches (B, S, pixels * channels) float32, range -0.5..0.5, of pictures (B, H, W, channels) uint8; ValueError for
+        pictures of another shape or kind."""
         if frames.shape[1:] != self.picture or frames.dtype != torch.uint8:
             raise ValueError(f"pictures must be (B, {self.picture}) uint8, not {tuple(frames.shape)} {frames.dtype}.")
         (rows, columns), patch, channels = self.grid, self.settings.patch, self.picture[2]
@@ -430,7 +431,7 @@ class Planner:
         """
         B, T = experience.action.shape
         slow, context = self.value, self.engine.context(beliefs).detach()  # (B, T + 1, A + 1, D)
-        codes, ended = experience.codes.flatten(0, 1), experience.terminated | experience.truncated
+        codes, ended = experience.codes.flatten(0, 1), experience.ended
         best, choice = self.action_values(codes, beliefs[:, :-1].flatten(0, 1), again=False).view(B, T, -1).max(-1)
         with torch.no_grad():
             pooled = slow.pool(context[:, 1:].flatten(0, 1))

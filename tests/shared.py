@@ -82,18 +82,19 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def command(*arguments: str, folder: Path, script: str = "main.py") -> subprocess.CompletedProcess:
+def command(*arguments: str, folder: Path, script: str = "main.py", threads: int = 1) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user would, with `folder` as the working directory."""
-    process = start(*arguments, folder=folder, script=script)
+    process = start(*arguments, folder=folder, script=script, threads=threads)
     output, errors = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def start(
-    *arguments: str, folder: Path, script: str = "main.py", launcher: Sequence[str] = ()
+    *arguments: str, folder: Path, script: str = "main.py", launcher: Sequence[str] = (), threads: int = 1
 ) -> subprocess.Popen:  # fmt: skip
-    """Begin what `command` runs to its end, by a launcher such as -m torch.distributed.run, which is torchrun."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    """Begin what `command` runs to its end, by a launcher such as -m torch.distributed.run, which is torchrun. Tiny settings gain
+    nothing by a second thread, and lose much where it must wait for its core."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     line = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -157,7 +158,7 @@ def temporary_folder() -> Path:
 def quick_run() -> Path:
     """The folder of one `--preset quick` run, trained once for all tests of this process."""
     folder = temporary_folder()
-    done = command("--preset", "quick", folder=folder)
+    done = command("--preset", "quick", folder=folder, threads=os.cpu_count() or 1)
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "runs").iterdir()
     return run

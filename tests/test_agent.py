@@ -5,10 +5,11 @@ import types
 import unittest
 from unittest import mock
 
+import numpy as np
 import torch
 
 from agent import BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
-from environment import ActionValues, HiddenRulesWorld, Rule, WorldSettings
+from environment import ActionValues, HiddenRulesWorld, Rule, WorldSettings, WorldStep
 from world_model import Planner, PlannerSettings, branch
 from context_engine import ExactFilter
 from main import Learner, System, evaluate
@@ -241,9 +242,15 @@ class TestController(unittest.TestCase):
             lifetimes = play(HiddenRulesWorld(system.settings.world, batch, VALIDATION, 0), agent)
             self.assertEqual(lifetimes.reward.shape, (batch, 12))
             self.assertEqual(len(agent.memory), 12)
-            carried = agent.belief
-            agent.recall()
-            torch.testing.assert_close(agent.belief, carried, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(system.engine(agent.memory), agent.belief, atol=1e-4, rtol=1e-4)
+
+    def test_pictures_may_be_views_of_any_kind(self):
+        agent, picture = System(tiny(), torch.device("cpu")).controller(), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
+        for view in (picture[::-1], picture.transpose(1, 0, 2)):
+            agent.begin(view)
+            ended = {"episode_terminated": True, "episode_truncated": False, "final_frame": view}
+            agent.observe(agent.act(), WorldStep.of(view, 1.0, ended))
+            self.assertTrue(np.array_equal(agent.frame[0], view))
 
     def test_a_new_lifetime_begins_with_an_empty_memory_and_the_initial_belief(self):
         system = System(tiny(), torch.device("cpu"))

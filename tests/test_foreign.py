@@ -184,6 +184,8 @@ class TestGymWorlds(unittest.TestCase):
         self.assertEqual(rewards_of(ROOM), (0.0, 0.5, 1.0))  # whoever learns may earn more than was seen
         with mock.patch.object(Room, "step", lambda self, action: (self._draw(), -0.01, False, False, {})):
             self.assertEqual(rewards_of(ROOM), (-0.01, 0.0, 1.0))
+        with mock.patch.object(Room, "step", lambda self, action: (self._draw(), 2.3456784, False, False, {})):
+            self.assertEqual(torch.tensor(rewards_of(ROOM)).tolist(), torch.tensor([0, 2.3456784]).tolist())  # nothing lies beyond
         with mock.patch.object(Room, "step", lambda self, action: (self._draw(), 0.0, False, False, {})):
             self.assertEqual(rewards_of(ROOM), (-1.0, 0.0, 1.0))
         with mock.patch.object(Room, "step", lambda self, action: (self._draw(), float(np.random.uniform(-3, 0.4)), False, False, {})):

@@ -284,6 +284,7 @@ class TestBenchmarks(unittest.TestCase):
         self.assertEqual(speed.operations(lambda: (left @ right).sum().backward()), 2 * 2 * 3 * 5 * 7)  # and one for the gradient
         self.assertEqual(speed.operations(speed.bare(2 * 64 * 64 * 9, "cpu")), 2 * 64 * 64 * 9)
 
+    @unittest.skipUnless(importlib.util.find_spec("psutil"), "needs tests/requirements.txt")
     def test_every_part_is_timed(self):
         output, system = temporary_folder(), load_system(quick_run())[0]
         few = {"batch": speed.GROWTH["batch"][:2]}
@@ -302,6 +303,7 @@ class TestBenchmarks(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()):
             return call()
 
+    @unittest.skipUnless(importlib.util.find_spec("psutil"), "needs tests/requirements.txt")
     def test_a_long_training_watches_itself_and_stops(self):
         class Brief(endurance.Watched):  # its time is over after as many looks, however fast the machine is
             def advance(self):

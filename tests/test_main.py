@@ -16,7 +16,7 @@ import main
 from context_engine import ContextInferenceEngine
 from environment import WORLDS, task_split
 from world_model import Planner
-from main import PRESETS, Learner, Settings, evaluate, with_preset
+from main import PRESETS, Learner, Settings, System, evaluate, with_preset
 from memory import RunFolder, merge
 from tests.shared import ROOT, TINY, command, in_process, only_run, temporary_folder, tiny, tiny_folder
 
@@ -92,6 +92,7 @@ class TestCommandLine(unittest.TestCase):
         folder = tiny_folder()
         (folder / "bad.json").write_text("{")
         (folder / "slow.json").write_text('{"preset": "slow"}')
+        (folder / "list.json").write_text('{"preset": ["quick"]}')
         (folder / "empty").mkdir()
         for arguments, words in (
             (["--world.gird", "5"], "world.grid"),
@@ -99,6 +100,8 @@ class TestCommandLine(unittest.TestCase):
             (["--world.grid", "six"], "six"),
             (["--preset", "slow"], "slow"),
             (["--config", "slow.json"], "preset is 'slow'"),
+            (["--config", "list.json"], "preset is ['quick']"),
+            (["--world.edges", "wrap", "--transition.kernel", "31"], "at most 13"),
             (["--vae.patch", "5"], "does not divide"),
             (["--device", "abacus"], "abacus"),
             (["--config", "bad.json"], "bad.json"),
@@ -117,6 +120,11 @@ class TestCommandLine(unittest.TestCase):
         self.assertEqual(done.returncode, 2)
         self.assertNotIn("Traceback", done.stderr)
         self.assertFalse((folder / "runs").exists())
+
+    def test_more_lifetimes_than_the_exact_filter_has_room_for_are_refused_before_they_are_lived(self):
+        system = System(merge(tiny(), {"world": {"walls": 2, "edges": "hidden", "wind": 0.4}}), torch.device("cpu"))
+        with mock.patch("main.play", side_effect=AssertionError), self.assertRaisesRegex(ValueError, "at most [0-9,]+ "):
+            evaluate(system, "test", 10**6)
 
     def test_help_explains_every_setting(self):
         done = command("--help", folder=temporary_folder())

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from environment import WorldStep
-from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, forget_blocks, save_atomically
+from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, forget_blocks, save_atomically, UserError
 from tests.shared import seeded, temporary_folder
 
 T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends
@@ -77,6 +77,12 @@ class TestStore(unittest.TestCase):
         self.assertEqual(len(block.finals), len(ENDS | {(row, T - 1) for row in range(BATCH)}))
         codes = counted().experience().next_codes
         self.assertTrue(torch.equal(block.arrivals()[..., 0, 0, 0], codes[..., 0]))
+
+    def test_only_whole_lifetimes_are_stored(self):
+        memory = counted()
+        memory.capacity += 1
+        with self.assertRaisesRegex(ValueError, "7 of 8 steps"):
+            Pictures.of(0, memory, torch.zeros(BATCH, dtype=torch.int64))
 
     def test_frames_at_finds_the_picture_of_every_row_and_step(self):
         store = self.store(3)
@@ -151,6 +157,8 @@ class TestStore(unittest.TestCase):
                     self.assertTrue(torch.equal(block.frames, whole.blocks[block.number].frames))
             self.assertEqual([[block.number for block in store.blocks] for store in new], numbers)
             self.assertEqual([store.next % count if count == 2 else store.next - 5 for store in new], list(range(count)))
+        with self.assertRaisesRegex(UserError, "4 stored blocks .* 5 processes: use at most 4"):
+            LifetimeStore(MemorySettings(4.0), "cpu", 4, 5).load_state_dict(states, folder)
         pair = [LifetimeStore(MemorySettings(4.0), "cpu", shard, 2) for shard in (0, 1)]
         for store in pair:  # of a run that one process had begun: nothing is held twice
             store.load_state_dict([whole.state_dict()], folder)

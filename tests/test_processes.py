@@ -12,9 +12,9 @@ from unittest import mock
 
 import torch
 
-from main import Learner, Processes
+from main import Learner, Processes, Settings
 from memory import LifetimeStore, RunFolder
-from tests.shared import children_of, command, free_port, only_run, start, temporary_folder, tiny, tiny_folder, wait_for
+from tests.shared import children_of, command, free_port, in_process, only_run, start, temporary_folder, tiny, tiny_folder, wait_for
 
 TORCHRUN = ("-m", "torch.distributed.run")
 ALONE = ("--standalone", "--nproc-per-node", "2")
@@ -106,6 +106,30 @@ class TestProcesses(unittest.TestCase):
         self.assertNotEqual(code, 0)
         self.assertEqual(said.count("equal"), 2, said)
         self.assertIn("the processes' weights differ at update 1", said)
+
+    def test_a_start_that_died_before_its_first_checkpoint_leaves_nothing_behind(self):
+        folder, advance = tiny_folder(log_every=2, checkpoint_every=100), Learner.advance
+        job = {"TORCHELASTIC_RUN_ID": "none"}
+
+        def fail(learner: Learner) -> None:
+            if learner.update == 9:
+                raise RuntimeError("as if killed")
+            advance(learner)
+
+        alone = mock.patch("main.distributed.is_torchelastic_launched", return_value=False)
+        with alone, mock.patch.dict(os.environ, job), mock.patch.object(Learner, "advance", fail), self.assertRaises(RuntimeError):
+            in_process(["--config", "tiny.json"], folder)
+        run = only_run(folder)
+        self.assertEqual(len((run / "metrics.jsonl").read_text().splitlines()), 4)
+        (run / "store").mkdir()
+        (run / "store" / "block-000000.pt").write_bytes(b"of another training")
+        with alone, mock.patch.dict(os.environ, job | {"TORCHELASTIC_RESTART_COUNT": "1"}):
+            self.assertEqual(in_process(["--config", "tiny.json"], folder)[0], 0)
+        updates = [json.loads(line)["update"] for line in (only_run(folder) / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual(updates, list(range(2, 39, 2)))
+        again = Learner(RunFolder(run).settings(Settings()), torch.device("cpu"))
+        again.load_state_dict(RunFolder(run).load()[0], run / "store")
+        self.assertEqual(len(again.store), again.env_steps // 12)
 
 
 @unittest.skipIf(os.name == "nt", "sends POSIX signals")

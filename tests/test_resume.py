@@ -77,8 +77,8 @@ class TestResume(unittest.TestCase):
         torch.save({"format": 999}, run.checkpoint)
         with self.assertRaisesRegex(UserError, "format 999"):
             run.load()
-        torch.save({"format": 1, "learner": os.system}, run.checkpoint)  # a pickle that would run code
-        with self.assertRaisesRegex(UserError, "damaged or foreign"):
+        torch.save({"format": RunFolder.FORMAT, "logged": 0, "learner": os.system}, run.checkpoint)  # a pickle that would run code
+        with self.assertRaisesRegex(UserError, "[Ww]eights.?only.*damaged or foreign"):
             run.load()
         run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:100])
         with self.assertRaisesRegex(UserError, "damaged or foreign"):

@@ -167,6 +167,8 @@ class TestPredictions(unittest.TestCase):
         for wrong, words in (({"kernel": 4}, "odd"), ({"padding": "nil"}, "zeros"), ({"reward_bins": (1.0, 0.0)}, "increasing")):
             with self.assertRaisesRegex(ValueError, words):
                 TransitionSettings(**wrong)
+        with self.assertRaisesRegex(ValueError, "kernel is 11, but in a grid of 4x5 whose edges wrap it may be at most 9"):
+            OutcomeNetwork(TransitionSettings(kernel=11, padding="circular"), 6, (4, 5))
 
 
 if __name__ == "__main__":

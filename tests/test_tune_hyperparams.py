@@ -93,6 +93,8 @@ class TestSpace(unittest.TestCase):
             ('{"planner.imagine": {"low": 0, "high": 1}}', "no number"), ('{"context.hidden": [64, 64.7]}', "context.hidden"),
             ('{"planner.slow": {"low": 0.1, "high": 0.5, "when": "planner.promisng"}}', "planner.promisng"),
             ('{"planner.slow": {"low": "a", "high": "b"}}', "planner.slow"),
+            ('{"planner.slow": {"low": 0.1, "high": 0.5, "when": "world.edges"}}', "must be a number"),
+            ('{"planner.slow": {"low": 0.1, "high": 0.5, "when": "planner.likely"}, "planner.promising": null, "planner.likely": null}', "always"),
         ):  # fmt: skip
             folder = study_folder()
             (folder / "space.json").write_text(content)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import tyro
 
@@ -43,6 +42,8 @@ class Watched(Learner):
 
     def watch(self, minutes: float) -> list[tuple[float, ...]]:
         """Begin to look; the rows of COLUMNS that will come."""
+        import psutil  # of tests/requirements.txt
+
         self.process, self.rows, self.end = psutil.Process(os.getpid()), [], time.perf_counter() + 60 * minutes
         return self.rows
 

@@ -8,6 +8,7 @@ training that nobody disturbed.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -34,9 +35,10 @@ class Arguments:
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    """The project's main.py in `folder`."""
+    """The project's main.py in `folder`, on one thread: there are two of them, and threads that wait for each other's cores are slow."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "ab") as log:  # the process keeps its own handle
-        return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *arguments], cwd=folder, stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, str(ROOT / "main.py"), *arguments], cwd=folder, stdout=log, stderr=log, env=alone)
 
 
 def run_of(folder: Path) -> Path | None:
@@ -44,19 +46,18 @@ def run_of(folder: Path) -> Path | None:
     return next(iter(folder.glob("runs/*")), None)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
+def updates_of(run: Path) -> int:
+    """How many updates a run has logged."""
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
 def kill(process: subprocess.Popen, run: Path, luck: random.Random, while_saving: bool) -> bool:
-    """Let it train on for a moment, then kill it; False if it had ended before."""
-    before = size_of(run / "metrics.jsonl") if run else 0
-    while process.poll() is None and size_of(run / "metrics.jsonl") <= before:
-        time.sleep(0.01)  # until it has logged something of its own
-    wait = time.monotonic() + luck.uniform(0, 1)
-    while process.poll() is None and time.monotonic() < wait:
+    """Let it train on for some updates and a moment, then kill it; False if it had ended before."""
+    until = updates_of(run) + luck.randint(1, UPDATES_A_KILL // 2)
+    while process.poll() is None and updates_of(run) < until:
         time.sleep(0.001)
+    time.sleep(luck.uniform(0, 0.05))
     while process.poll() is None and while_saving and not list(run.glob("*.tmp")):
         pass
     process.kill()

@@ -20,7 +20,6 @@ from typing import NamedTuple
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import psutil
 import torch
 import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -232,6 +231,8 @@ def learning_rows(learner: Learner, device: str) -> list[Row]:
 
 def memory_rows(learner: Learner) -> list[Row]:
     """Bytes of a stored step beside its picture, and the memory of this process beside the store's budget."""
+    import psutil  # of tests/requirements.txt
+
     settings, store = learner.settings, learner.store
     each = store.bytes / (len(store) * settings.world.lifetime)
     picture = float(np.prod(settings.world.sizes.picture))
