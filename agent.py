@@ -20,7 +20,7 @@ from torch import Tensor
 
 from context_engine import AppearanceEngine, ContextInferenceEngine, ExactFilter
 from environment import (
-    ActionValues, GymWorlds, HiddenRulesWorld, Split, WorldSettings, WorldStep, by_role, seeded,
+    ActionValues, GymWorlds, HiddenRulesWorld, Split, WorldSettings, WorldStep, by_role, seeded, tensor_of,
 )  # fmt: skip
 from memory import EpisodicMemory, UserError
 from transition_model import ModeTable, TransitionModel
@@ -83,8 +83,7 @@ class AgentController:
     def begin(self, frames: Tensor | np.ndarray) -> None:
         """A lifetime begins: the memory is cleared, because what happened under another rule says nothing here. One
         picture (H, W, 3) is a batch of one."""
-        if isinstance(frames, np.ndarray):
-            frames = torch.from_numpy(np.ascontiguousarray(frames))  # some worlds hand out pictures upside down, as views
+        frames = tensor_of(frames) if isinstance(frames, np.ndarray) else frames
         frames = frames.to(next(self.vae.parameters()).device)
         frames = frames[None] if frames.ndim == 3 else frames
         patches = self.vae.grid[0] * self.vae.grid[1]

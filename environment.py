@@ -307,6 +307,11 @@ def layouts(grid: int, walls: int) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------------- batched world
 
 
+def tensor_of(array: np.ndarray) -> Tensor:
+    """An array as a tensor, without a copy where that can be: some worlds hand out pictures upside down, as views that torch refuses."""
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
 class WorldStep(NamedTuple):
     """What one step gives; B worlds, pictures (B, H, W, 3) uint8."""
 
@@ -334,8 +339,8 @@ class WorldStep(NamedTuple):
     @classmethod
     def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
         """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
-        frame = torch.from_numpy(np.ascontiguousarray(picture))[None]
-        finals = torch.from_numpy(np.ascontiguousarray(info["final_frame"]))[None] if "final_frame" in info else frame[:0]
+        frame = tensor_of(picture)[None]
+        finals = tensor_of(info["final_frame"])[None] if "final_frame" in info else frame[:0]
         ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
         return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, finals)
 

@@ -153,11 +153,12 @@ def read_space(path: Path | None, base: Settings) -> dict[str, Range | list]:
             raise UserError(f"{path} is no search space ({type(error).__name__}: {error}): see --help for an example.") from error
     for name, what in space.items():
         check_range(name, what, base)
-        if isinstance(what, Range) and what.when:
-            if not isinstance(value_of(base, what.when), (int, float)) or getattr(space.get(what.when), "when", ""):
-                raise UserError(f"{name} is searched when {what.when} is above 0, which must be a number that is always searched.")
-            if what.when not in space:
-                space = space | {name: dataclasses.replace(what, when="")}
+    hanging = {name: what.when for name, what in space.items() if isinstance(what, Range) and what.when}
+    for name, when in hanging.items():
+        if not isinstance(value_of(base, when), (int, float)) or hanging.get(when) in space:
+            raise UserError(f"{name} is searched when {when} is above 0, which must be a number that is always searched.")
+        if when not in space:
+            space = space | {name: dataclasses.replace(space[name], when="")}
     return dict(sorted(space.items(), key=lambda item: bool(getattr(item[1], "when", ""))))  # what hangs on others comes last
 
 

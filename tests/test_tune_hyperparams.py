@@ -77,6 +77,14 @@ class TestSpace(unittest.TestCase):
         base = merge(Settings(), {"context": {"hindsight_weight": 0}})  # where the usual range is a logarithmic one
         self.assertEqual(read_space(None, base)["context.hindsight_weight"], tune_hyperparams.Range(0, 4))
 
+    def test_the_order_of_a_file_does_not_matter(self):
+        slow = '"planner.slow": {"low": 0.1, "high": 0.5, "when": "planner.likely"}'  # which hangs on what is not searched
+        for content in (f'{{{slow}, "planner.likely": null}}', f'{{"planner.likely": null, {slow}}}'):
+            folder = study_folder()
+            (folder / "space.json").write_text(content)
+            space = read_space(folder / "space.json", Settings())
+            self.assertEqual({name: what.when for name, what in space.items()}, {"planner.likely": "", "planner.slow": "planner.likely"})
+
     def test_what_hangs_on_another_setting_is_only_asked_for_where_that_counts(self):
         space = {"planner.promising": SPACE["planner.promising"], "planner.likely": SPACE["planner.likely"]}
         for promising, asked in ((0.0, False), (0.2, True)):
