@@ -48,7 +48,7 @@ class AgentController:
 
     Args:
         vae, transition, engine: perception, dynamics and inference.
-        planner: answers `action_values(codes, belief, again, modes)`.
+        planner: answers `action_values(codes, context, depth, modes)`.
         lifetime: steps of a lifetime.
         appearance: infers how everything looks, and its context modulates the VAE; without it the world's row does.
         keep_pictures: keep the pictures in `memory`, for the store of past lifetimes.
@@ -101,7 +101,8 @@ class AgentController:
         self.codes = self.vae.encode(self.frame, self.vision)
         if self.exploration >= 1:  # no need to plan
             return self._random()
-        action = self.planner.action_values(self.codes, self.belief, self.look_again, self.modes).argmax(-1)
+        depth, context = 2 if self.look_again else 1, self.engine.context(self.belief)
+        action = self.planner.action_values(self.codes, context, depth, self.modes).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random(), action)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,27 +55,10 @@ class ContextSettings:
         )  # fmt: skip
 
 
-class Imagined(NamedTuple):
-    """Rows of beliefs after N imagined actions that had an effect, and after M effects that came with a reward."""
-
-    own: Tensor
-    """(N, H): of the actions that were taken."""
-    world: Tensor
-    """(M, H): of the world."""
-
-    def belief(self, before: Tensor, action: Tensor, taken: Tensor, event: Tensor) -> Tensor:
-        """Whole beliefs (n, A + 1, H) after `action` (n,) in beliefs `before` (n, A + 1, H); rows `taken`, `event` (n,) of own, world."""
-        rows = before.clone()
-        rows[torch.arange(len(action), device=action.device), action] = self.own[taken]
-        rows[:, -1] = self.world[event]
-        return rows
-
-
 class ContextInferenceEngine(nn.Module):
     """Belief (B, A + 1, H) over hidden rules, and the context (B, A + 1, D) that modulates the models.
 
-    The recurrent state is carried openly: `initial_belief`, `step`, `sequence`, and `imagine` for experience that only
-    might happen. `engine(memory)` is the belief after a memory.
+    The recurrent state is carried openly: `initial_belief`, `step`, `sequence`. `engine(memory)` is the belief after a memory.
 
     Args:
         settings: see `ContextSettings`.
@@ -116,7 +98,8 @@ class ContextInferenceEngine(nn.Module):
 
     def step(self, belief: Tensor, experience: Experience) -> Tensor:
         """The belief (B, A + 1, H) after one more step; `experience` has T = 1."""
-        return self._cell(self._input_gates(self._tokens(experience)[:, 0]), self._hidden_gates(belief), belief)
+        tokens, state = self._tokens(experience), belief.reshape(1, -1, belief.shape[-1])
+        return self.gru(tokens.view(-1, 1, tokens.shape[-1]), state)[1].view(belief.shape)
 
     def sequence(self, experience: Experience) -> Tensor:
         """All beliefs of lifetimes from their beginning: (B, T + 1, A + 1, H); index t is the belief before step t."""
@@ -131,37 +114,6 @@ class ContextInferenceEngine(nn.Module):
     def forward(self, memory: EpisodicMemory) -> Tensor:
         """The belief (B, A + 1, H) after everything in `memory`."""
         return self.sequence(memory.experience())[:, -1]
-
-    def imagine(
-        self, belief: Tensor, state: Tensor, posterior: Tensor, present: Tensor,
-        taken: tuple[Tensor, Tensor], event: tuple[Tensor, Tensor],
-    ) -> Imagined:  # fmt: skip
-        """What would be believed after experiences that only might happen, each row of a belief computed once.
-
-        Only the rows of the action taken and of the world are carried on. What an imagined effect would say of the *other* actions
-        is left out: it is half of this work, and worth nothing that could be measured (tests/benchmarks/TRIED.md).
-
-        Args:
-            belief: (B, A + 1, H).
-            state: (P,) int64, which belief effect p continues; posterior: (P, K) effects.
-            present: (P, C*C) bool, which pairs of codes occur, see `pairs_present`.
-            taken: effect and action (N,) int64 of every action whose row is asked for.
-            event: effect (M,) int64 and reward (M,) float of every reward whose row is asked for.
-        """
-        effect, action = taken
-        origin, reward = event
-        # Effects enter linearly, so token and input gates of all of them fit into a small table.
-        own = posterior @ self._input_gates(self.own_effect(torch.eye(self.outcomes, device=belief.device)))
-        rewarded = reward.nonzero(as_tuple=True)
-        world = self._input_gates(self._world_token(posterior[origin], reward, rewarded, present[origin[rewarded]]))
-        rows = self.actions + 1
-        mine, whole = state[effect] * rows + action, state[origin] * rows + self.actions  # rows of all beliefs
-        # Whole rows are copied by index_select, several times as fast as by indexing.
-        every, gates = belief.flatten(0, 1), self._hidden_gates(belief).flatten(0, 1)
-        return Imagined(
-            own=self._cell(own.index_select(0, effect), gates.index_select(0, mine), every.index_select(0, mine)),
-            world=self._cell(world, gates.index_select(0, whole), every.index_select(0, whole)),
-        )
 
     # ------------------------------------------------------------------------------------------------- parts
 
@@ -183,20 +135,6 @@ class ContextInferenceEngine(nn.Module):
         touched = features.masked_fill(~present[..., None], ABSENT).amax(-2)  # the highest over the pairs that occur
         signed = reward.new_zeros(*reward.shape, touched.shape[-1]).index_put(rewarded, reward[rewarded][:, None] * touched)
         return self.world_event(torch.cat([posterior, reward[..., None], signed], -1))
-
-    def _input_gates(self, token: Tensor) -> Tensor:
-        return F.linear(token, self.gru.weight_ih_l0, self.gru.bias_ih_l0)
-
-    def _hidden_gates(self, belief: Tensor) -> Tensor:
-        return F.linear(belief, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
-
-    @staticmethod
-    def _cell(input_gates: Tensor, hidden_gates: Tensor, belief: Tensor) -> Tensor:
-        """PyTorch's GRU cell from its gates (..., 3H): spelt out, because imagined steps share most of them."""
-        hidden = belief.shape[-1]
-        reset, update = (input_gates[..., : 2 * hidden] + hidden_gates[..., : 2 * hidden]).sigmoid_().chunk(2, -1)
-        candidate = torch.addcmul(input_gates[..., 2 * hidden :], reset, hidden_gates[..., 2 * hidden :]).tanh_()
-        return torch.lerp(candidate, belief, update)
 
     # -------------------------------------------------------------------------------------------------- loss
 
@@ -267,7 +205,7 @@ class AppearanceEngine(nn.Module):
 
     Its token is the mean of features of the picture's patches. It stands apart from the belief about the rules because
     other evidence feeds it (pictures, not effects), because the VAE's bound teaches it, as in variBAD every part of a
-    belief learns from what must be decoded with it, and because no imagined step changes it.
+    belief learns from what must be decoded with it.
 
     Args:
         settings: see `ContextSettings`; `appearance` above 0.

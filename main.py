@@ -9,7 +9,7 @@
     torchrun --standalone --nproc-per-node 2 main.py [train or resume as above]
 
 The data flow: the world's pictures -> VAE codes -> which outcome happened -> episodic memory -> GRU belief and context
--> FiLM in VAE, outcome prior, consequences and value -> Bayes-adaptive look-ahead -> action.
+-> FiLM in VAE, outcome prior, consequences and value -> search under the present belief -> action.
 """
 
 from __future__ import annotations
@@ -155,7 +155,6 @@ PRESETS: dict[str, dict] = {
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
         "vae": {"codes": 12, "alike": 0.05, "encoder_rate": 2e-5},
-        "planner": {"reward_mass": 0.999},
         "training": {
             "updates": 600, "worlds": 16, "random_lifetimes": 128, "batch": 12, "value_batch": 4, "outcome_batch": 2,
             "evaluation_lifetimes": 64,
@@ -367,7 +366,7 @@ class System:
             self.appearance = AppearanceEngine(s.context, pixels=3 * perception.patch**2).to(device)
         self.value = Value(codes, self.vae.grid, context, s.planner.keypoints, s.planner.width).to(device)
         self.slow_value = copy.deepcopy(self.value).requires_grad_(False)  # acts, and makes the value's targets
-        self.planner = planner(s.planner, self.transition, self.engine, self.slow_value)
+        self.planner = planner(s.planner, self.transition, self.slow_value)
 
     def controller(self, **options: bool) -> AgentController:
         """An agent of these parts; options are those of `AgentController`."""
@@ -385,15 +384,14 @@ class System:
             module.load_state_dict(states[name])
 
 
-Ablation = Literal["belief", "perception", "prior", "consequences", "value", "imagination", "second-look"]
+Ablation = Literal["belief", "perception", "prior", "consequences", "value", "second-look"]
 
 
 def ablate(system: System, part: Ablation) -> None:
     """Take something from a trained system, whose weights otherwise stay.
 
     perception, prior, consequences and value lose their modulation: their FiLM layers stay as under the belief before any
-    experience. imagination: plans know no more after an imagined step. (The belief is frozen, and the second look
-    left out, by `AgentController`.)
+    experience. (The belief is frozen, and the second look left out, by `AgentController`.)
     """
     with torch.no_grad():
         first = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
@@ -408,8 +406,6 @@ def ablate(system: System, part: Ablation) -> None:
         for layer in module.modules():
             if isinstance(layer, FiLMLayer):
                 layer.hold(context)
-    if part == "imagination":
-        system.planner.settings = dataclasses.replace(system.planner.settings, imagine=False)
 
 
 class Learner:
@@ -613,7 +609,8 @@ class Learner:
         """One update of the value, and a step of the slow value towards it."""
         system = self.system
         with self.timed("value"):
-            self._descend("value", system.planner.loss(system.value, experience, beliefs), clip=10)
+            context = system.engine.context(beliefs).detach()
+            self._descend("value", system.planner.loss(system.value, experience, context), clip=10)
             with torch.no_grad():
                 for slow, fast in zip(system.slow_value.parameters(), system.value.parameters()):
                     slow.lerp_(fast, self.settings.planner.slow)
@@ -1077,8 +1074,7 @@ def evaluate_command(
         lifetimes: Held-out lifetimes, at least 2; those of the run's final evaluation if not given.
         split: Which tasks; permutations are those of a run with --world.holdout permutations.
         ablate: What the agent shall do without: its belief stays as in the beginning, one of perception, prior,
-            consequences (reward and end) and value loses its modulation, imagination (imagined steps teach nothing), or
-            the second look ahead.
+            consequences (reward and end) and value loses its modulation, or the second look ahead.
         device: Where to compute; where the run was trained if not given.
     """
     system, state = load_system(run, device)

@@ -278,11 +278,6 @@ class TransitionModel(nn.Module):
         the name of what happened does not hang on what was believed."""
         return (likelihood + self.outcome_network.marginal.log_softmax(0)).softmax(-1)
 
-    def effect_of_alike(self, alike: Tensor) -> Tensor:
-        """The effect posterior (N, K) of an imagined step, of which outcomes (N, K) bool would have looked the same."""
-        mass = alike * self.outcome_network.marginal.softmax(0)
-        return mass / mass.sum(-1, keepdim=True)
-
     def surprise(self, likelihood: Tensor, action: Tensor, context: Tensor) -> Tensor:
         """-log sum_k pi(k|a, c) p(z'|z, k) (B,), nats: how unexpected the step was under contexts (B, A + 1, D)."""
         return -(self._chosen_prior(context, action) + likelihood).logsumexp(-1)

@@ -106,7 +106,7 @@ class TuneArguments:
     grpc://host:port, a proxy that `optuna` runs before a database. Many machines may give the same one."""
     space: Path | None = None
     """A JSON file of what to search instead of everything: {"planner.slow": {"low": 0.1, "high": 0.5, "log": true},
-    "planner.imagine": [true, false], "planner.trace": null}; null stands for the usual range."""
+    "transition.padding": ["", "zeros"], "planner.trace": null}; null stands for the usual range."""
     device: str = "cpu"
     """Where to compute."""
 

@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from context_engine import ContextInferenceEngine, Imagined
 from environment import require_all
 from film_layer import FiLMLayer
 from memory import Experience
-from transition_model import ABSENT, ModeTable, TransitionModel, merged, one_hot, pairs_present
+from transition_model import ABSENT, TransitionModel, merged, one_hot, pairs_present
 
 
 @dataclass(frozen=True)
@@ -258,21 +257,6 @@ class Value(nn.Module):
         actions = F.silu(self.of_action(context[:, :-1])).mean(1)
         return torch.cat([actions, F.silu(self.of_world(context[:, -1]))], -1)
 
-    def pool_shared(self, context: Tensor, state: Tensor, action: Tensor, own: Tensor, world: Tensor) -> tuple[Tensor, Tensor]:
-        """Both halves of `pool` where contexts share rows, each read once; see `context_engine.Imagined`.
-
-        Args:
-            context: (B, A + 1, D).
-            state, action: (N,) int64: context n is that of state[n], with own[n] (N, D) in the place of action[n].
-            world: (M, D) rows.
-
-        Returns:
-            the half of the actions (N, 64), the half of the world (M, 64).
-        """
-        before = F.silu(self.of_action(context[:, :-1]))  # (B, A, 64)
-        sums = before.sum(1).index_select(0, state) - before[state, action] + F.silu(self.of_action(own))
-        return sums / before.shape[1], F.silu(self.of_world(world))
-
     def forward(self, statistics: Tensor, pooled: Tensor, row: Tensor | None = None) -> Tensor:
         """V (B,) of states by `statistics` (B, C, 3) under pooled contexts (B, 128); with `row` (B,) int64 these may be fewer, and
         state i is read under pooled[row[i]]."""
@@ -306,14 +290,10 @@ class PlannerSettings:
     """Of rewards, for each step, in (0, 1)."""
     mass: float = 0.85
     """Probability, in (0, 1], of the imagined outcomes that are followed; the least likely are left out."""
-    reward_mass: float = 0.85
-    """The same for the rewards of an outcome; nearly 1 where bins stand for rewards between them."""
     promising: float = 0.2
     """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
     likely: float = 0.3
     """And there only steps whose probability that the episode goes on behind them is above this, in [0, .999]."""
-    imagine: bool = True
-    """Plan with what would be known after an imagined step; without, information is worth nothing (as in QMDP)."""
     keypoints: int = 8
     """Points that the value finds in the grid, at least 1."""
     width: int = 192
@@ -327,89 +307,77 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         require_all(
-            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), reward_mass=(1e-6, 1), promising=(0, 1e6), likely=(0, 0.999),
+            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), promising=(0, 1e6), likely=(0, 0.999),
             keypoints=(1, 1024), width=(1, 4096), trace=(0, 1), slow=(1e-6, 1), learning_rate=(0, 1),
         )  # fmt: skip
 
 
-class Branches(NamedTuple):
-    """N imagined steps from B states: what would happen, be known, and be worth from there on."""
+class Expansion(NamedTuple):
+    """What may happen next in B states: P likely effects in all, each shared by the actions that may have it."""
 
+    probability: Tensor
+    """(B, A, K) float: of every effect after every action, renormalised over the likeliest."""
     state: Tensor
-    """(N,) int64: which state it starts from."""
-    action: Tensor
-    """(N,) int64."""
-    weight: Tensor
-    """(N,) float: its probability, given state and action."""
-    reward: Tensor
-    """(N,) float."""
-    end: Tensor
-    """(N,) float: probability that the episode ends with it."""
-    fresh: Tensor
-    """(N,) float: W, what a new episode would be worth with what is known then."""
-    onward: Tensor
-    """(N,) float: V, what going on would be."""
+    """(P,) int64: which state the effect starts from."""
     effect: Tensor
-    """(N,) int64: row of `codes`."""
-    rows: tuple[Tensor, Tensor]
-    """(N,) int64 each: rows of `beliefs.own` and of `beliefs.world`."""
-    codes: Tensor
-    """(P, S) uint8: the grids of codes that the effects lead to."""
-    beliefs: Imagined | None
-    """None where these steps teach nothing."""
+    """(P,) int64: which effect it is, 0 to K - 1."""
+    next_codes: Tensor
+    """(P, S) uint8: the grid of codes that it leads to."""
+    reward: Tensor
+    """(P,) float: expected."""
+    end: Tensor
+    """(P,) float: probability that the episode ends."""
+    reset_value: Tensor
+    """(P,) float: W, the value of a new episode."""
+    next_value: Tensor
+    """(P,) float: V, the value of going on."""
 
 
 class Planner:
-    """A Bayes-adaptive step, a second one where it may change the choice, then the learnt value.
+    """Search under the present belief: one step, a second one where it may change the choice, then the learnt value.
 
-        Q(z, h, a) = sum_k pi(k|a, c) sum_r p(r|z, z'_k, c) [ r + discount ((1 - e) U(z'_k, h'_kr) + e W(c'_kr)) ]
+        Q(z, a) = sum_k pi(k|a, c) [ r(z, z'_k, c) + discount ((1 - e) U(z'_k) + e W(c)) ]
 
-    z'_k is the outcome's mode, e the probability that the episode ends, and h'_kr the belief after the imagined
-    experience (a, k, r), c'_kr its context: the value of what an action teaches is part of the action's value. U is the
-    learnt V(z', c'), and behind likely steps of actions that are close to the best one max_a' Q(z', h', a') under that belief,
-    with V(z'', c') and W(c') below it: what a second step would teach is not imagined, which makes planning half as dear
-    and costs nothing (tests/benchmarks/TRIED.md). Sources: Duff, "Optimal Learning", 2002 (Bayes-adaptive planning); Russell and
-    Wefald, 1991 (search where it may change the decision).
+    z'_k is the likeliest grid under effect k, r the expected reward, e the probability that the episode ends. U is the learnt
+    V(z', c), and behind likely effects of actions whose value is close to the best one's max_a' Q(z', a'), with V below it.
+    The belief does not change inside the plan: what information is worth enters through V and W alone, which were learnt over
+    beliefs. Source: Russell and Wefald, 1991 (search where it may change the decision).
     """
 
-    def __init__(self, settings: PlannerSettings, transition: TransitionModel, engine: ContextInferenceEngine, value: Value) -> None:
-        self.settings, self.transition, self.engine, self.value = settings, transition, engine, value
+    STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and many effects are likely
 
-    STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and branches are many
+    def __init__(self, settings: PlannerSettings, transition: TransitionModel, value: Value) -> None:
+        self.settings, self.transition, self.value = settings, transition, value
 
     @torch.inference_mode()  # a decision for one world takes an eighth less than with no_grad: less to note down
-    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True, modes: ModeTable | None = None) -> Tensor:
-        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H); without `again` U is V everywhere. `modes` remembers what
-        outcomes lead to, for as long as they do not learn."""
+    def action_values(self, codes: Tensor, context: Tensor, depth: int = 2, modes: Callable | None = None) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
+
+        Args:
+            depth: 1 or 2 steps.
+            modes: a `ModeTable`, for as long as the outcomes do not learn.
+        """
         modes = modes or self.transition.outcome_network.modes
-        return torch.cat([self._action_values(*part, again, modes) for part in self._parts(codes, belief)])
+        parts = zip(codes.split(self.STATES_AT_ONCE), context.split(self.STATES_AT_ONCE))
+        return torch.cat([self._search(*part, depth, modes) for part in parts])
 
-    def _parts(self, codes: Tensor, belief: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(codes.split(self.STATES_AT_ONCE), belief.split(self.STATES_AT_ONCE))
+    def _search(self, codes: Tensor, context: Tensor, depth: int, modes: Callable) -> Tensor:
+        expansion = self._expand(codes, context, modes)
+        q = self._back_up(expansion, expansion.next_value)
+        if depth == 1:
+            return q
+        # Expand a second step where it may change the choice: behind likely effects of the actions close to the best.
+        candidate = q > q.amax(1, keepdim=True) - self.settings.promising
+        candidate &= (candidate.sum(1) > 1)[:, None]  # one candidate: nothing to choose
+        going_on = expansion.probability[expansion.state, :, expansion.effect] * (1 - expansion.end)[:, None]  # (P, A)
+        deeper = (candidate[expansion.state] & (going_on > self.settings.likely)).any(1).nonzero()[:, 0]
+        if len(deeper) == 0:
+            return q
+        below = self.action_values(expansion.next_codes[deeper], context[expansion.state[deeper]], depth - 1, modes)
+        next_value = expansion.next_value.index_copy(0, deeper, below.amax(1))
+        return self._back_up(expansion, next_value)
 
-    def _action_values(self, codes: Tensor, belief: Tensor, again: bool, modes: Callable) -> Tensor:
-        branches = self._imagine(codes, belief, modes, self.settings.imagine)
-        values = self._back_up(branches, branches.onward, len(codes))
-        if not again:
-            return values
-        promising = values > values.amax(1, keepdim=True) - self.settings.promising
-        promising &= (promising.sum(1) > 1)[:, None]  # nothing to choose, nothing to look at
-        likely = branches.weight * (1 - branches.end) > self.settings.likely
-        looked = (promising[branches.state, branches.action] & likely).nonzero()[:, 0]
-        if len(looked) == 0:
-            return values
-        beliefs = belief.index_select(0, branches.state[looked])
-        if branches.beliefs is not None:
-            beliefs = branches.beliefs.belief(beliefs, branches.action[looked], *(row[looked] for row in branches.rows))
-        next_codes, further = branches.codes.index_select(0, branches.effect[looked]), []
-        for part in self._parts(next_codes, beliefs):
-            steps = self._imagine(*part, modes, learn=False)
-            further.append(self._back_up(steps, steps.onward, len(part[0])).amax(1))
-        onward = branches.onward.clone()
-        onward[looked] = torch.cat(further)
-        return self._back_up(branches, onward, len(codes))
-
-    def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
+    def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:
         """Learn what states and fresh episodes are worth, from stored lifetimes and the planner's own look-ahead.
 
         Along each lifetime, backwards, with the slow value V-, W- (the planner's) and e_t = the episode ended at t:
@@ -419,20 +387,20 @@ class Planner:
                      max_a Q_t                                where it was not
             loss   = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
 
-        Time limits end episodes but not the lifetime, so they too lead to W. Q is the first look's, because a second
-        one would cost several times as much.
+        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched to depth 1, because depth 2
+        would cost several times as much.
 
         Args:
             value: learns.
-            experience: (B, T, ...); beliefs: (B, T + 1, A + 1, H), without gradient.
+            experience: (B, T, ...); context: (B, T + 1, A + 1, D), without gradient.
 
         Returns:
             scalars by name: value and fresh, mean squared errors in squared units of reward.
         """
         B, T = experience.action.shape
-        slow, context = self.value, self.engine.context(beliefs).detach()  # (B, T + 1, A + 1, D)
+        slow = self.value
         codes, ended = experience.codes.flatten(0, 1), experience.ended
-        best, choice = self.action_values(codes, beliefs[:, :-1].flatten(0, 1), again=False).view(B, T, -1).max(-1)
+        best, choice = self.action_values(codes, context[:, :-1].flatten(0, 1), depth=1).view(B, T, -1).max(-1)
         with torch.no_grad():
             pooled = slow.pool(context[:, 1:].flatten(0, 1))
             onward = slow(slow.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
@@ -452,54 +420,29 @@ class Planner:
             "fresh": F.mse_loss(value.fresh(pooled[first.flatten()]), target[first]),
         }
 
-    def _imagine(self, codes: Tensor, belief: Tensor, modes: Callable, learn: bool) -> Branches:
-        """The likely steps from states, with what they would teach or, unless `learn`, under the belief as it is."""
-        transition, engine, value, mass = self.transition, self.engine, self.value, self.settings.mass
-        context = engine.context(belief)
-
-        # What can happen: outcomes that look alike from here are one, and take the mass of all.
+    def _expand(self, codes: Tensor, context: Tensor, modes: Callable) -> Expansion:
+        """The likely effects in states (B, S) under contexts (B, A + 1, D)."""
+        transition, value = self.transition, self.value
         grids, first = modes(codes)  # (B, K, S), (B, K)
-        kept, weight = branch(merged(transition.log_prior(context[:, :-1]).exp(), first), mass)  # (B, A, K)
-        state, outcome = kept.any(1).nonzero(as_tuple=True)  # P effects, shared by the actions
-        index = torch.zeros(len(codes), kept.shape[-1], dtype=torch.int64, device=codes.device)  # of the effect, 0 to P - 1
-        index[state, outcome] = torch.arange(len(state), device=codes.device)
-        next_codes = grids[state, outcome]
+        prior = merged(transition.log_prior(context[:, :-1]).exp(), first)  # outcomes that look alike from here are one
+        kept, probability = branch(prior, self.settings.mass)  # (B, A, K)
+        state, effect = kept.any(1).nonzero(as_tuple=True)  # (P,)
+        next_codes = grids[state, effect]
         present = pairs_present(codes[state], next_codes, transition.codes)
         log_reward, end = transition.consequences(present, context[:, -1], state)
-        rewarded, reward_weight = branch(log_reward.exp(), self.settings.reward_mass)  # (P, bins)
-
-        # Taken: an action has an effect; event: an effect comes with a reward. A branch is a pair of the two with the same effect.
-        row, action, kind = kept.nonzero(as_tuple=True)
-        caused, (origin, bin_) = index[row, kind], rewarded.nonzero(as_tuple=True)
-        event_of = torch.zeros_like(rewarded, dtype=torch.int64)
-        event_of[origin, bin_] = torch.arange(len(origin), device=codes.device)
-        taken, reward = rewarded[caused].nonzero(as_tuple=True)
-        effect = caused[taken]
-        event, branch_state = event_of[effect, reward], row[taken]
-
-        # What will be known then, and what it is worth.
-        reached = value.statistics(next_codes).index_select(0, effect)
-        if learn:
-            posterior = transition.effect_of_alike(first[state] == outcome[:, None])  # (P, K)
-            beliefs = engine.imagine(belief, state, posterior, present, (caused, action), (origin, transition.reward_bins[bin_]))
-            pooled_actions, pooled_world = value.pool_shared(context, row, action, *map(engine.context, beliefs))
-            pooled = torch.cat([pooled_actions.index_select(0, taken), pooled_world.index_select(0, event)], -1)
-            fresh, onward = value.fresh(pooled), value(reached, pooled)
-        else:
-            beliefs, pooled = None, value.pool(context)
-            fresh, onward = value.fresh(pooled).index_select(0, branch_state), value(reached, pooled, branch_state)
-        return Branches(
-            state=branch_state, action=action[taken], weight=weight[row, action, kind][taken] * reward_weight[effect, reward],
-            reward=transition.reward_bins[reward], end=torch.sigmoid(end)[effect], fresh=fresh, onward=onward, effect=effect,
-            rows=(taken, event), codes=next_codes, beliefs=beliefs,
+        pooled = value.pool(context)
+        return Expansion(
+            probability=probability, state=state, effect=effect, next_codes=next_codes,
+            reward=log_reward.exp() @ transition.reward_bins, end=torch.sigmoid(end),
+            reset_value=value.fresh(pooled)[state], next_value=value(value.statistics(next_codes), pooled, state),
         )  # fmt: skip
 
-    def _back_up(self, branches: Branches, onward: Tensor, states: int) -> Tensor:
-        actions = self.engine.actions
-        worth = branches.reward + self.settings.discount * torch.lerp(onward, branches.fresh, branches.end)
-        q = torch.zeros(states * actions, device=worth.device)
-        q.index_add_(0, branches.state * actions + branches.action, worth * branches.weight)
-        return q.view(states, actions)
+    def _back_up(self, expansion: Expansion, next_value: Tensor) -> Tensor:
+        """Q (B, A) from what going on is worth after each effect, next_value (P,)."""
+        following = torch.lerp(next_value, expansion.reset_value, expansion.end)
+        q_effect = expansion.probability.new_zeros(expansion.probability[:, 0].shape)  # (B, K)
+        q_effect[expansion.state, expansion.effect] = expansion.reward + self.settings.discount * following
+        return (expansion.probability * q_effect[:, None]).sum(-1)
 
 
 def branch(probability: Tensor, mass: float) -> tuple[Tensor, Tensor]:

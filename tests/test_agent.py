@@ -72,10 +72,11 @@ class TestReferences(unittest.TestCase):
 class TestValueAndPlanner(unittest.TestCase):
     def setUp(self):
         self.system = System(tiny(), torch.device("cpu"))
+        torch.nn.init.normal_(self.system.transition.outcome_network.head.weight)  # untrained effects all leave things as they are
         torch.nn.init.normal_(self.system.slow_value.state_out.weight)
         torch.nn.init.normal_(self.system.slow_value.fresh_out[-1].weight)
         self.codes = torch.randint(6, (9, 16), generator=seeded(), dtype=torch.uint8)
-        self.belief = torch.randn(9, 5, 8, generator=seeded())
+        self.context = torch.randn(9, 5, 32, generator=seeded())
 
     def test_branches_are_the_smallest_set_of_enough_mass(self):
         kept, weight = branch(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.95)
@@ -100,91 +101,86 @@ class TestValueAndPlanner(unittest.TestCase):
 
     def test_relabelling_the_actions_relabels_the_plan(self):
         planner, order = self.system.planner, torch.tensor([2, 0, 3, 1, 4])
-        plan, relabelled = (planner.action_values(self.codes, belief) for belief in (self.belief, self.belief[:, order]))
+        plan, relabelled = (planner.action_values(self.codes, context) for context in (self.context, self.context[:, order]))
         torch.testing.assert_close(relabelled, plan[:, order[:4]])
         self.assertGreater(float(plan.std(1).min()), 0)
 
     def test_the_plan_by_hand(self):
-        """One state, every branch in a loop, no cut and no merging."""
+        """One state, every effect in a loop, no cut and no merging."""
         system, planner = self.system, self.system.planner
         planner.settings = PlannerSettings(mass=1.0, promising=0)
-        codes, belief = self.codes[:1], self.belief[:1]
-        transition, engine, value = system.transition, system.engine, system.slow_value
-        context = engine.context(belief)
-        grids, twins = transition.outcome_network.modes(codes)
-        expected = torch.zeros(4)
+        codes, context = self.codes[:1], self.context[:1]
+        transition, value = system.transition, system.slow_value
+        grids, _ = transition.outcome_network.modes(codes)
+        expected, pooled = torch.zeros(4), value.pool(context)
         with torch.no_grad():
             for action in range(4):
                 for k in range(grids.shape[1]):
-                    first = int(twins[0, k])
-                    present = pairs_present(codes, grids[:, first], 6)
-                    log_reward, end = transition.consequences(present, context[:, -1])
-                    for bin_, reward in enumerate(transition.reward_bins):
-                        effect = transition.effect_of_alike(twins == first)
-                        zero = torch.zeros(1, dtype=torch.int64)
-                        after = engine.imagine(belief, zero, effect, present, (zero, zero + action), (zero, reward[None]))
-                        pooled = value.pool(engine.context(after.belief(belief, zero + action, zero, zero)))
-                        onward, fresh = value(value.statistics(grids[:, first]), pooled), value.fresh(pooled)
-                        e = torch.sigmoid(end)
-                        worth = reward + 0.95 * ((1 - e) * onward + e * fresh)
-                        chance = transition.log_prior(context[:, :-1])[0, action, k].exp() * log_reward[0, bin_].exp()
-                        expected[action] += float(chance * worth)
-        torch.testing.assert_close(planner.action_values(codes, belief)[0], expected, atol=1e-4, rtol=1e-4)
+                    log_reward, end = transition.consequences(pairs_present(codes, grids[:, k], 6), context[:, -1])
+                    onward, e = value(value.statistics(grids[:, k]), pooled), torch.sigmoid(end)
+                    following = 0.95 * ((1 - e) * onward + e * value.fresh(pooled))
+                    chance = transition.log_prior(context[:, :-1])[0, action, k].exp()
+                    expected[action] += float(chance * (log_reward[0].exp() @ transition.reward_bins + following))
+        torch.testing.assert_close(planner.action_values(codes, context)[0], expected, atol=1e-4, rtol=1e-4)
 
-    def test_a_second_look_backs_up_the_best_of_the_next_step(self):
-        """Where the choice is close; the others keep their first look."""
+    def test_depth_two_backs_up_the_best_of_the_next_step(self):
+        """Where the choice is close; the others keep their value of depth one."""
         planner = self.system.planner
-        once = planner.action_values(self.codes, self.belief, again=False)
+        once = planner.action_values(self.codes, self.context, depth=1)
         margin = float((once.amax(1) - once.median(1).values).mean())  # some actions are close, some are not
         planner.settings = PlannerSettings(promising=margin, likely=0)
-        twice = planner.action_values(self.codes, self.belief)
+        twice = planner.action_values(self.codes, self.context)
         close = once > once.amax(1, keepdim=True) - margin
-        looked = close & (close.sum(1) > 1)[:, None]
-        self.assertTrue(looked.any() and not looked.all())
-        torch.testing.assert_close(twice[~looked], once[~looked])
-        expected, chances = self.backed_up(0)
-        torch.testing.assert_close(twice[looked], expected[looked], atol=1e-5, rtol=1e-5)
-        middle = float(chances.detach().median())
-        likely, _ = self.backed_up(middle)
-        self.assertFalse(torch.allclose(likely[looked], expected[looked]))
+        close &= (close.sum(1) > 1)[:, None]
+        self.assertTrue(close.any() and not close.all())
+        expected, chances = self.backed_up(close, 0)
+        torch.testing.assert_close(twice, expected, atol=1e-5, rtol=1e-5)
+        self.assertFalse(torch.allclose(twice[close], once[close]))
+        middle = float(chances.median())
+        likely, _ = self.backed_up(close, middle)
+        self.assertFalse(torch.allclose(likely, expected))
         planner.settings = PlannerSettings(promising=margin, likely=middle)
-        torch.testing.assert_close(planner.action_values(self.codes, self.belief)[looked], likely[looked], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(planner.action_values(self.codes, self.context), likely, atol=1e-5, rtol=1e-5)
         planner.settings = PlannerSettings(promising=margin, likely=0.999)
-        torch.testing.assert_close(planner.action_values(self.codes, self.belief), once)
+        torch.testing.assert_close(planner.action_values(self.codes, self.context), once)
 
-    def backed_up(self, likely):
-        """Q (B, A) if every step with more than this chance of going on is looked at again, under what is known then; the chances."""
+    def backed_up(self, close, likely):
+        """Q (B, A) by a loop over effects: those more likely than this to follow a close action and to go on are searched
+        one step deeper; and these chances."""
         planner, modes = self.system.planner, self.system.transition.outcome_network.modes
-        branches = planner._imagine(self.codes, self.belief, modes, learn=True)
-        unteaching = Planner(PlannerSettings(imagine=False), planner.transition, planner.engine, planner.value)
-        chances, expected = branches.weight * (1 - branches.end), torch.zeros(len(self.codes), 4)
-        for i in range(len(branches.state)):
-            at = slice(i, i + 1)
-            before = self.belief[branches.state[at]]
-            belief = branches.beliefs.belief(before, branches.action[at], *(row[at] for row in branches.rows))
-            best = unteaching.action_values(branches.codes[branches.effect[at]], belief, again=False).max()
-            onward = torch.lerp(best if chances[i] > likely else branches.onward[i], branches.fresh[i], branches.end[i])
-            expected[branches.state[i], branches.action[i]] += branches.weight[i] * (branches.reward[i] + 0.95 * onward)
-        return expected, chances
+        with torch.inference_mode():
+            expansion = planner._expand(self.codes, self.context, modes)
+        chances, expected = [], torch.zeros(len(self.codes), 4)
+        for p, (state, effect) in enumerate(zip(expansion.state.tolist(), expansion.effect.tolist())):
+            probability, end = expansion.probability[state, :, effect], expansion.end[p]
+            going_on = (probability * (1 - end))[close[state]]
+            chances.append(going_on)
+            onward = expansion.next_value[p]
+            if (going_on > likely).any():
+                onward = planner.action_values(expansion.next_codes[p][None], self.context[state][None], depth=1).max()
+            expected[state] += probability * (expansion.reward[p] + 0.95 * torch.lerp(onward, expansion.reset_value[p], end))
+        chances = torch.cat(chances)
+        return expected, chances[chances > 0]
 
-    def test_without_imagination_nothing_is_learnt_in_a_plan(self):
-        """Every state that is valued, is valued under the belief as it was."""
-        planner, seen = self.system.planner, []
-        value, pool = planner.value, planner.value.pool(planner.engine.context(self.belief))
-        planner.settings = PlannerSettings(imagine=False)
-        with mock.patch.object(value, "forward", lambda statistics, pooled, row=None: seen.append((pooled, row)) or torch.zeros(len(statistics))):
-            planner.action_values(self.codes, self.belief, again=False)
-        ((pooled, row),) = seen
-        torch.testing.assert_close(pooled, pool)
-        self.assertEqual(set(row.tolist()), set(range(len(self.codes))))
+    def test_the_belief_stays_as_it_is_in_a_plan(self):
+        """Every state that is valued, at either depth, is valued under the context as it was."""
+        planner = self.system.planner
+        planner.settings = PlannerSettings(promising=100, likely=0)
+        value, contexts = planner.value, []
+        pool = value.pool
+        with mock.patch.object(value, "pool", lambda context: contexts.append(context) or pool(context)):
+            planner.action_values(self.codes, self.context)
+        self.assertGreater(len(contexts), 1)
+        for context in contexts:
+            self.assertTrue(all(any(torch.equal(row, own) for own in self.context) for row in context))
 
     def test_a_table_of_modes_changes_nothing(self):
         planner, network = self.system.planner, self.system.transition.outcome_network
-        plain = planner.action_values(self.codes, self.belief)
+        plain = planner.action_values(self.codes, self.context)
         for slots in (1 << 15, 3):  # with room for all, and with hardly any
             table = ModeTable(network, slots)
             for _ in range(2):
-                torch.testing.assert_close(planner.action_values(self.codes, self.belief, modes=table), plain)
+                torch.testing.assert_close(planner.action_values(self.codes, self.context, modes=table), plain)
         table = ModeTable(network)
         first = table(self.codes)
         with mock.patch.object(network, "modes", side_effect=AssertionError("computed again")):
@@ -194,15 +190,15 @@ class TestValueAndPlanner(unittest.TestCase):
     def test_chunks_change_nothing(self):
         planner = self.system.planner
         planner.settings = PlannerSettings(promising=100, likely=0)  # every step is looked at again
-        whole = planner.action_values(self.codes, self.belief)
+        whole = planner.action_values(self.codes, self.context)
         planner.STATES_AT_ONCE = 4
-        with mock.patch.object(planner, "_imagine", wraps=planner._imagine) as imagined:
-            torch.testing.assert_close(planner.action_values(self.codes, self.belief), whole)
-        self.assertLessEqual(max(len(call.args[0]) for call in imagined.call_args_list), 4)
+        with mock.patch.object(planner, "_expand", wraps=planner._expand) as expanded:
+            torch.testing.assert_close(planner.action_values(self.codes, self.context), whole)
+        self.assertLessEqual(max(len(call.args[0]) for call in expanded.call_args_list), 4)
 
-    def test_a_belief_that_is_no_number_plans_nothing(self):
+    def test_a_context_that_is_no_number_plans_nothing(self):
         """Training notices it at its next look at the losses, and says so."""
-        values = self.system.planner.action_values(self.codes, self.belief * torch.nan)
+        values = self.system.planner.action_values(self.codes, self.context * torch.nan)
         self.assertEqual(values.shape, (9, 4))
 
     def test_value_learns_and_the_slow_value_and_the_belief_do_not(self):
@@ -211,7 +207,8 @@ class TestValueAndPlanner(unittest.TestCase):
         agent = system.controller()
         play(world, agent)
         experience = agent.memory.experience()
-        losses = system.planner.loss(system.value, experience, system.engine.sequence(experience).detach())
+        context = system.engine.context(system.engine.sequence(experience)).detach()
+        losses = system.planner.loss(system.value, experience, context)
         self.assertEqual(set(losses), {"value", "fresh"})
         sum(losses.values()).backward()
         self.assertTrue(all(p.grad is not None for p in system.value.parameters()))
@@ -224,14 +221,14 @@ class TestValueAndPlanner(unittest.TestCase):
         agent = system.controller()
         play(world, agent)
         experience = agent.memory.experience()
-        beliefs = system.engine.sequence(experience).detach()
-        values = system.planner.action_values(experience.codes.flatten(0, 1), beliefs[:, :-1].flatten(0, 1), again=False)
+        context = system.engine.context(system.engine.sequence(experience)).detach()
+        values = system.planner.action_values(experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1), depth=1)
         values = values.view(6, 12, 4)
         never = experience._replace(action=(values.argmax(-1) + 1) % 4)
-        pooled = system.value.pool(system.engine.context(beliefs)[:, :-1].flatten(0, 1))
+        pooled = system.value.pool(context[:, :-1].flatten(0, 1))
         predicted = system.value(system.value.statistics(experience.codes.flatten(0, 1)), pooled)
         expected = (predicted - values.amax(-1).flatten()).square().mean()
-        torch.testing.assert_close(system.planner.loss(system.value, never, beliefs)["value"], expected)
+        torch.testing.assert_close(system.planner.loss(system.value, never, context)["value"], expected)
 
 
 class TestController(unittest.TestCase):

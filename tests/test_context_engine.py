@@ -1,4 +1,4 @@
-"""The context engine: sequence equals steps, memory decides the belief, symmetry of the actions, imagination, losses."""
+"""The context engine: sequence equals steps, memory decides the belief, symmetry of the actions, losses."""
 
 import unittest
 from dataclasses import replace
@@ -65,23 +65,6 @@ class TestBelief(unittest.TestCase):
         relabelled = engine.sequence(experience._replace(action=relabel[experience.action]))
         torch.testing.assert_close(relabelled[:, :, relabel], beliefs[:, :, :A])
         torch.testing.assert_close(relabelled[:, :, A], beliefs[:, :, A])
-
-    def test_imagined_steps_equal_lived_ones(self):
-        engine, experience = engine_of(), experience_of()
-        belief = engine.sequence(experience)[:, 3]
-        now = Experience(*(part[:, 3] for part in experience))
-        row = torch.tensor([4, 0, 0, 2])
-        present = pairs_present(now.codes, now.next_codes, C)[row]
-        each = torch.arange(len(row))
-        taken, event = (each, now.action[row]), (each, now.reward[row])
-        imagined = engine.imagine(belief, row, now.posterior[row], present, taken, event)
-        lived = engine.step(belief, Experience(*(part[:, 3:4] for part in experience)))
-        after = imagined.belief(belief[row], now.action[row], each, each)
-        for changed in (now.action[row], torch.full((len(row),), A)):  # the other actions' rows stay as they were
-            torch.testing.assert_close(after[each, changed], lived[row, changed])
-        others = torch.ones(len(row), A + 1, dtype=torch.bool)
-        others[each, now.action[row]] = others[:, A] = False
-        torch.testing.assert_close(after[others], belief[row][others])
 
     def test_without_reward_what_was_touched_says_nothing_about_worth(self):
         engine, experience = engine_of(), experience_of()

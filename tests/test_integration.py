@@ -228,21 +228,20 @@ class TestBenchmarks(unittest.TestCase):
             learner.advance()
         system, experience = learner.system, learner.store.experience.rows(slice(3))
         with torch.no_grad():
-            beliefs = system.engine.sequence(experience)
-            loss = float(system.planner.loss(system.value, experience, beliefs)["value"])
+            context = system.engine.context(system.engine.sequence(experience))
+            loss = float(system.planner.loss(system.value, experience, context)["value"])
             squares, T = [], experience.action.shape[1]
             for row in range(3):
                 action = experience.action[row].tolist()
                 codes = [*experience.codes[row], experience.next_codes[row, -1]]  # what is seen before each step and at the end
-                slow = [system.planner.action_values(codes[t][None], beliefs[row, t][None])[0] for t in range(T + 1)]
+                slow = [system.planner.action_values(codes[t][None], context[row, t][None])[0] for t in range(T + 1)]
                 target = None
                 for t in reversed(range(T)):
                     kept = t + 1 < T and action[t + 1] == int(slow[t + 1].argmax())
                     best = float(slow[t + 1].max())
                     boot = 0.8 * (target if kept else best) + 0.2 * best
                     target = float(experience.reward[row, t]) + 0.9 * boot
-                    context = system.engine.context(beliefs[row, t][None])
-                    own = system.planner._values(system.value, codes[t][None], context)[0, action[t]]
+                    own = system.planner._values(system.value, codes[t][None], context[row, t][None])[0, action[t]]
                     squares.append((float(own) - target) ** 2)
         self.assertAlmostEqual(loss, float(np.mean(squares)), places=5)
         self.assertGreater(loss, 0)

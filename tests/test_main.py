@@ -237,10 +237,10 @@ class TestLearner(unittest.TestCase):
 
     def test_a_planner_of_ones_own_takes_the_place_of_ours(self):
         class Still(Planner):
-            def action_values(self, codes, belief, again=True, modes=None):
-                return torch.zeros(len(codes), self.engine.actions)
+            def action_values(self, codes, context, depth=2, modes=None):
+                return torch.zeros(len(codes), context.shape[1] - 1)
 
-            def loss(self, value, experience, beliefs):
+            def loss(self, value, experience, context):
                 return {"none": sum(p.sum() for p in value.parameters()) * 0}
 
         learner = Learner(tiny(), torch.device("cpu"), planner=Still)

@@ -66,11 +66,11 @@ class TestSpace(unittest.TestCase):
 
     def test_files_choose_from_it_and_add_to_it(self):
         folder = study_folder(**{
-            "planner.trace": None, "planner.likely": None, "planner.imagine": [True, False],
+            "planner.trace": None, "planner.likely": None, "transition.padding": ["", "zeros"],
             "memory.budget_mb": {"low": 64, "high": 512, "log": True},
         })  # fmt: skip
         space = read_space(folder / "space.json", Settings())
-        self.assertEqual(set(space), {"planner.trace", "planner.likely", "planner.imagine", "memory.budget_mb"})
+        self.assertEqual(set(space), {"planner.trace", "planner.likely", "transition.padding", "memory.budget_mb"})
         self.assertEqual(space["planner.likely"].when, "")  # what it hangs on is not searched
         (folder / "space.json").write_text('{"planner.likely": null, "planner.promising": null}')
         self.assertEqual(list(read_space(folder / "space.json", Settings())), ["planner.promising", "planner.likely"])
@@ -95,10 +95,10 @@ class TestSpace(unittest.TestCase):
         for content, words in (
             ('{"planner.slwo": {"low": 0.1, "high": 0.5}}', "no setting 'planner.slwo'"), ('{"planner.slwo": null}', "planner.slwo"),
             ('{"planner.slow": {"low": 0.3, "high": 0.5}}', "must include 0.2"), ('{"planner.slow": {"low": 0.1}}', "high"),
-            ('{"planner.slow": {"low": 0.1, "high": 3}}', "planner.slow is 3"), ('{"planner.imagine": [false]}', "must include True"),
+            ('{"planner.slow": {"low": 0.1, "high": 3}}', "planner.slow is 3"), ('{"transition.padding": ["zeros"]}', "must include"),
             ('{"planner.promising": {"low": 0, "high": 1, "log": true}}', "must include"), ("[", "no search space"), ("[1]", "no search space"),
             ('{"world": {"low": 0, "high": 1}}', "no setting 'world'"), ('{"world.slip": {"low": 0, "high": 1}}', "not to be searched"),
-            ('{"planner.imagine": {"low": 0, "high": 1}}', "no number"), ('{"context.hidden": [64, 64.7]}', "context.hidden"),
+            ('{"transition.padding": {"low": 0, "high": 1}}', "no number"), ('{"context.hidden": [64, 64.7]}', "context.hidden"),
             ('{"planner.slow": {"low": 0.1, "high": 0.5, "when": "planner.promisng"}}', "planner.promisng"),
             ('{"planner.slow": {"low": "a", "high": "b"}}', "planner.slow"),
             ('{"planner.slow": {"low": 0.1, "high": 0.5, "when": "world.edges"}}', "must be a number"),

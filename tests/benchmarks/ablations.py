@@ -48,16 +48,16 @@ class ModelFree(Planner):
     """No look-ahead: the same value network, reading the row of one action in the place of the mean over all of them, is
     Q(z, c, a), and learns by Watkins' Q(lambda) (1989) along the same stored lifetimes."""
 
-    def action_values(self, codes: Tensor, belief: Tensor, again: bool = True, modes: ModeTable | None = None) -> Tensor:
-        """Q (B, A) of code grids (B, S) uint8 under beliefs (B, A + 1, H), of the slow value."""
+    def action_values(self, codes: Tensor, context: Tensor, depth: int = 1, modes: ModeTable | None = None) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D), of the slow value."""
         with torch.no_grad():
-            return self._values(self.value, codes, self.engine.context(belief))
+            return self._values(self.value, codes, context)
 
-    def loss(self, value: Value, experience: Experience, beliefs: Tensor) -> dict[str, Tensor]:
+    def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:
         """Mean squared error of Q(z_t, c_t, a_t) from lambda-returns that are cut where another action was better."""
         B, T = experience.action.shape
         following_codes = torch.cat([experience.codes[:, 1:], experience.next_codes[:, -1:]], 1)
-        now, after = beliefs[:, :-1].flatten(0, 1), beliefs[:, 1:].flatten(0, 1)
+        now, after = context[:, :-1].flatten(0, 1), context[:, 1:].flatten(0, 1)
         choice = self.action_values(experience.codes.flatten(0, 1), now).view(B, T, -1).argmax(-1)
         onward = self.action_values(following_codes.flatten(0, 1), after).view(B, T, -1).amax(-1)
         target, following = torch.zeros_like(onward), onward[:, -1]
@@ -66,8 +66,7 @@ class ModelFree(Planner):
             target[:, t] = experience.reward[:, t] + self.settings.discount * boot
             greedy = experience.action[:, t] == choice[:, t]
             following = torch.where(greedy, target[:, t], onward[:, max(0, t - 1)])
-        context = self.engine.context(now).detach()
-        predicted = self._values(value, experience.codes.flatten(0, 1), context)
+        predicted = self._values(value, experience.codes.flatten(0, 1), now)
         predicted = predicted.gather(1, experience.action.flatten()[:, None]).view(B, T)
         return {"value": F.mse_loss(predicted, target)}
 
