@@ -10,11 +10,9 @@ episode, and `arrival[t]` the final one of the old; otherwise both are the same.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import itertools
 import math
-import signal
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 from collections.abc import Callable
@@ -94,9 +92,6 @@ class WorldSettings:
     noise count. `package:Id-v0` imports the package that registers the world first."""
     shuffled: tuple[int, ...] = ()
     """Which actions of that world are shuffled, 4 to 20 of them; empty for all."""
-    asynchronous: bool = False
-    """Up to 32 copies of that world step in processes of their own (some 200 MB each), instead of one after the other; pays
-    where a step takes a millisecond and more."""
     holdout: Literal["combinations", "permutations"] = "combinations"
     """What is never trained on: 28 of 144 pairs of action map and roles, or a quarter of the action maps; besides, a fifth of
     the layouts of walls and a strength of the wind."""
@@ -126,8 +121,6 @@ class WorldSettings:
             raise ValueError(f"world.{own[0]} is not for a world of other people's: leave it out with {self.gym_id}.")
         if self.shuffled and not self.gym_id:
             raise ValueError(f"world.shuffled is {self.shuffled}, but is for a world of other people's: give world.gym_id.")
-        if self.asynchronous and not self.gym_id:
-            raise ValueError("world.asynchronous is for a world of other people's: give world.gym_id.")
 
     @property
     def sizes(self) -> Sizes:
@@ -914,33 +907,6 @@ def make_hidden(settings: WorldSettings, split: Split) -> HiddenRulesWrapper:
     return HiddenRulesWrapper(inner, settings.lifetime, split, settings.shuffled, settings.slip, settings.noise)
 
 
-def make_hidden_apart(settings: WorldSettings, split: Split) -> HiddenRulesWrapper:
-    """The same in a process of its own, which leaves Ctrl-C to the one that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return make_hidden(settings, split)
-
-
-MOST_PROCESSES = 32
-_in_processes: dict[tuple, gymnasium.vector.AsyncVectorEnv] = {}
-
-
-def worlds_in_processes(settings: WorldSettings, batch: int, split: Split) -> gymnasium.vector.AsyncVectorEnv:
-    """Such worlds, each in a process of its own. Because starting them takes seconds they live on, until others are asked for."""
-    key = (settings, batch, split)
-    if key not in _in_processes:
-        end_processes()
-        make = functools.partial(make_hidden_apart, settings, split)
-        _in_processes[key] = gymnasium.vector.AsyncVectorEnv([make] * batch, context="spawn")
-    return _in_processes[key]
-
-
-@atexit.register
-def end_processes() -> None:
-    """End all worlds in processes of their own."""
-    while _in_processes:
-        _in_processes.popitem()[1].close(terminate=True)
-
-
 class WorldError(RuntimeError):
     """A world of other people's failed in mid-life."""
 
@@ -953,8 +919,7 @@ class GymWorlds:
         batch: number of worlds, B.
         split: which permutations of the actions are drawn.
         seed: worlds made with one seed give every agent the same rules and first episodes.
-        device: where the tensors are put; the worlds themselves live on the CPU. They end when nobody holds this object; those
-            in processes are lent to the next object of the same settings instead, so only one may live at a time.
+        device: where the tensors are put; the worlds themselves live on the CPU. They end when nobody holds this object.
 
     Raises:
         WorldError: at a reset or a step, whatever the world raised.
@@ -962,11 +927,7 @@ class GymWorlds:
 
     def __init__(self, settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu") -> None:
         self.settings, self.batch, self.device, self.seed = settings, batch, torch.device(device), seed
-        self.lent = settings.asynchronous and batch <= MOST_PROCESSES
-        if self.lent:
-            self.vector = worlds_in_processes(settings, batch, split)
-        else:
-            self.vector = gymnasium.vector.SyncVectorEnv([functools.partial(make_hidden, settings, split)] * batch)
+        self.vector = gymnasium.vector.SyncVectorEnv([functools.partial(make_hidden, settings, split)] * batch)
 
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
@@ -990,15 +951,13 @@ class GymWorlds:
         return self.vector.call("words")[row]
 
     def __del__(self) -> None:
-        if hasattr(self, "vector") and not self.lent:
+        if hasattr(self, "vector"):
             self.vector.close()
 
     def _guarded(self, call: Callable, *arguments: Any, **options: Any) -> Any:
         try:
             return call(*arguments, **options)
         except Exception as error:  # whatever it was: it was not ours
-            if self.lent:
-                end_processes()
             raise WorldError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
 
     def _tensor(self, array: np.ndarray) -> Tensor:
