@@ -1,7 +1,7 @@
 """Meta-train an agent that infers hidden rules from pixels; evaluate, resume and watch it.
 
     python3 main.py [train] [--preset NAME] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
-    python3 main.py evaluate RUN [--lifetimes N] [--split validation|test|permutations] [--ablate PART]
+    python3 main.py evaluate RUN [--lifetimes N] [--split validation|test] [--ablate PART]
     python3 main.py resume RUN [--updates N]
     python3 main.py watch RUN [--seed N]
     python3 main.py references RUN [--lifetimes N] [--rollouts N] [--split ...]
@@ -56,8 +56,7 @@ from transition_model import TransitionModel, TransitionSettings, entropy
 from world_model import VAE, Planner, PlannerSettings, VAESettings, Value
 
 EVALUATION_SEED = 10**18  # above every training seed: evaluation has worlds of its own
-EVALUATION_SEEDS = {split: EVALUATION_SEED + i for i, split in enumerate(("validation", "test", "permutations"))}
-HELD_OUT = {"validation": "validation", "test": "test", "permutations": "test"}  # evaluation split -> whose tasks it draws
+EVALUATION_SEEDS = {"validation": EVALUATION_SEED, "test": EVALUATION_SEED + 1}
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -707,24 +706,17 @@ def evaluate(
     filter, mean over lifetimes, and the agent's `late_excess` from step `late` on. Where there is no exact filter, these are None.
 
     Args:
-        system: the agent's parts; split: validation, test or permutations; lifetimes: at least 2.
+        system: the agent's parts; split: validation or test; lifetimes: at least 2.
         without: what the agent shall do without, see `ablate`; "belief" freezes the belief at its initial value.
         env_steps: of the training so far, for the record.
 
     Raises:
-        UserError: the split asks for held-out permutations that this run has trained on.
         ValueError: the exact filter has no room for so many lifetimes.
     """
     settings = system.settings
     require_room(settings.world, lifetimes)
-    if split == "permutations" and settings.world.gym_id:
-        raise UserError("other people's worlds always hold permutations out: the split test is theirs.")
-    if split == "permutations" and settings.world.holdout != "permutations":
-        raise UserError(
-            "this run has trained on all action maps, so none is held out: train with --world.holdout permutations."
-        )
     seed = EVALUATION_SEEDS[split]
-    world = make_worlds(settings.world, lifetimes, HELD_OUT[split], seed, system.device)
+    world = make_worlds(settings.world, lifetimes, split, seed, system.device)
     if without is not None:
         system = copy.deepcopy(system)
         ablate(system, without)
@@ -759,9 +751,9 @@ def references_in(
     people's worlds have no exact solution, so there is only the random agent."""
     require_room(world, lifetimes)
     if world.gym_id:
-        worlds = make_worlds(world, lifetimes, HELD_OUT[split], EVALUATION_SEEDS[split], device)
+        worlds = make_worlds(world, lifetimes, split, EVALUATION_SEEDS[split], device)
         return {"random": play(worlds, RandomAgent(EVALUATION_SEEDS[split], world.sizes.actions))}
-    return references(world, lifetimes, HELD_OUT[split], EVALUATION_SEEDS[split], device, rollouts)
+    return references(world, lifetimes, split, EVALUATION_SEEDS[split], device, rollouts)
 
 
 def lifetime(system: System, seed: int) -> tuple[Iterator[Moment], str]:
@@ -1064,7 +1056,7 @@ def load_system(folder: Path, device: str | None = None) -> tuple[System, dict]:
 
 
 def evaluate_command(
-    run: Positional[Path], lifetimes: int | None = None, split: Literal["validation", "test", "permutations"] = "test",
+    run: Positional[Path], lifetimes: int | None = None, split: Literal["validation", "test"] = "test",
     ablate: Ablation | None = None, device: str | None = None,
 ) -> None:  # fmt: skip
     """Evaluate a trained run on held-out tasks again; the result goes to its folder and to the screen.
@@ -1072,7 +1064,7 @@ def evaluate_command(
     Args:
         run: Folder of the run.
         lifetimes: Held-out lifetimes, at least 2; those of the run's final evaluation if not given.
-        split: Which tasks; permutations are those of a run with --world.holdout permutations.
+        split: Which tasks.
         ablate: What the agent shall do without: its belief stays as in the beginning, one of perception, prior,
             consequences (reward and end) and value loses its modulation, or the second look ahead.
         device: Where to compute; where the run was trained if not given.

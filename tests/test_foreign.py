@@ -199,7 +199,7 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(code, 0, errors)
         again = run / f"evaluation-test-{result['lifetimes']}.json"
         self.assertEqual(again.read_bytes(), (run / "evaluation.json").read_bytes())
-        for arguments, word in ((["references", str(run)], "no exact solution"), (["evaluate", str(run), "--split", "permutations"], "test is theirs")):
+        for arguments, word in ((["references", str(run)], "no exact solution"), (["evaluate", str(run), "--split", "permutations"], "permutations")):
             code, errors = in_process(arguments, folder)
             self.assertEqual(code, 2)
             self.assertIn(word, errors)

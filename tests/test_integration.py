@@ -196,11 +196,6 @@ class TestQuickRun(unittest.TestCase):
             returns.append(earned)
         self.assertGreater(np.mean(returns), 0.25 * self.result["known_rule"]["return_mean"])
 
-    def test_permutations_are_refused_where_they_were_trained_on(self):
-        done = command("evaluate", self.run_folder, "--split", "permutations", folder=self.run_folder)
-        self.assertEqual(done.returncode, 2)
-        self.assertIn("--world.holdout permutations", done.stderr)
-
     def test_evaluation_worlds_are_their_own(self):
         largest = merge(Settings(), {"seed": 1_000_000}).seed
         self.assertGreater(EVALUATION_SEED, (largest + 1) * 2**32 + 2**32)  # beyond any collection of any run
