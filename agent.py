@@ -186,22 +186,16 @@ class KnownRuleAgent:
 
 
 class ThompsonAgent(KnownRuleAgent):
-    """Thompson sampling on the exact filter: plans for one rule drawn from the posterior.
+    """Thompson sampling on the exact filter: plans for one rule drawn anew from the posterior at every step.
 
     Args:
-        each: draw a new rule each "step" or each "episode".
         seed: of the draws.
         options: of the `ExactFilter`.
-
-    Raises:
-        ValueError: `each` is neither.
     """
 
-    def __init__(self, world: HiddenRulesWorld, q: ActionValues, each: str, seed: int, **options: float) -> None:
+    def __init__(self, world: HiddenRulesWorld, q: ActionValues, seed: int, **options: float) -> None:
         super().__init__(world, q)
-        if each not in ("step", "episode"):
-            raise ValueError(f"each is {each!r}, but must be 'step' or 'episode'.")
-        self.each, self.filter = each, ExactFilter(world, **options)
+        self.filter = ExactFilter(world, **options)
         self.generator = seeded(seed, stream=3, device=world.device)
 
     def begin(self, frames: Tensor) -> None:
@@ -210,10 +204,9 @@ class ThompsonAgent(KnownRuleAgent):
         self.assumed = self._draw()
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Update the posterior, and draw again where it is time."""
+        """Update the posterior, and draw again."""
         self.filter.observe(action, step)
-        renewed = step.ended if self.each == "episode" else torch.ones_like(step.terminated)
-        self.assumed = torch.where(renewed, self._draw(), self.assumed)
+        self.assumed = self._draw()
 
     def assumed_task(self) -> Tensor:
         """The tasks (B,) int64 drawn last."""
@@ -254,7 +247,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
     def __init__(
         self, world: HiddenRulesWorld, q: ActionValues, seed: int, rollouts: int = 64, horizon: int = 16, certain: float = 0.01
     ) -> None:  # fmt: skip
-        super().__init__(world, q, "step", seed)
+        super().__init__(world, q, seed)
         self.rollouts, self.horizon, self.certain = rollouts, horizon, certain
         self.imagined = 0  # worlds so far, and so the seed of the next
 
@@ -296,7 +289,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
 
     def _imagine(self, world: HiddenRulesWorld, action: Tensor, log_posterior: Tensor) -> Tensor:
         """Returns (N,) of imagined worlds that begin with `action` (N,) under log posteriors (N, rules)."""
-        agent = ThompsonAgent(world, self.q, "step", self.imagined)
+        agent = ThompsonAgent(world, self.q, self.imagined)
         agent.begin(action)  # instead of pictures, of which it only counts the rows
         agent.filter.log_posterior = log_posterior
         earned = torch.zeros(world.batch, device=world.device)
@@ -312,7 +305,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
 def references(
     settings: WorldSettings, lifetimes: int, split: Split, seed: int, device: torch.device, rollouts: int = 0
 ) -> dict[str, Lifetimes]:  # fmt: skip
-    """The lifetimes of the agents to compare with, all in the same worlds: random, both Thompson samplers, the known
+    """The lifetimes of the agents to compare with, all in the same worlds: random, Thompson sampling, the known
     rule; where rules switch Thompson sampling that expects no switch, its likelihoods floored at .001; and with
     `rollouts` above 0 the Bayes-adaptive agent, which takes minutes to hours."""
     q = ActionValues(settings, device=device)
@@ -323,12 +316,11 @@ def references(
 
     lived = {
         "random": live(lambda world: RandomAgent(seed, settings.actions)),
-        "thompson_step": live(lambda world: ThompsonAgent(world, q, "step", seed)),
-        "thompson_episode": live(lambda world: ThompsonAgent(world, q, "episode", seed)),
+        "thompson": live(lambda world: ThompsonAgent(world, q, seed)),
         "known_rule": live(lambda world: KnownRuleAgent(world, q)),
     }
     if settings.switch:
-        lived["expects_no_switch"] = live(lambda world: ThompsonAgent(world, q, "step", seed, switch=0, floor=1e-3))
+        lived["expects_no_switch"] = live(lambda world: ThompsonAgent(world, q, seed, switch=0, floor=1e-3))
     if rollouts > 0:
         lived["bayes_adaptive"] = live(lambda world: BayesAdaptiveAgent(world, q, seed, rollouts))
     return lived

@@ -701,8 +701,7 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the agent with the references on held-out tasks, in worlds of their own.
 
-    Besides what it was asked for, the answer holds what `agent.compare` says of every agent; `thompson_draws_each`, whether drawing
-    anew each step or each episode earned more; and `belief_nats`: how unexpected each step was to the agent and to the exact
+    Besides what it was asked for, the answer holds what `agent.compare` says of every agent; and `belief_nats`: how unexpected each step was to the agent and to the exact
     filter, mean over lifetimes, and the agent's `late_excess` from step `late` on. Where there is no exact filter, these are None.
 
     Args:
@@ -725,22 +724,13 @@ def evaluate(
     lived = {"agent": play(world, agent, exact)} | references_in(settings.world, lifetimes, split, system.device)
     nats = {"agent": torch.stack(agent.nats)} | {"exact": torch.stack(filter_.nats) for filter_ in exact}
     nats = {name: seen.double().mean(1).tolist() for name, seen in nats.items()}
-    late, better = min(16, settings.world.lifetime // 2), better_thompson(lived)
+    late = min(16, settings.world.lifetime // 2)
     excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:])) if exact else None
     return {
         "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": without, "lifetimes": lifetimes,
-        "env_steps": env_steps, "thompson_draws_each": better, **compare(lived),
+        "env_steps": env_steps, **compare(lived),
         "belief_nats": {**nats, "late": late, "late_excess": excess},
     }  # fmt: skip
-
-
-def better_thompson(lived: dict[str, Lifetimes]) -> str | None:
-    """Leave of the two Thompson samplers in `lived` the one that earned more, as "thompson"; which it was, if there are any."""
-    samplers = {each: lived.pop(f"thompson_{each}") for each in ("step", "episode") if f"thompson_{each}" in lived}
-    better = max(samplers, key=lambda each: samplers[each].reward.sum(), default=None)
-    if better:
-        lived["thompson"] = samplers[better]
-    return better
 
 
 @functools.lru_cache(maxsize=1)

@@ -313,8 +313,8 @@ class TestMoreRules(unittest.TestCase):
         settings = replace(EVERYTHING, grid=4, walls=1, lifetime=40, worths=(1.0, -1.0), actions=4)
         lived = references(settings, 48, "validation", 0, torch.device("cpu"))
         means = {name: float(one.reward.sum(1).mean()) for name, one in lived.items()}
-        self.assertGreater(means["known_rule"], means["thompson_step"] + 0.5)
-        self.assertGreater(means["thompson_step"], means["random"] + 2)
+        self.assertGreater(means["known_rule"], means["thompson"] + 0.5)
+        self.assertGreater(means["thompson"], means["random"] + 2)
 
     def test_every_setting_trains_a_tiny_agent_at_the_smallest_and_the_largest_grid(self):
         for grid in (5, 16):

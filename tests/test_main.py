@@ -303,7 +303,7 @@ class TestReport(unittest.TestCase):
         (kept,) = (self.folder / "runs/references").iterdir()
         content = json.loads(kept.read_text())
         self.assertEqual((content["lifetimes"], content["rollouts"], content["world"]["grid"]), (4, 2, 4))
-        names = {"random", "thompson_step", "thompson_episode", "known_rule", "bayes_adaptive"}
+        names = {"random", "thompson", "known_rule", "bayes_adaptive"}
         self.assertEqual(set(content["agents"]), names)
         with mock.patch.object(main, "references", side_effect=AssertionError("computed again")):
             self.assertEqual(in_process(ask, self.folder), (0, ""))

@@ -26,7 +26,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from agent import compare, draw_curve, interval, normalised, play, shown
 from environment import PreviousStep, WorldSettings, WorldStep, make_worlds, previous_step
-from main import EVALUATION_SEEDS, Settings, better_thompson, evaluate, load_system, references_in
+from main import EVALUATION_SEEDS, Settings, evaluate, load_system, references_in
 from tests.benchmarks import collected, named_runs, scores
 
 WORLDS = 32
@@ -104,7 +104,6 @@ def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> di
     """As `main.evaluate`, with the same tasks, starts and slips, on pictures of its own size."""
     world = make_worlds(enlarged(settings.world), lifetimes, "test", EVALUATION_SEEDS["test"])
     lived = {"agent": play(world, PeerAgent(model))} | references_in(settings.world, lifetimes, "test", torch.device("cpu"))
-    better_thompson(lived)
     weights = sum(parameter.numel() for parameter in model.policy.parameters())
     return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
 

@@ -39,8 +39,8 @@ def rewards(systems: list) -> dict[str, list[np.ndarray]]:
     return {
         "agent": [live(lambda _, system=system: system.controller()) for system in systems],
         "known rule": [live(lambda there: KnownRuleAgent(there, q))],
-        "Thompson, knows the rate": [live(lambda there: ThompsonAgent(there, q, "step", seed))],
-        "Thompson, expects no switch": [live(lambda there: ThompsonAgent(there, q, "step", seed, switch=0, floor=FLOOR))],
+        "Thompson, knows the rate": [live(lambda there: ThompsonAgent(there, q, seed))],
+        "Thompson, expects no switch": [live(lambda there: ThompsonAgent(there, q, seed, switch=0, floor=FLOOR))],
     }
 
 
