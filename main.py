@@ -503,16 +503,11 @@ class Learner:
         s = self.settings
         # Another world for every collection of every process of every run.
         seed = (s.seed + 1) * 2**32 + self.processes.rank * 2**22 + self.collections
-        before = self.generator.get_state()
         with self.timed("collect"):
             world = make_worlds(s.world, self.training.worlds, "train", seed, self.device)
             agent = self.system.controller(keep_pictures=True, look_again=False)  # cheaper, and teaches as well
             agent.explore(exploration, self.generator)
-            try:
-                lifetimes = play(world, agent)
-            except WorldError:  # as if this collection had never begun, so that it can be done again
-                self.generator.set_state(before)
-                raise
+            lifetimes = play(world, agent)
             self.store.add(agent.memory, world.task, lifetimes.segment, self.update)
         self.collections += 1
         self.env_steps += lifetimes.reward.numel() * self.processes.count
@@ -809,16 +804,15 @@ def train(run: RunFolder, learner: Learner) -> bool:
             logs, saves = over or learner.update % t.log_every == 0, over or stopped or learner.update % t.checkpoint_every == 0
             if logs or saves:  # seldom, because to look at a number waits for the device
                 learner.settle()
-                if not_finite(learner):
-                    raise diverged(run, learner)
+                if wrong := not_finite(learner):
+                    raise UserError(
+                        f"{wrong[0]} is not finite at update {learner.update}, so the training stopped; {run.folder} is as it was at its "
+                        "last checkpoint. Try lower learning rates."
+                    )
             if logs and board:
                 log(run, board, bar, learner)
             if saves:
                 save()
-    except WorldError:  # in a collection, which comes first in an update: nothing else has begun
-        if processes.count == 1 and len(learner.store) and not not_finite(learner):
-            save()
-        raise
     finally:
         bar.close()
         if board:
@@ -830,38 +824,6 @@ def train(run: RunFolder, learner: Learner) -> bool:
 def not_finite(learner: Learner) -> list[str]:
     """Names of the metrics that are not finite."""
     return [name for name, value in learner.metrics.items() if not math.isfinite(value)]
-
-
-def diverged(run: RunFolder, learner: Learner) -> UserError:
-    """Live through the updates since the last checkpoint again, up to the first whose losses are not finite. What was before
-    that one goes into a run's folder of its own, whose `resume` begins with the same batch and fails again."""
-    parts = {"engine": type(learner.system.engine), "planner": type(learner.system.planner)}
-    again = Learner(learner.settings, learner.device, learner.processes, **parts)
-    if run.checkpoint.exists():
-        again.load_state_dict(run.load()[0], run.blocks)
-    elif learner.settings.init_from:
-        again.inherit(RunFolder(Path(learner.settings.init_from)))
-    else:
-        again.collect_first()
-    before, blocks = copy.deepcopy(again.state_dict()), again.store.blocks
-    while again.update < learner.update and not not_finite(again):
-        before, blocks = copy.deepcopy(again.state_dict()), again.store.blocks
-        again.advance()
-        again.settle()
-    worst, repeated = not_finite(learner)[0], bool(not_finite(again))
-    if not repeated:
-        return UserError(f"{worst} is not finite at update {learner.update}, but was when repeated: {run.folder} can be resumed.")
-    kept = RunFolder(run.folder / f"diverged-{again.update}")
-    again.store.blocks = blocks
-    again.store.save_blocks(kept.blocks)
-    learner.processes.wait()
-    if learner.processes.first:
-        write_json(dataclasses.asdict(learner.settings), kept.folder / "config.json")
-        save_atomically({"format": run.FORMAT, "logged": 0, "learner": before}, kept.checkpoint)
-    return UserError(
-        f"{not_finite(again)[0]} is not finite after update {again.update}: python3 main.py resume {kept.folder} begins with that "
-        f"update, {run.folder} is as it was at its last checkpoint. Try lower learning rates."
-    )
 
 
 def log(run: RunFolder, board: SummaryWriter, bar: tqdm, learner: Learner) -> None:

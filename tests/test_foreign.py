@@ -253,7 +253,7 @@ class TestTraining(unittest.TestCase):
 
         gymnasium.register("Worn-v0", entry_point=Worn)
         ended = []
-        for fails in ((), (192 + 150, 192 + 700)):  # 192 steps are for the reward bins; then among random lifetimes, then later
+        for fails in ((), (192 + 500, 192 + 800)):  # 192 steps are for the reward bins; after the first checkpoint, and again
             folder, (Worn.steps, Worn.fails) = temporary_folder(), (0, fails)
             (folder / "tiny.json").write_text(json.dumps(TINY | {"world": {"lifetime": 12, "cell": 4}}))
             code, errors = in_process(["--config", "tiny.json", "--world.gym-id", "Worn-v0"], folder)
