@@ -52,16 +52,15 @@ class AgentController:
         lifetime: steps of a lifetime.
         appearance: infers how everything looks, and its context modulates the VAE; without it the world's row does.
         keep_pictures: keep the pictures in `memory`, for the store of past lifetimes.
-        freeze_belief: never update the belief: the ablation that shows what adaptation is worth.
         look_again: plan with the second look, where the planner has one.
     """
 
     def __init__(
         self, vae: VAE, transition: TransitionModel, engine: ContextInferenceEngine, planner: Planner, lifetime: int,
-        appearance: AppearanceEngine | None = None, keep_pictures: bool = False, freeze_belief: bool = False, look_again: bool = True,
+        appearance: AppearanceEngine | None = None, keep_pictures: bool = False, look_again: bool = True,
     ) -> None:  # fmt: skip
         self.vae, self.transition, self.engine, self.planner = vae, transition, engine, planner
-        self.lifetime, self.keep_pictures, self.freeze_belief = lifetime, keep_pictures, freeze_belief
+        self.lifetime, self.keep_pictures = lifetime, keep_pictures
         self.appearance, self.look_again = appearance, look_again
         self.exploration, self.generator = 0.0, None
 
@@ -117,8 +116,7 @@ class AgentController:
         posterior = self.transition.effect_posterior(likelihood)
         self.nats.append(self.transition.surprise(likelihood, action, self.engine.context(self.belief)))
         self.memory.append(self.codes, next_codes, posterior, action, self.frame, step)
-        if not self.freeze_belief:
-            self.belief = self.engine.step(self.belief, self.memory.latest())
+        self.belief = self.engine.step(self.belief, self.memory.latest())
         self.frame = step.frame
 
     def _vision(self) -> Tensor:

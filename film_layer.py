@@ -59,9 +59,3 @@ class FiLMLayer(nn.Module):
                 f"by (B, D), not {tuple(features.shape)} by {tuple(context.shape)}."
             )
         return torch.addcmul(beta, features, 1 + gamma)
-
-    def hold(self, context: Tensor) -> None:
-        """From now on modulate as under `context` (D,), whatever context is given: what modulation is worth."""
-        with torch.no_grad():
-            self.generator.bias += self.generator.weight @ context
-            self.generator.weight.zero_()

@@ -1,7 +1,7 @@
 """Meta-train an agent that infers hidden rules from pixels; evaluate, resume and watch it.
 
     python3 main.py [train] [--preset NAME] [--config FILE.json] [--seed N] [--SECTION.NAME VALUE ...]
-    python3 main.py evaluate RUN [--lifetimes N] [--split validation|test] [--ablate PART]
+    python3 main.py evaluate RUN [--lifetimes N] [--split validation|test]
     python3 main.py resume RUN [--updates N]
     python3 main.py watch RUN [--seed N]
     python3 main.py references RUN [--lifetimes N] [--rollouts N] [--split ...]
@@ -50,7 +50,6 @@ from agent import (
 )  # fmt: skip
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
 from environment import WORLDS, WorldError, WorldSettings, make_worlds, require, require_all, seeded, space_of
-from film_layer import FiLMLayer
 from memory import Experience, LifetimeStore, MemorySettings, RunFolder, UserError, forget_blocks, merge, save_atomically, write_json
 from transition_model import TransitionModel, TransitionSettings, entropy
 from world_model import VAE, Planner, PlannerSettings, VAESettings, Value
@@ -367,10 +366,10 @@ class System:
         self.slow_value = copy.deepcopy(self.value).requires_grad_(False)  # acts, and makes the value's targets
         self.planner = planner(s.planner, self.transition, self.slow_value)
 
-    def controller(self, **options: bool) -> AgentController:
-        """An agent of these parts; options are those of `AgentController`."""
+    def controller(self, kind: type = AgentController, **options: bool) -> AgentController:
+        """An agent of these parts, of `AgentController` or a class of one's own; options are its constructor's."""
         parts = (self.vae, self.transition, self.engine, self.planner)
-        return AgentController(*parts, lifetime=self.settings.world.lifetime, appearance=self.appearance, **options)
+        return kind(*parts, lifetime=self.settings.world.lifetime, appearance=self.appearance, **options)
 
     def modules(self) -> dict[str, nn.Module]:
         """The parts with weights, by name."""
@@ -381,30 +380,6 @@ class System:
         """Take over the weights of all parts, from their `state_dict`s by name."""
         for name, module in self.modules().items():
             module.load_state_dict(states[name])
-
-
-Ablation = Literal["belief", "perception", "prior", "consequences", "value", "second-look"]
-
-
-def ablate(system: System, part: Ablation) -> None:
-    """Take something from a trained system, whose weights otherwise stay.
-
-    perception, prior, consequences and value lose their modulation: their FiLM layers stay as under the belief before any
-    experience. (The belief is frozen, and the second look left out, by `AgentController`.)
-    """
-    with torch.no_grad():
-        first = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
-        held = {
-            "perception": (system.vae, system.appearance.unseen() if system.appearance else first[-1]),
-            "prior": (system.transition.prior_film, first[0]),
-            "consequences": (system.transition.consequence_film, first[-1]),
-            "value": (system.slow_value, system.slow_value.pool(first[None])[0]),
-        }  # fmt: skip
-    if part in held:
-        module, context = held[part]
-        for layer in module.modules():
-            if isinstance(layer, FiLMLayer):
-                layer.hold(context)
 
 
 class Learner:
@@ -692,7 +667,7 @@ class Learner:
 
 
 def evaluate(
-    system: System, split: str, lifetimes: int, without: Ablation | None = None, env_steps: int = 0
+    system: System, split: str, lifetimes: int, agent: AgentController | None = None, env_steps: int = 0
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the agent with the references on held-out tasks, in worlds of their own.
 
@@ -701,7 +676,7 @@ def evaluate(
 
     Args:
         system: the agent's parts; split: validation or test; lifetimes: at least 2.
-        without: what the agent shall do without, see `ablate`; "belief" freezes the belief at its initial value.
+        agent: to evaluate in the place of the system's own.
         env_steps: of the training so far, for the record.
 
     Raises:
@@ -711,10 +686,7 @@ def evaluate(
     require_room(settings.world, lifetimes)
     seed = EVALUATION_SEEDS[split]
     world = make_worlds(settings.world, lifetimes, split, seed, system.device)
-    if without is not None:
-        system = copy.deepcopy(system)
-        ablate(system, without)
-    agent = system.controller(freeze_belief=without == "belief", look_again=without != "second-look")
+    agent = agent or system.controller()
     exact = [] if settings.world.gym_id else [ExactFilter(world)]
     lived = {"agent": play(world, agent, exact)} | references_in(settings.world, lifetimes, split, system.device)
     nats = {"agent": torch.stack(agent.nats)} | {"exact": torch.stack(filter_.nats) for filter_ in exact}
@@ -722,7 +694,7 @@ def evaluate(
     late = min(16, settings.world.lifetime // 2)
     excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:])) if exact else None
     return {
-        "preset": settings.preset, "seed": settings.seed, "split": split, "ablate": without, "lifetimes": lifetimes,
+        "preset": settings.preset, "seed": settings.seed, "split": split, "lifetimes": lifetimes,
         "env_steps": env_steps, **compare(lived),
         "belief_nats": {**nats, "late": late, "late_excess": excess},
     }  # fmt: skip
@@ -1009,7 +981,7 @@ def load_system(folder: Path, device: str | None = None) -> tuple[System, dict]:
 
 def evaluate_command(
     run: Positional[Path], lifetimes: int | None = None, split: Literal["validation", "test"] = "test",
-    ablate: Ablation | None = None, device: str | None = None,
+    device: str | None = None,
 ) -> None:  # fmt: skip
     """Evaluate a trained run on held-out tasks again; the result goes to its folder and to the screen.
 
@@ -1017,16 +989,13 @@ def evaluate_command(
         run: Folder of the run.
         lifetimes: Held-out lifetimes, at least 2; those of the run's final evaluation if not given.
         split: Which tasks.
-        ablate: What the agent shall do without: its belief stays as in the beginning, one of perception, prior,
-            consequences (reward and end) and value loses its modulation, or the second look ahead.
         device: Where to compute; where the run was trained if not given.
     """
     system, state = load_system(run, device)
     lifetimes = system.settings.training.evaluation_lifetimes if lifetimes is None else lifetimes
     require("lifetimes", lifetimes, 2, 10**6)
-    result = evaluate(system, split, lifetimes, ablate, env_steps=state["counters"][2])
-    parts = ["evaluation", split, str(lifetimes), ablate and f"no-{ablate}"]
-    path = run / ("-".join(filter(None, parts)) + ".json")
+    result = evaluate(system, split, lifetimes, env_steps=state["counters"][2])
+    path = run / f"evaluation-{split}-{lifetimes}.json"
     write_json(result, path)
     print(report(result) + f"\nwritten to {path}")
 

@@ -8,11 +8,12 @@ from unittest import mock
 import numpy as np
 import torch
 
-from agent import BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
+from agent import AgentController, BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
 from environment import ActionValues, HiddenRulesWorld, Rule, WorldSettings, WorldStep
 from world_model import Planner, PlannerSettings, branch
 from context_engine import ExactFilter
 from main import Learner, System, evaluate
+from tests.benchmarks.ablations import FrozenBelief
 from tests.shared import seeded, tiny
 from transition_model import ModeTable, pairs_present
 
@@ -254,7 +255,7 @@ class TestController(unittest.TestCase):
 
     def test_a_frozen_belief_stays(self):
         system = System(tiny(), torch.device("cpu"))
-        agent = system.controller(freeze_belief=True)
+        agent = system.controller(FrozenBelief)
         play(HiddenRulesWorld(tiny().world, 3, VALIDATION, 0), agent)
         torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
 
@@ -306,7 +307,7 @@ class TestController(unittest.TestCase):
         for watched, seed, frozen in ((False, 1, False), (True, 2, False), (True, 3, True)):
             torch.manual_seed(seed)  # whatever else is random in the process
             world = HiddenRulesWorld(tiny().world, 8, VALIDATION, 0)
-            agent = system.controller(freeze_belief=frozen)
+            agent = system.controller(FrozenBelief if frozen else AgentController)
             lived.append(play(world, agent, [ExactFilter(world)] if watched else []))
             states.append([x.get_state() for x in vars(world).values() if isinstance(x, torch.Generator)])
         for one, other in zip(lived[0], lived[1]):

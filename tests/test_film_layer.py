@@ -50,13 +50,6 @@ class TestFiLMLayer(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, r"\(B, 3\)"):
             FiLMLayer(5, 3)(torch.randn(2, 4), torch.randn(2, 5))
 
-    def test_a_held_layer_modulates_as_under_one_context(self):
-        layer, features = FiLMLayer(3, 5), torch.randn(4, 5)
-        one, others = torch.randn(3), torch.randn(4, 3)
-        expected = layer(features, one.expand(4, -1))
-        layer.hold(one)
-        torch.testing.assert_close(layer(features, others), expected)
-
 
 if __name__ == "__main__":
     unittest.main()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from agent import AgentController
 from environment import WORLDS, HiddenRulesWorld, WorldStep
-from main import EVALUATION_SEED, Ablation, Learner, Settings, evaluate, load_system, log, with_preset
+from main import EVALUATION_SEED, Learner, Settings, evaluate, load_system, log, with_preset
 from memory import RunFolder, merge, write_json
 from tests.benchmarks import ablations, belief, endurance, faults, processes, robustness, speed, switching, tinted, tuning
 from tests.shared import ROOT, TINY, command, quick_run, temporary_folder, tiny
@@ -70,10 +70,9 @@ class TestQuickRun(unittest.TestCase):
             with self.subTest(broken=list(broken)):
                 self.assertLess(self.score(**broken), min(0.1, whole / 2))
 
-    def test_the_frozen_belief_is_an_ablation_of_the_command_line(self):
-        done = command("evaluate", self.run_folder, "--lifetimes", LIFETIMES, "--ablate", "belief", folder=self.run_folder)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        result = json.loads((self.run_folder / f"evaluation-test-{LIFETIMES}-no-belief.json").read_text())
+    def test_without_its_belief_it_earns_nothing(self):
+        system, _ = load_system(self.run_folder)
+        result = evaluate(system, "test", LIFETIMES, ablations.agent_without(system, "belief"))
         self.assertLessEqual(result["normalised"], 0.1)
 
     def test_the_belief_is_near_the_exact_filter(self):
@@ -150,7 +149,7 @@ class TestQuickRun(unittest.TestCase):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             ablations.main(ablations.Arguments(runs=(self.run_folder,), lifetimes=64))
         returns = {part: float(figure) for part, figure in re.findall(r"^\| ([a-z-]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M)}
-        self.assertEqual(set(returns), {"nothing", *get_args(Ablation)})
+        self.assertEqual(set(returns), {"nothing", *get_args(ablations.Ablation)})
         for part in ("belief", "prior", "consequences", "value"):
             self.assertLess(returns[part], returns["nothing"] - 0.5, part)
 
@@ -206,7 +205,7 @@ class TestBenchmarks(unittest.TestCase):
 
     def test_ablations_train_what_is_missing_and_print_a_row_for_each(self):
         arguments = ablations.Arguments(seeds=(0,), updates=24, lifetimes=16, output=temporary_folder() / "ablations")
-        rows = {"nothing", *get_args(Ablation), *ablations.TRAINED, *ablations.PEERS}
+        rows = {"nothing", *get_args(ablations.Ablation), *ablations.TRAINED, *ablations.PEERS}
         with mock.patch.object(ablations, "BASE", tiny()):
             for trains in (True, False):
                 with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -221,7 +221,7 @@ class TestLearner(unittest.TestCase):
         for name, module in learner.system.modules().items():
             for key, tensor in module.state_dict().items():
                 self.assertTrue(torch.equal(tensor, again.system.modules()[name].state_dict()[key]), f"{name}.{key}")
-        self.assertTrue(np.isfinite(evaluate(learner.system, "test", 8, "perception")["return_mean"]))
+        self.assertTrue(np.isfinite(evaluate(learner.system, "test", 8)["return_mean"]))
 
     def test_an_engine_of_ones_own_takes_the_place_of_ours(self):
         class Forgetful(ContextInferenceEngine):

@@ -1,6 +1,6 @@
 """What each part is worth: `python3 -m tests.benchmarks.ablations [RUN ...] [--seeds 0 1 2] [--output runs/ablations]`.
 
-With RUNs: takes every part of `main.Ablation` from these trained agents, whose weights stay. Without: trains the whole agent
+With RUNs: takes every part of `Ablation` from these trained agents, whose weights stay. Without: trains the whole agent
 and every variant of TRAINED for each seed, at a third of the default updates, and takes parts from the whole one in the same
 way. All live the same held-out lifetimes, and differences are paired by lifetime. What is done is kept in the output folder,
 so the same command goes on where it was stopped, and several processes with different seeds may fill one folder. The last
@@ -10,13 +10,14 @@ observation (RL2, Duan et al., 2016), for the same seconds of training.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,8 +27,10 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
-from agent import interval, mean, shown, statistics
-from main import Ablation, Learner, Settings, System, evaluate, load_system
+from agent import AgentController, interval, mean, shown, statistics
+from environment import WorldStep
+from film_layer import FiLMLayer
+from main import Learner, Settings, System, evaluate, load_system
 from memory import Experience, merge, write_json
 from tests.benchmarks import scores
 from transition_model import ModeTable
@@ -40,8 +43,45 @@ TRAINED: dict[str, dict] = {  # what a variant does without: the settings that t
     "initial scales": {"context": {"token_scale": 1.0, "context_scale": 1.0}, "transition": {"film_scale": 1.0}},
     "look-ahead": {},
 }
+Ablation = Literal["belief", "perception", "prior", "consequences", "value", "depth"]
+"""What an agent can do without at decision time: its belief stays initial; one of its parts is modulated by the initial context
+alone; the search has depth 1."""
 PEER = "everything: RecurrentPPO"
 PEERS = [PEER] if importlib.util.find_spec("sb3_contrib") else []
+
+
+class FrozenBelief(AgentController):
+    """An agent whose belief stays as it was before any experience."""
+
+    def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Remember, but infer nothing."""
+        super().observe(action, step)
+        self.belief = self.engine.initial_belief(len(self.frame))
+
+
+def agent_without(system: System, part: Ablation) -> AgentController:
+    """The agent of a copy of `system`, whose weights otherwise stay, without one part."""
+    system = copy.deepcopy(system)
+    with torch.no_grad():
+        first = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
+        held = {
+            "perception": (system.vae, system.appearance.unseen() if system.appearance else first[-1]),
+            "prior": (system.transition.prior_film, first[0]),
+            "consequences": (system.transition.consequence_film, first[-1]),
+            "value": (system.slow_value, system.slow_value.pool(first[None])[0]),
+        }  # fmt: skip
+    module, context = held.get(part, (None, None))
+    for layer in module.modules() if module else ():
+        if isinstance(layer, FiLMLayer):
+            hold(layer, context)
+    return system.controller(FrozenBelief if part == "belief" else AgentController, look_again=part != "depth")
+
+
+def hold(layer: FiLMLayer, context: Tensor) -> None:
+    """Let the layer modulate as under `context` (D,) from now on, whatever context it is given."""
+    with torch.no_grad():
+        layer.generator.bias += layer.generator.weight @ context
+        layer.generator.weight.zero_()
 
 
 class ModelFree(Planner):
@@ -125,7 +165,7 @@ def decided_without(system: System, variant: str, lifetimes: int) -> dict[str, A
     """Evaluations of a trained agent, and of the whole agent ("nothing") also without each part at decision time."""
     results = {variant: evaluate(system, "test", lifetimes)}
     if variant == "nothing":
-        results |= {part: evaluate(system, "test", lifetimes, part) for part in get_args(Ablation)}
+        results |= {part: evaluate(system, "test", lifetimes, agent_without(system, part)) for part in get_args(Ablation)}
     return results
 
 
