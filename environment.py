@@ -22,7 +22,6 @@ import numpy as np
 import scipy.ndimage
 import torch
 from gymnasium.vector.utils import batch_space
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]])  # (move, (row, column)); the last one moves nothing
@@ -549,16 +548,6 @@ class HiddenRulesWorld:
         colours = (rule or self.rule).colours
         return torch.zeros_like(position).scatter_(1, colours[:, :, None].expand(-1, -1, 2), position)
 
-    def symbols(self, position: Tensor, rule: Rule) -> Tensor:
-        """What lies where at positions (B, role, 2): (B, grid, grid) uint8, 0 for nothing, else 1 + its colour; walls are the
-        highest."""
-        symbols = torch.zeros((self.batch, self.settings.grid, self.settings.grid), dtype=torch.uint8, device=self.device)
-        if self.walls is not None:
-            symbols[self.walls] = 1 + rule.colours.shape[1]
-        for role in reversed(range(position.shape[1])):  # the body covers what it stands on
-            symbols[self.rows, position[:, role, 0], position[:, role, 1]] = (1 + rule.colours[:, role]).to(torch.uint8)
-        return symbols
-
     def _starts(self) -> Tensor:
         """Distinct random free cells for the body and the things: (B, role, 2) int64."""
         taken = torch.empty((self.batch, 0), dtype=torch.int64, device=self.device)
@@ -705,27 +694,21 @@ class PixelEnv(gymnasium.Env):
         settings: the world's settings.
         split: which tasks are drawn: train, validation or test.
         render_mode: None or "rgb_array" (a large picture).
-        caption: write the hidden rule under the rendered picture.
         reveal_rule: tell the hidden rule in every info as `rule`: the fields of `Rule`, such as `action_map` (the row of MOVES
             that each action is) and `colours` (the row of PALETTE that is the body, the goal, ...). For cheats and debugging.
-        symbolic: observe (grid, grid) uint8 instead of pictures: 0 for nothing, 1 + row of PALETTE, walls the highest.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 8}
 
     def __init__(
-        self, settings: WorldSettings = WorldSettings(), split: Split = "train", render_mode: str | None = None, caption: bool = False,
-        reveal_rule: bool = False, symbolic: bool = False,
+        self, settings: WorldSettings = WorldSettings(), split: Split = "train", render_mode: str | None = None,
+        reveal_rule: bool = False,
     ) -> None:  # fmt: skip
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode is {render_mode!r}, but must be None or 'rgb_array'.")
-        self.settings, self.render_mode, self.caption = settings, render_mode, caption
-        self.reveal_rule, self.symbolic = reveal_rule, symbolic
+        self.settings, self.render_mode, self.reveal_rule = settings, render_mode, reveal_rule
         self.split = checked(split)
         self.observation_space = gymnasium.spaces.Box(0, 255, (settings.pixels, settings.pixels, 3), np.uint8)
-        if symbolic:
-            highest = len(settings.roles) + (settings.walls > 0)
-            self.observation_space = gymnasium.spaces.Box(0, highest, (settings.grid, settings.grid), np.uint8)
         self.action_space = gymnasium.spaces.Discrete(settings.actions)
         self.world: HiddenRulesWorld | None = None
 
@@ -736,7 +719,7 @@ class PixelEnv(gymnasium.Env):
             self.world = HiddenRulesWorld(self.settings, 1, self.split, seed_from(self.np_random))
         self.steps = 0
         self._picture = self.world.reset()[0].numpy()
-        return self._observation(), self._info(False, False)
+        return self._picture, self._info(False, False)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Take an action; Gymnasium's five-tuple. Raises ValueError for an action outside the space."""
@@ -749,13 +732,8 @@ class PixelEnv(gymnasium.Env):
         info = self._info(bool(terminated), bool(truncated))
         if terminated or truncated:
             info["final_frame"] = finals[0].numpy()
-            if self.symbolic:
-                info["final_frame"] = self.world.symbols(self.world.arrived_at, self.world.lived_rule)[0].numpy()
         self._picture = frame[0].numpy()
-        return self._observation(), float(reward), False, self.steps >= self.settings.lifetime, info
-
-    def _observation(self) -> np.ndarray:
-        return self.world.symbols(self.world.position, self.world.rule)[0].numpy() if self.symbolic else self._picture
+        return self._picture, float(reward), False, self.steps >= self.settings.lifetime, info
 
     def _info(self, terminated: bool, truncated: bool) -> dict[str, Any]:
         info: dict[str, Any] = {"episode_terminated": terminated, "episode_truncated": truncated}
@@ -764,20 +742,13 @@ class PixelEnv(gymnasium.Env):
         return info
 
     def render(self) -> np.ndarray | None:
-        """The present picture, enlarged to at least 384 pixels, (H', W', 3) uint8; with the rule if asked for."""
+        """The present picture, enlarged to at least 384 pixels, (H', W', 3) uint8."""
         if self.render_mode is None:
             return None
         if self.world is None:
             raise gymnasium.error.ResetNeeded("render() was called before reset(): call reset() first.")
         scale = math.ceil(384 / self.settings.pixels)
-        picture = self._picture.repeat(scale, 0).repeat(scale, 1)
-        if not self.caption:
-            return picture
-        words = self.world.words(0)
-        canvas = Image.new("RGB", (picture.shape[1], picture.shape[0] + 22 * (words.count("\n") + 1)), "white")
-        canvas.paste(Image.fromarray(picture))
-        ImageDraw.Draw(canvas).text((6, picture.shape[0] + 4), words, fill="black", font_size=15)
-        return np.asarray(canvas)
+        return self._picture.repeat(scale, 0).repeat(scale, 1)
 
 
 class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):

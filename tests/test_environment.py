@@ -353,8 +353,8 @@ class TestTint(unittest.TestCase):
         step = tinted.step(torch.zeros(64, dtype=torch.int64))
         self.assertTrue(bool((step.arrival.float() <= (255 * tinted.gains + tinted.brightness)[:, None, None] + 1).all()))
 
-    def test_it_lasts_for_the_lifetime_and_is_told_in_captions_alone(self):
-        env = PixelEnv(WorldSettings(tint=0.5, noise=0), render_mode="rgb_array", caption=True)
+    def test_it_lasts_for_the_lifetime_and_no_info_tells_it(self):
+        env = PixelEnv(WorldSettings(tint=0.5, noise=0), render_mode="rgb_array")
         env.reset(seed=0)
         first = env.world.gains.clone()
         for step in range(40):

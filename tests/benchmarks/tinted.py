@@ -47,8 +47,13 @@ class Eye:
 
     def _colours(self) -> Tensor:
         """(B, S) int64: the colour on each patch, what is drawn last on top."""
-        symbols = self.world.symbols(self.world.position, self.world.rule).flatten(1).long()
-        return (symbols - 1) % (BACKGROUND + 1)
+        world, grid = self.world, self.world.settings.grid
+        colour = torch.full((world.batch, grid, grid), BACKGROUND)
+        if world.walls is not None:
+            colour[world.walls] = world.rule.colours.shape[1]
+        for role in reversed(range(world.position.shape[1])):  # the body covers what it stands on
+            colour[world.rows, world.position[:, role, 0], world.position[:, role, 1]] = world.rule.colours[:, role]
+        return colour.flatten(1)
 
 
 def code_accuracy(codes: Tensor, colours: Tensor, n_codes: int) -> tuple[float, float]:
