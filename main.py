@@ -27,11 +27,9 @@ import pickle
 import signal
 import sys
 import time
-import uuid
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 from collections.abc import Callable, Iterator
@@ -251,7 +249,8 @@ class Processes:
             yield cls()
             return
         store, rank, count = next(distributed.rendezvous("env://"))
-        store = distributed.PrefixStore(agreed_name(store, rank, count), store)
+        # torchrun keeps one store over its restarts, and in it the addresses of processes that are dead.
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
         yield cls(rank, count)  # the group ends with its processes: see `main`
@@ -278,13 +277,6 @@ class Processes:
             for tensor in module.state_dict().values():
                 distributed.broadcast(tensor, src=0)
 
-    def told(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives in the first process, which alone calls it."""
-        content = [make() if self.first else None]
-        if self.count > 1:
-            distributed.broadcast_object_list(content, src=0)
-        return content[0]
-
     def every(self, content: Any) -> list:
         """What each process has, in the order of their ranks."""
         found = [content]
@@ -303,30 +295,6 @@ class Processes:
     def wait(self) -> None:
         """Until all processes are here."""
         self.anywhere(False)
-
-
-def agreed_name(store: distributed.Store, rank: int, count: int) -> str:
-    """A new name that so many processes agree upon through a store in which earlier ones, now dead, have left theirs.
-
-    torchrun keeps one store over its restarts, and how often it has restarted differs from node to node (pytorch issue 135712):
-    under a name that is not new, a process would try to reach a dead one. The first process makes the name; each other one
-    answers with a word of its own, which only a living first process can repeat.
-    """
-    word = uuid.uuid4().hex
-    if rank == 0:
-        store.set("name", word)
-        for other in range(1, count):
-            answer = store.get(f"{word}/{other}").decode()
-            store.set(f"{word}/{answer}", "")
-        return word
-    while True:
-        name = store.get("name").decode()
-        store.set(f"{name}/{rank}", word)
-        try:
-            store.wait([f"{name}/{word}"], timedelta(seconds=1))
-            return name
-        except RuntimeError:  # a timeout: the name was an old one
-            continue
 
 
 # --------------------------------------------------------------------------------------------------------------- wiring
@@ -646,21 +614,21 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict, blocks: Path) -> None:
-        """Restore from `state_dict`, of as many processes or others, and the folder of the stores' blocks."""
+        """Restore from `state_dict` and the folder of the stores' blocks; UserError if another number of processes made it."""
+        shards, rank = state["shards"], self.processes.rank
+        if len(shards) != self.processes.count:
+            raise UserError(f"the run was trained by {len(shards)} processes, not {self.processes.count}: resume it with as many.")
         self.system.load(state["modules"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
-        shards = state["shards"]
-        if self.processes.rank < len(shards):  # one that is new begins with luck of its own
-            for generator, saved in zip((self.generator, self.sampler), shards[self.processes.rank]["generators"]):
-                generator.set_state(saved.cpu())
+        for generator, saved in zip((self.generator, self.sampler), shards[rank]["generators"]):
+            generator.set_state(saved.cpu())
         self.update, self.collections, self.env_steps = state["counters"]
         self.metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
         self.seconds = dict(state["seconds"])
-        stores = [shard["store"] for shard in shards]
         if self.processes.first:
-            forget_blocks(blocks, stores)
-        self.store.load_state_dict(stores, blocks)
+            forget_blocks(blocks, [shard["store"] for shard in shards])
+        self.store.load_state_dict(shards[rank]["store"], blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -843,6 +811,8 @@ class TrainArguments(Settings):
 
     config: Path | None = None
     """A JSON file of settings, such as a run's config.json or a tuned best.json; it may be partial."""
+    run: str = ""
+    """Name of the run's folder in runs/; the same command again goes on with it. <preset>-<seed>-<time> if not given."""
 
 
 def train_command(arguments: list[str]) -> None:
@@ -859,31 +829,38 @@ def train_command(arguments: list[str]) -> None:
     if settings.preset == "gym" and not settings.world.gym_id:
         raise UserError("preset gym is for a world of other people's: name it with --world.gym-id.")
     settings = settings if chosen.bins else with_rewards(settings, said)
+    if distributed.is_torchelastic_launched() and not parsed.run:
+        raise UserError("name the run, so that all processes share it and a restart goes on with it: torchrun ... -- main.py --run NAME.")
+    named = run_named(parsed.run, settings) if parsed.run else None
     with Processes.of_torchrun() as processes:
         learner = Learner(settings, device_of(settings.device), processes)  # refuses what does not fit, before anything is written
         if settings.init_from:
             learner.inherit(RunFolder(Path(settings.init_from)))
-        run = RunFolder(processes.told(lambda: run_of_job(settings).folder))
-        with run.locked() if processes.first else nullcontext():
+        run = named or RunFolder.new(settings)
+        with run.begun(settings) if processes.first else nullcontext():
             if run.checkpoint.exists():
                 go_on(run, learner)
             elif processes.first:
                 run.forget()
+            processes.wait()
             train_and_evaluate(run, learner)
 
 
-def run_of_job(settings: Settings) -> RunFolder:
-    """A new run's folder; or, where torchrun has started this again after a failure, that of the run it had begun."""
-    job, restarts = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT"))
-    if job and (job != "none" or int(restarts or 0)):  # "none" is what it calls all jobs without a name
-        for mark in sorted(Path("runs").glob("*/torchrun-id"), key=lambda path: -path.stat().st_mtime):
-            begun = RunFolder(mark.parent)
-            over = (begun.folder / "evaluation.json").exists()
-            if mark.read_text() == job and not over and begun.settings(Settings()) == settings:
-                return begun
-    run = RunFolder.create(settings)
-    if job:
-        (run.folder / "torchrun-id").write_text(job)
+def run_named(name: str, settings: Settings) -> RunFolder:
+    """The run's folder runs/`name`: a new one, or that of a run that goes on.
+
+    Raises:
+        UserError: the name is no name of a folder, or the run was begun with other settings.
+    """
+    if Path(name).name != name or name in (".", ".."):
+        raise UserError(f"run is {name!r}, but must be the name of a folder in runs/, without a slash.")
+    run = RunFolder(Path("runs") / name)
+    if run.config.exists():
+        begun, own = (dataclasses.asdict(one) for one in (run.settings(Settings()), settings))
+        flat = lambda tree: {f"{s}.{n}": v for s, part in tree.items() if isinstance(part, dict) for n, v in part.items()} | tree  # noqa: E731
+        other = [f"{k} is {v} there and {flat(own)[k]} here" for k, v in flat(begun).items() if not isinstance(v, dict) and v != flat(own)[k]]
+        if other:
+            raise UserError(f"{run.folder} was begun with other settings ({'; '.join(other)}): give the same ones, or another --run.")
     return run
 
 

@@ -8,6 +8,7 @@ by what happened and not by what was inferred meanwhile.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -291,30 +292,15 @@ class LifetimeStore:
         numbers = [block.number for block in self.blocks]
         return {"numbers": numbers, "version": self.version, "next": self.next, "experience": tuple(self.experience)}
 
-    def load_state_dict(self, states: list[dict], folder: Path) -> None:
-        """Restore from the `state_dict` of every shard and the blocks in `folder`.
-
-        Were there as many shards as now, this one takes over its own; else all blocks are dealt anew, evenly.
+    def load_state_dict(self, state: dict, folder: Path) -> None:
+        """Restore from a `state_dict` and the blocks in `folder`.
 
         Raises:
-            UserError: there are fewer blocks than shards.
             OSError, RuntimeError: a block is missing or cannot be read.
         """
-        own, blocks = len(states) == self.shards, sum(len(state["numbers"]) for state in states)
-        if blocks < self.shards:
-            raise UserError(f"{blocks} stored blocks of lifetimes cannot be dealt to {self.shards} processes: use at most {blocks}.")
-        self.next = states[self.shard]["next"] if own else max(state["next"] for state in states) + self.shard
-        held = []
-        for state in [states[self.shard]] if own else states:
-            start, every = 0, Experience(*state["experience"])
-            for number, version in zip(state["numbers"], state["version"]):
-                block = Pictures(**torch.load(folder / block_name(number), weights_only=True))
-                held.append((block, version, every.rows(slice(start, start + len(block)))))
-                start += len(block)
-        if not own:
-            held = sorted(held, key=lambda one: one[0].number)[self.shard :: self.shards]
-        self.blocks, self.version = [one[0] for one in held], [one[1] for one in held]
-        self.experience = Experience(*(torch.cat(parts).to(self.device) for parts in zip(*(one[2] for one in held))))
+        self.blocks = [Pictures(**torch.load(folder / block_name(number), weights_only=True)) for number in state["numbers"]]
+        self.version, self.next = list(state["version"]), state["next"]
+        self.experience = Experience(*(part.to(self.device) for part in state["experience"]))
 
     def _cached_bytes(self, blocks: int) -> int:
         if not self.experience:
@@ -406,22 +392,20 @@ class RunFolder:
     FORMAT = 3  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.config = folder, folder / "config.json"
         self.checkpoint, self.blocks, self.metrics = folder / "checkpoint.pt", folder / "store", folder / "metrics.jsonl"
 
     @classmethod
-    def create(cls, settings: Any) -> RunFolder:
-        """A new folder under runs/, never an existing one, with the configuration of a settings dataclass."""
+    def new(cls, settings: Any) -> RunFolder:
+        """A folder under runs/ that did not exist before, named by preset, seed and time."""
         name = f"{settings.preset}-{settings.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for attempt in range(1000):
-            folder = Path("runs") / (name if attempt == 0 else f"{name}-{attempt}")
+        for attempt in itertools.count():
+            folder = Path("runs") / (f"{name}-{attempt}" if attempt else name)
             try:
                 folder.mkdir(parents=True)
             except FileExistsError:
                 continue
-            write_json(dataclasses.asdict(settings), folder / "config.json")
             return cls(folder)
-        raise UserError(f"runs/{name} and a thousand names after it are taken: clear runs/.")
 
     def settings(self, default: Any, **changes: Any) -> Any:
         """The run's configuration in a copy of the settings dataclass `default`, with `changes` on top.
@@ -430,9 +414,18 @@ class RunFolder:
             UserError: not a run folder, or its configuration cannot be read.
         """
         try:
-            return merge(merge(default, json.loads((self.folder / "config.json").read_text())), changes)
+            return merge(merge(default, json.loads(self.config.read_text())), changes)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} is not a run that can be read: {error}") from error
+
+    @contextmanager
+    def begun(self, settings: Any) -> Iterator[None]:
+        """Hold the folder alone, made and with the configuration of a settings dataclass if it is new; UserError as `locked`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.locked():
+            if not self.config.exists():
+                write_json(dataclasses.asdict(settings), self.config)
+            yield
 
     @contextmanager
     def locked(self) -> Iterator[None]:

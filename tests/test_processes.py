@@ -21,7 +21,7 @@ ALONE = ("--standalone", "--nproc-per-node", "2")
 
 
 def torchrun(*arguments: str, folder: Path, options: tuple[str, ...] = ALONE, script: str = "main.py") -> subprocess.Popen:
-    return start(*arguments, folder=folder, script=script, launcher=(*TORCHRUN, *options))
+    return start(*arguments, folder=folder, script=script, launcher=(*TORCHRUN, *options, "--"))  # or it takes --run for its own
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str]:
@@ -38,7 +38,7 @@ class TestProcesses(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = tiny_folder()
-        cls.code, cls.said = finished(torchrun("--config", "tiny.json", folder=cls.folder))
+        cls.code, cls.said = finished(torchrun("--config", "tiny.json", "--run", "two", folder=cls.folder))
 
     def test_they_train_one_agent_in_one_run(self):
         self.assertEqual(self.code, 0, self.said)
@@ -60,24 +60,19 @@ class TestProcesses(unittest.TestCase):
         names = {path.name for path in (only_run(self.folder) / "store").iterdir()}
         self.assertEqual(names, {f"block-{number:06d}.pt" for store in stores for number in store["numbers"]})
 
-    def test_one_or_four_go_on_with_a_run_of_two(self):
-        run = "runs/longer"
-        folder = temporary_folder()
-        shutil.copytree(only_run(self.folder), folder / run)
-        for number, options in ((1, None), (2, ("--standalone", "--nproc-per-node", "4"))):
-            line = ("resume", run, "--updates", str(24 + 6 * number))
-            process = torchrun(*line, folder=folder, options=options) if options else start(*line, folder=folder)
-            code, said = finished(process)
-            self.assertEqual(code, 0, said)
-            state, _ = RunFolder(folder / run).load()
-            self.assertEqual((state["counters"][0], len(state["shards"])), (38 + 6 * number, 4 if options else 1))
+    def test_another_number_of_processes_is_refused(self):
+        code, errors = in_process(["resume", str(only_run(self.folder)), "--updates", "30"], self.folder)
+        self.assertEqual(code, 2)
+        self.assertIn("trained by 2 processes, not 1: resume it with as many", " ".join(errors.split()))
 
     def test_unequal_shares_and_commands_for_one_are_refused(self):
-        code, said = finished(torchrun("--config", "tiny.json", "--training.batch", "9", folder=self.folder))
+        code, said = finished(torchrun("--config", "tiny.json", "--run", "nine", "--training.batch", "9", folder=self.folder))
         self.assertNotEqual(code, 0)
         self.assertIn("training.batch is 9, which 2 processes cannot share equally: choose 10.", said)
-        code, said = finished(torchrun("evaluate", "runs/x", folder=self.folder))
-        self.assertIn("evaluate runs in one process", said)
+        for arguments, words in ((("evaluate", "runs/x"), "evaluate runs in one process"), (("--config", "tiny.json"), "-- main.py --run NAME")):
+            code, said = finished(torchrun(*arguments, folder=self.folder))
+            self.assertNotEqual(code, 0)
+            self.assertIn(words, said)
         self.assertEqual(len(list((self.folder / "runs").iterdir())), 1)
 
     def test_each_has_its_share_of_every_batch(self):
@@ -107,36 +102,43 @@ class TestProcesses(unittest.TestCase):
         self.assertEqual(said.count("equal"), 2, said)
         self.assertIn("the processes' weights differ at update 1", said)
 
-    def test_a_start_that_died_before_its_first_checkpoint_leaves_nothing_behind(self):
+    def test_the_same_command_goes_on_with_a_run_that_died_before_its_first_checkpoint(self):
         folder, advance = tiny_folder(log_every=2, checkpoint_every=100), Learner.advance
-        job = {"TORCHELASTIC_RUN_ID": "none"}
 
         def fail(learner: Learner) -> None:
             if learner.update == 9:
                 raise RuntimeError("as if killed")
             advance(learner)
 
-        alone = mock.patch("main.distributed.is_torchelastic_launched", return_value=False)
-        with alone, mock.patch.dict(os.environ, job), mock.patch.object(Learner, "advance", fail), self.assertRaises(RuntimeError):
-            in_process(["--config", "tiny.json"], folder)
+        line = ["--config", "tiny.json", "--run", "mine"]
+        with mock.patch.object(Learner, "advance", fail), self.assertRaises(RuntimeError):
+            in_process(line, folder)
         run = only_run(folder)
-        self.assertEqual(len((run / "metrics.jsonl").read_text().splitlines()), 4)
+        self.assertEqual((run.name, len((run / "metrics.jsonl").read_text().splitlines())), ("mine", 4))
         (run / "store").mkdir()
         (run / "store" / "block-000000.pt").write_bytes(b"of another training")
-        with alone, mock.patch.dict(os.environ, job | {"TORCHELASTIC_RESTART_COUNT": "1"}):
-            self.assertEqual(in_process(["--config", "tiny.json"], folder)[0], 0)
+        self.assertEqual(in_process(line, folder)[0], 0)
         updates = [json.loads(line)["update"] for line in (only_run(folder) / "metrics.jsonl").read_text().splitlines()]
         self.assertEqual(updates, list(range(2, 39, 2)))
         again = Learner(RunFolder(run).settings(Settings()), torch.device("cpu"))
         again.load_state_dict(RunFolder(run).load()[0], run / "store")
         self.assertEqual(len(again.store), again.env_steps // 12)
+        code, errors = in_process([*line, "--training.updates", "25"], folder)
+        self.assertEqual(code, 2)
+        self.assertIn("training.updates is 24 there and 25 here", " ".join(errors.split()))
+
+    def test_a_run_has_the_name_of_a_folder(self):
+        for name in ("a/b", "..", "/tmp/run"):
+            code, errors = in_process(["--run", name], folder := temporary_folder())
+            self.assertEqual((code, "name of a folder" in " ".join(errors.split())), (2, True), errors)
+            self.assertEqual(list(folder.iterdir()), [])
 
 
 @unittest.skipIf(os.name == "nt", "sends POSIX signals")
 class TestElastic(unittest.TestCase):
     def started(self, *options: str, folder: Path) -> subprocess.Popen:
         """A torchrun that does not outlive the test."""
-        process = torchrun("--config", "tiny.json", folder=folder, options=options)
+        process = torchrun("--config", "tiny.json", "--run", "elastic", folder=folder, options=options)
         self.addCleanup(process.communicate)
         self.addCleanup(process.terminate)  # which ends those that it has started too
         return process

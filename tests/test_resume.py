@@ -134,7 +134,7 @@ class TestResume(unittest.TestCase):
         before = Path.cwd()
         os.chdir(folder)
         try:
-            one, other = RunFolder.create(tiny()), RunFolder.create(tiny())
+            one, other = RunFolder.new(tiny()), RunFolder.new(tiny())
         finally:
             os.chdir(before)
         self.assertNotEqual(one.folder, other.folder)
