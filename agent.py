@@ -5,42 +5,202 @@ Every agent answers `begin(frames)`, `act() -> actions` and `observe(actions, st
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import dataclasses
+import hashlib
+import math
+import time
 import warnings
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import scipy.stats
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from context_engine import AppearanceEngine, ContextInferenceEngine, ExactFilter
-from environment import (
-    ActionValues, GymWorlds, HiddenRulesWorld, Split, WorldSettings, WorldStep, by_role, seeded, tensor_of,
+from context_engine import AppearanceEngine, ContextInferenceEngine
+from environment import GymWorlds, HiddenRulesWorld, WorldSettings, make_worlds
+from memory import (
+    EpisodicMemory, Experience, LifetimeStore, Processes, RunFolder, UserError, WorldStep, forget_blocks, require, require_all, seeded, tensor_of,
 )  # fmt: skip
-from memory import EpisodicMemory, UserError
-from transition_model import ModeTable, TransitionModel
-from world_model import VAE, Planner
-
-if TYPE_CHECKING:  # whoever only steps the world need not wait for matplotlib
-    from matplotlib.axes import Axes
+from transition_model import ModeTable, TransitionModel, TransitionSettings, Value, entropy, merged, pairs_present
+from world_model import VAE
 
 
-class Agent(Protocol):
-    """What `play` asks of an agent of B worlds."""
+@dataclass(frozen=True)
+class PlannerSettings:
+    """Planning and the value."""
 
-    def begin(self, frames: Tensor) -> None:
-        """A lifetime begins with pictures (B, H, W, 3) uint8: forget the last one."""
+    discount: float = 0.95
+    """Of rewards, for each step, in (0, 1)."""
+    mass: float = 0.85
+    """Probability, in (0, 1], of the imagined outcomes that are followed; the least likely are left out."""
+    promising: float = 0.2
+    """Actions whose value comes within this of the best one's are looked at a second step ahead; 0 for none."""
+    likely: float = 0.3
+    """And there only steps whose probability that the episode goes on behind them is above this, in [0, .999]."""
+    keypoints: int = 8
+    """Points that the value finds in the grid, at least 1."""
+    width: int = 192
+    """Hidden features of the value, at least 1."""
+    trace: float = 0.8
+    """Lambda of the returns that the value learns from, in [0, 1]."""
+    slow: float = 0.2
+    """Share of the way that the slow value goes towards the learnt one at each update, in (0, 1]."""
+    learning_rate: float = 4e-3
+    """Adam's, of the value; it decays with the run."""
 
-    def act(self) -> Tensor:
-        """Choose actions (B,) int64 on what was seen last."""
+    def __post_init__(self) -> None:
+        require_all(
+            "planner", self, discount=(1e-3, 0.9999), mass=(1e-6, 1), promising=(0, 1e6), likely=(0, 0.999),
+            keypoints=(1, 1024), width=(1, 4096), trace=(0, 1), slow=(1e-6, 1), learning_rate=(0, 1),
+        )  # fmt: skip
 
-    def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Learn what actions (B,) led to."""
+
+class Expansion(NamedTuple):
+    """What may happen next in B states: P likely effects in all, each shared by the actions that may have it."""
+
+    probability: Tensor
+    """(B, A, K) float: of every effect after every action, renormalised over the likeliest."""
+    state: Tensor
+    """(P,) int64: which state the effect starts from."""
+    effect: Tensor
+    """(P,) int64: which effect it is, 0 to K - 1."""
+    next_codes: Tensor
+    """(P, S) uint8: the grid of codes that it leads to."""
+    reward: Tensor
+    """(P,) float: expected."""
+    end: Tensor
+    """(P,) float: probability that the episode ends."""
+    reset_value: Tensor
+    """(P,) float: W, the value of a new episode."""
+    next_value: Tensor
+    """(P,) float: V, the value of going on."""
+
+
+class Planner:
+    """Search under the present belief: one step, a second one where it may change the choice, then the learnt value.
+
+        Q(z, a) = sum_k pi(k|a, c) [ r(z, z'_k, c) + discount ((1 - e) U(z'_k) + e W(c)) ]
+
+    z'_k is the likeliest grid under effect k, r the expected reward, e the probability that the episode ends. U is the learnt
+    V(z', c), and behind likely effects of actions whose value is close to the best one's max_a' Q(z', a'), with V below it.
+    The belief does not change inside the plan: what information is worth enters through V and W alone, which were learnt over
+    beliefs. Source: Russell and Wefald, 1991 (search where it may change the decision).
+    """
+
+    STATES_AT_ONCE = 256  # bounds memory while the belief is still vague and many effects are likely
+
+    def __init__(self, settings: PlannerSettings, transition: TransitionModel, value: Value) -> None:
+        self.settings, self.transition, self.value = settings, transition, value
+
+    @torch.inference_mode()  # a decision for one world takes an eighth less than with no_grad: less to note down
+    def action_values(self, codes: Tensor, context: Tensor, depth: int = 2, modes: Callable | None = None) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
+
+        Args:
+            depth: 1 or 2 steps.
+            modes: a `ModeTable`, for as long as the outcomes do not learn.
+        """
+        modes = modes or self.transition.outcome_network.modes
+        parts = zip(codes.split(self.STATES_AT_ONCE), context.split(self.STATES_AT_ONCE))
+        return torch.cat([self._search(*part, depth, modes) for part in parts])
+
+    def _search(self, codes: Tensor, context: Tensor, depth: int, modes: Callable) -> Tensor:
+        expansion = self._expand(codes, context, modes)
+        q = self._back_up(expansion, expansion.next_value)
+        if depth == 1:
+            return q
+        # Expand a second step where it may change the choice: behind likely effects of the actions close to the best.
+        candidate = q > q.amax(1, keepdim=True) - self.settings.promising
+        candidate &= (candidate.sum(1) > 1)[:, None]  # one candidate: nothing to choose
+        going_on = expansion.probability[expansion.state, :, expansion.effect] * (1 - expansion.end)[:, None]  # (P, A)
+        deeper = (candidate[expansion.state] & (going_on > self.settings.likely)).any(1).nonzero()[:, 0]
+        if len(deeper) == 0:
+            return q
+        below = self.action_values(expansion.next_codes[deeper], context[expansion.state[deeper]], depth - 1, modes)
+        next_value = expansion.next_value.index_copy(0, deeper, below.amax(1))
+        return self._back_up(expansion, next_value)
+
+    def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:
+        """Learn what states and fresh episodes are worth, from stored lifetimes and the planner's own look-ahead.
+
+        Along each lifetime, backwards, with the slow value V-, W- (the planner's) and e_t = the episode ended at t:
+
+            boot_t = lambda g_t+1 + (1 - lambda) after_t,    after_t = W-(c_t+1) if e_t else V-(z'_t, c_t+1)
+            g_t    = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken was the planner's choice,
+                     max_a Q_t                                where it was not
+            loss   = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
+
+        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched to depth 1, because depth 2
+        would cost several times as much.
+
+        Args:
+            value: learns.
+            experience: (B, T, ...); context: (B, T + 1, A + 1, D), without gradient.
+
+        Returns:
+            scalars by name: value and fresh, mean squared errors in squared units of reward.
+        """
+        B, T = experience.action.shape
+        slow = self.value
+        codes, ended = experience.codes.flatten(0, 1), experience.ended
+        best, choice = self.action_values(codes, context[:, :-1].flatten(0, 1), depth=1).view(B, T, -1).max(-1)
+        with torch.no_grad():
+            pooled = slow.pool(context[:, 1:].flatten(0, 1))
+            onward = slow(slow.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
+            after = torch.where(ended, slow.fresh(pooled).view(B, T), onward)
+        target, following = torch.zeros_like(best), after[:, -1]
+        for t in reversed(range(T)):
+            boot = self.settings.trace * following + (1 - self.settings.trace) * after[:, t]
+            taken = 0.5 * (experience.reward[:, t] + self.settings.discount * boot) + 0.5 * best[:, t]
+            following = torch.where(experience.action[:, t] == choice[:, t], taken, best[:, t])
+            target[:, t] = following
+        first = torch.ones_like(ended)
+        first[:, 1:] = ended[:, :-1]
+        pooled = value.pool(context[:, :-1].flatten(0, 1))
+        predicted = value(value.statistics(codes), pooled).view(B, T)
+        return {
+            "value": F.mse_loss(predicted, target),
+            "fresh": F.mse_loss(value.fresh(pooled[first.flatten()]), target[first]),
+        }
+
+    def _expand(self, codes: Tensor, context: Tensor, modes: Callable) -> Expansion:
+        """The likely effects in states (B, S) under contexts (B, A + 1, D)."""
+        transition, value = self.transition, self.value
+        grids, first = modes(codes)  # (B, K, S), (B, K)
+        prior = merged(transition.log_prior(context[:, :-1]).exp(), first)  # outcomes that look alike from here are one
+        kept, probability = branch(prior, self.settings.mass)  # (B, A, K)
+        state, effect = kept.any(1).nonzero(as_tuple=True)  # (P,)
+        next_codes = grids[state, effect]
+        present = pairs_present(codes[state], next_codes, transition.codes)
+        log_reward, end = transition.consequences(present, context[:, -1], state)
+        pooled = value.pool(context)
+        return Expansion(
+            probability=probability, state=state, effect=effect, next_codes=next_codes,
+            reward=log_reward.exp() @ transition.reward_bins, end=torch.sigmoid(end),
+            reset_value=value.fresh(pooled)[state], next_value=value(value.statistics(next_codes), pooled, state),
+        )  # fmt: skip
+
+    def _back_up(self, expansion: Expansion, next_value: Tensor) -> Tensor:
+        """Q (B, A) from what going on is worth after each effect, next_value (P,)."""
+        following = torch.lerp(next_value, expansion.reset_value, expansion.end)
+        q_effect = expansion.probability.new_zeros(expansion.probability[:, 0].shape)  # (B, K)
+        q_effect[expansion.state, expansion.effect] = expansion.reward + self.settings.discount * following
+        return (expansion.probability * q_effect[:, None]).sum(-1)
+
+
+def branch(probability: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Which entries (bool) of probabilities (..., n) make up the smallest set of at least `mass`, and these
+    renormalised to one."""
+    ordered, index = probability.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(probability, dtype=torch.bool).scatter_(-1, index, (before < mass) & (ordered > 0))
+    weight = probability * kept
+    return kept, weight / weight.sum(-1, keepdim=True)
 
 
 class AgentController:
@@ -63,17 +223,6 @@ class AgentController:
         self.lifetime, self.keep_pictures = lifetime, keep_pictures
         self.appearance, self.look_again = appearance, look_again
         self.exploration, self.generator = 0.0, None
-
-    @classmethod
-    def load(cls, run: Path | str, device: str | None = None) -> AgentController:
-        """The trained agent of a run's folder, for a loop of one's own: `begin`, then `act` and `observe` in turn.
-
-        Raises:
-            UserError: not the folder of a run, or its checkpoint is damaged.
-        """
-        from main import load_system  # the wiring knows its parts, not the other way round
-
-        return load_system(Path(run), device)[0].controller()
 
     def explore(self, exploration: float, generator: torch.Generator) -> None:
         """From now on act at random with probability `exploration` in [0, 1], drawn from `generator`."""
@@ -131,6 +280,19 @@ class AgentController:
         return torch.randint(self.engine.actions, shape, generator=self.generator, device=device)
 
 
+class Agent(Protocol):
+    """What `play` asks of an agent of B worlds."""
+
+    def begin(self, frames: Tensor) -> None:
+        """A lifetime begins with pictures (B, H, W, 3) uint8: forget the last one."""
+
+    def act(self) -> Tensor:
+        """Choose actions (B,) int64 on what was seen last."""
+
+    def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Learn what actions (B,) led to."""
+
+
 class RandomAgent:
     """Acts at random, by a seed, with `actions` to choose from: the bottom of the scale."""
 
@@ -148,183 +310,6 @@ class RandomAgent:
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Learn nothing."""
-
-
-class KnownRuleAgent:
-    """The planner that knows the hidden rule: the top of the scale. Privileged, as are all agents that take a world.
-
-    Args:
-        world: the world it acts in, which it may read.
-        q: what moves are worth in such worlds.
-    """
-
-    def __init__(self, world: HiddenRulesWorld, q: ActionValues) -> None:
-        self.world, self.q = world, q
-
-    def begin(self, frames: Tensor) -> None:
-        """Nothing to forget."""
-
-    def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Nothing to learn."""
-
-    def assumed_task(self) -> Tensor:
-        """The tasks (B,) int64 to plan for."""
-        return self.world.task
-
-    def act(self) -> Tensor:
-        """The best actions (B,) int64 if the assumed tasks were true."""
-        return self.values().argmax(1)
-
-    def values(self) -> Tensor:
-        """Q (B, A) float32 if the assumed tasks were true."""
-        task = self.assumed_task()
-        rule = self.world.space.rule(task)
-        position = by_role(self.world.by_colour(self.world.position), rule)
-        return self.q(self.world, task, position).gather(1, rule.action_map)
-
-
-class ThompsonAgent(KnownRuleAgent):
-    """Thompson sampling on the exact filter: plans for one rule drawn anew from the posterior at every step.
-
-    Args:
-        seed: of the draws.
-        options: of the `ExactFilter`.
-    """
-
-    def __init__(self, world: HiddenRulesWorld, q: ActionValues, seed: int, **options: float) -> None:
-        super().__init__(world, q)
-        self.filter = ExactFilter(world, **options)
-        self.generator = seeded(seed, stream=3, device=world.device)
-
-    def begin(self, frames: Tensor) -> None:
-        """Draw the first assumption from the prior."""
-        self.filter.begin(frames)
-        self.assumed = self._draw()
-
-    def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Update the posterior, and draw again."""
-        self.filter.observe(action, step)
-        self.assumed = self._draw()
-
-    def assumed_task(self) -> Tensor:
-        """The tasks (B,) int64 drawn last."""
-        return self.assumed
-
-    def _draw(self) -> Tensor:
-        return self.draw_task(self.filter.log_posterior)
-
-    def draw_task(self, log_posterior: Tensor) -> Tensor:
-        """One task (n,) int64 of each of the log posteriors (n, rules): wind and edges first, then the rest, because to draw
-        among few is much cheaper than among all."""
-        by_weather = log_posterior.unflatten(1, (-1, self.world.space.pairs))
-        weather = torch.zeros(len(by_weather), 1, dtype=torch.int64, device=by_weather.device)
-        if by_weather.shape[1] > 1:
-            weather = torch.multinomial(by_weather.logsumexp(2).exp(), 1, generator=self.generator)
-        pairs = by_weather.take_along_dim(weather[..., None], 1)[:, 0]
-        pair = torch.multinomial(pairs.exp(), 1, generator=self.generator)
-        return (weather * self.world.space.pairs + pair)[:, 0]
-
-
-class BayesAdaptiveAgent(ThompsonAgent):
-    """Bayes-adaptive rollouts: tries every action in imagined lifetimes, each under a rule drawn from the exact
-    posterior and continued by Thompson sampling, and takes the action with the best mean.
-
-    One step of policy improvement on Thompson sampling in the Bayes-adaptive decision process (Bertsekas and Castanon,
-    "Rollout Algorithms", 1999; root sampling as in Guez et al., "BAMCP", 2012): what it earns bounds the Bayes optimum
-    from below. Where the posterior is certain nothing is imagined, because there is nothing to find out.
-
-    Args:
-        world, q, seed: as in `ThompsonAgent`.
-        rollouts: imagined lifetimes for each action, at least 1; all actions meet the same rules and the same luck.
-        horizon: steps of each, at least 1; from there on counts what the drawn rule's own planner expects.
-        certain: nats of entropy below which the posterior counts as certain.
-    """
-
-    AT_ONCE = 8192 * 144  # numbers in the posteriors of imagined lifetimes; bounds memory
-
-    def __init__(
-        self, world: HiddenRulesWorld, q: ActionValues, seed: int, rollouts: int = 64, horizon: int = 16, certain: float = 0.01
-    ) -> None:  # fmt: skip
-        super().__init__(world, q, seed)
-        self.rollouts, self.horizon, self.certain = rollouts, horizon, certain
-        self.imagined = 0  # worlds so far, and so the seed of the next
-
-    def begin(self, frames: Tensor) -> None:
-        """Begin as Thompson sampling does."""
-        super().begin(frames)
-        self.left = self.world.settings.lifetime
-
-    def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Update the posterior."""
-        super().observe(action, step)
-        self.left -= 1
-
-    def act(self) -> Tensor:
-        """The actions (B,) int64 with the best mean; Thompson sampling's where the posterior is certain."""
-        action = super().act()
-        unsure = (torch.special.entr(self.filter.log_posterior.exp()).sum(1) > self.certain).nonzero()[:, 0]
-        some = max(1, self.AT_ONCE // (len(self.world.space) * self.rollouts))
-        for rows in unsure.split(some) if len(unsure) else ():
-            action[rows] = self._mean_returns(rows).argmax(1)
-        return action
-
-    def _mean_returns(self, rows: Tensor) -> Tensor:
-        """Means (n, A) over the imagined lifetimes of worlds `rows` (n,) that begin with each action."""
-        each = rows.repeat_interleave(self.rollouts)
-        log_posterior = self.filter.log_posterior[each]
-        task = self.draw_task(log_posterior)
-        position = by_role(self.world.by_colour(self.world.position)[each], self.world.space.rule(task))  # if that rule held
-        unseen = replace(self.world.settings, noise=0, switch=0, switch_step=0)  # rules last for as long as it imagines
-        self.imagined += 1
-        means = []
-        walls = None if self.world.walls is None else self.world.walls[each]
-        for action in range(self.world.settings.actions):
-            world = HiddenRulesWorld(unseen, len(each), task, self.imagined, self.world.device)
-            world.place(task, position, self.world.age[each], walls)
-            returns = self._imagine(world, torch.full_like(task, action), log_posterior)
-            means.append(returns.view(len(rows), self.rollouts).mean(1))
-        return torch.stack(means, 1)
-
-    def _imagine(self, world: HiddenRulesWorld, action: Tensor, log_posterior: Tensor) -> Tensor:
-        """Returns (N,) of imagined worlds that begin with `action` (N,) under log posteriors (N, rules)."""
-        agent = ThompsonAgent(world, self.q, self.imagined)
-        agent.begin(action)  # instead of pictures, of which it only counts the rows
-        agent.filter.log_posterior = log_posterior
-        earned = torch.zeros(world.batch, device=world.device)
-        for _ in range(min(self.horizon, self.left)):
-            step = world.step_unseen(action)
-            agent.observe(action, step)
-            earned, action = earned + step.reward, agent.act()
-        if self.left > self.horizon:
-            earned += KnownRuleAgent(world, self.q).values().amax(1)
-        return earned
-
-
-def references(
-    settings: WorldSettings, lifetimes: int, split: Split, seed: int, device: torch.device, rollouts: int = 0
-) -> dict[str, Lifetimes]:  # fmt: skip
-    """The lifetimes of the agents to compare with, all in the same worlds: random, Thompson sampling, the known
-    rule; where rules switch Thompson sampling that expects no switch, its likelihoods floored at .001; and with
-    `rollouts` above 0 the Bayes-adaptive agent, which takes minutes to hours."""
-    q = ActionValues(settings, device=device)
-
-    def live(make: Callable) -> Lifetimes:
-        world = HiddenRulesWorld(settings, lifetimes, split, seed, device)
-        return play(world, make(world))
-
-    lived = {
-        "random": live(lambda world: RandomAgent(seed, settings.actions)),
-        "thompson": live(lambda world: ThompsonAgent(world, q, seed)),
-        "known_rule": live(lambda world: KnownRuleAgent(world, q)),
-    }
-    if settings.switch:
-        lived["expects_no_switch"] = live(lambda world: ThompsonAgent(world, q, seed, switch=0, floor=1e-3))
-    if rollouts > 0:
-        lived["bayes_adaptive"] = live(lambda world: BayesAdaptiveAgent(world, q, seed, rollouts))
-    return lived
-
-
-# --------------------------------------------------------------------------------------------------- lifetimes and scores
 
 
 class Lifetimes(NamedTuple):
@@ -355,338 +340,389 @@ def play(world: HiddenRulesWorld | GymWorlds, agent: Any, watchers: Sequence[Any
     return Lifetimes(*(torch.stack(part, 1).cpu() for part in zip(*happened)))
 
 
-def interval(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
-    """95% percentile bootstrap interval of `statistic`, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The order and amount of meta-training. Perception and outcomes come first, then `updates` of the rest."""
 
-    Runs are evaluated in the same worlds. So lifetimes are drawn once for all strata and all quantities together:
-    whatever luck the runs share must not count as evidence as many times as there are runs.
+    updates: int = 1000
+    """Updates of context engine and value, at least 1: the length of the run."""
+    worlds: int = 64
+    """Lifetimes collected at once, at least 1."""
+    random_lifetimes: int = 512
+    """Lifetimes lived at random before anything is learnt; a multiple of `worlds`."""
+    perception_updates: int = 150
+    """Updates of the VAE alone, first."""
+    outcome_updates: int = 600
+    """Updates of the outcomes alone, second."""
+    batch: int = 48
+    """Stored lifetimes in an update of the context engine, at least 1."""
+    value_batch: int = 16
+    """Of these, lifetimes in an update of the value, at least 1 and at most `batch`."""
+    outcome_batch: int = 8
+    """Stored lifetimes in an update of the outcomes, at least 1."""
+    picture_batch: int = 256
+    """Stored pictures in an update of the VAE, at least 1."""
+    value_from: int = 100
+    """First update at which the value learns."""
+    plan_from: int = 200
+    """First update at which lifetimes are collected with the planner; before it random ones, a quarter as often."""
+    collect_every: int = 16
+    """Updates between collections of new lifetimes, at least 1."""
+    outcome_every: int = 4
+    """Updates between updates of the outcomes, at least 1."""
+    perception_every: int = 8
+    """Updates between updates of the VAE, at least 1."""
+    exploration: float = 0.3
+    """Share of random actions when planning begins, in [0, 1]; it falls evenly to `exploration_end`."""
+    exploration_end: float = 0.03
+    """Share of random actions at the end of the run, in [0, 1]."""
+    final_rate: float = 0.1
+    """Learning rates fall evenly to this share of their beginning, in [0, 1]."""
+    evaluation_lifetimes: int = 4096
+    """Held-out lifetimes that every agent lives in the final evaluation, at least 2."""
+    log_every: int = 20
+    """Updates between lines of metrics.jsonl, at least 1."""
+    checkpoint_every: int = 200
+    """Updates between checkpoints, at least 1."""
 
-    Args:
-        statistic: of k arrays (..., runs * n), reduces their last axis.
-        strata: (k, n) each, k quantities of n lifetimes; one stratum for each run.
+    def share(self, processes: int) -> TrainingSettings:
+        """What each of several processes does of it; UserError unless they can do equally much."""
+        whole = {name: getattr(self, name) for name in ("worlds", "batch", "value_batch", "outcome_batch", "picture_batch")}
+        for name, number in whole.items():
+            if number % processes:
+                near = math.ceil(number / processes) * processes
+                raise UserError(f"training.{name} is {number}, which {processes} processes cannot share equally: choose {near}.")
+        parts = {name: number // processes for name, number in whole.items()}
+        return dataclasses.replace(self, random_lifetimes=self.random_lifetimes // processes, **parts)
 
-    Returns:
-        low and high; None where the statistic has no number, such as a ratio to nothing.
-    """
-    together = np.stack(strata, 1)  # (k, runs, n)
-
-    def of_rows(rows: np.ndarray, axis: int) -> np.ndarray:
-        drawn = np.moveaxis(together[:, :, rows], 1, -2)  # (k, ..., runs, n)
-        return statistic(*drawn.reshape(*drawn.shape[:-2], -1))
-
-    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
-        found = scipy.stats.bootstrap(
-            [np.arange(together.shape[-1])], of_rows, n_resamples=2000, batch=100, method="percentile", vectorized=True,
-            rng=np.random.default_rng(0),
+    def __post_init__(self) -> None:
+        least_one = (
+            "updates", "worlds", "random_lifetimes", "perception_updates", "outcome_updates", "batch", "value_batch",
+            "outcome_batch", "picture_batch", "collect_every", "outcome_every", "perception_every", "log_every", "checkpoint_every",
         )  # fmt: skip
-    ends = found.confidence_interval.low, found.confidence_interval.high
-    return [float(end) if np.isfinite(end) else None for end in ends]
+        require_all(
+            "training", self, **dict.fromkeys(least_one, (1, 10**9)), value_from=(0, 10**9), plan_from=(0, 10**9),
+            exploration=(0, 1), exploration_end=(0, 1), final_rate=(0, 1), evaluation_lifetimes=(2, 10**7),
+        )  # fmt: skip
+        require("training.value_batch", self.value_batch, 1, self.batch)
+        if self.random_lifetimes % self.worlds:
+            raise ValueError(
+                f"training.random_lifetimes is {self.random_lifetimes}, but must be a multiple of training.worlds: "
+                f"choose {math.ceil(self.random_lifetimes / self.worlds) * self.worlds}."
+            )
 
 
-def mean(x: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    return x.mean(-1)
+@dataclass
+class System:
+    """The parts of an agent; main.py wires them."""
+
+    settings: Any
+    device: torch.device
+    vae: VAE
+    transition: TransitionModel
+    engine: ContextInferenceEngine
+    appearance: AppearanceEngine | None
+    value: Value
+    slow_value: Value
+    planner: Planner
+
+    def controller(self, kind: type = AgentController, **options: bool) -> AgentController:
+        """An agent of these parts, of `AgentController` or a class of one's own; options are its constructor's."""
+        parts = (self.vae, self.transition, self.engine, self.planner)
+        return kind(*parts, lifetime=self.settings.world.lifetime, appearance=self.appearance, **options)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The parts with weights, by name."""
+        names = ("vae", "transition", "engine", "appearance", "value", "slow_value")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def load(self, states: dict[str, dict]) -> None:
+        """Take over the weights of all parts, from their `state_dict`s by name."""
+        for name, module in self.modules().items():
+            module.load_state_dict(states[name])
 
 
-def interquartile_mean(x: np.ndarray) -> np.ndarray:
-    """IQM over the last axis: the mean of the middle half."""
-    return scipy.stats.trim_mean(x, 0.25, axis=-1)
+class Learner:
+    """What meta-training does, step by step; everything that decides its future is in `state_dict`. The loop is `main.train`.
 
-
-def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of two means over the last axis."""
-    return x.mean(-1) / y.mean(-1)
-
-
-def normalised(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Where the mean of x lies between those of low (0) and high (1)."""
-    return (x.mean(-1) - low.mean(-1)) / (high.mean(-1) - low.mean(-1))
-
-
-def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Probability that x is above y in the same lifetime, a tie counting half."""
-    return (x > y).mean(-1) + 0.5 * (x == y).mean(-1)
-
-
-STATISTICS: dict[str, tuple[Callable[..., np.ndarray], str, tuple[str, ...]]] = {
-    "return_mean": (mean, "returns", ("agent",)),
-    "return_iqm": (interquartile_mean, "returns", ("agent",)),
-    "normalised": (normalised, "returns", ("agent", "random", "known_rule")),
-    "of_thompson": (ratio, "returns", ("agent", "thompson")),
-    "improvement": (improvement, "returns", ("agent", "thompson")),
-    "late_of_known_rule": (ratio, "late_returns", ("agent", "known_rule")),
-}
-"""What is said of an agent beside the references: the statistic, of which quantity of a lifetime, and of whom."""
-HEADS = {
-    "return_mean": "return", "return_iqm": "IQM", "normalised": "normalised", "of_thompson": "of Thompson",
-    "improvement": "above Thompson", "late_of_known_rule": "last eighth, of known rule",
-}  # fmt: skip
-
-
-def told(result: dict[str, Any]) -> list[str]:
-    """Which of STATISTICS an evaluation can tell: those whose agents lived."""
-    return [name for name, (_, quantity, whose) in STATISTICS.items() if set(whose) <= set(result[quantity])]
-
-
-def statistics(*results: dict[str, Any]) -> dict[str, Any]:
-    """Every one of STATISTICS with its interval, of one evaluation or of several runs' in the same worlds together."""
-    said = {}
-    for name in told(results[0]):
-        statistic, quantity, whose = STATISTICS[name]
-        strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            value = float(statistic(*np.concatenate(strata, -1)))
-        said[name], said[f"{name}_ci95"] = value if np.isfinite(value) else None, interval(statistic, *strata)
-    return said
-
-
-def compare(lived: dict[str, Lifetimes]) -> dict[str, Any]:
-    """Agents that lived the same lifetimes: a `summary` of each, `returns` and `late_returns` (of the last eighth of the
-    steps) of every lifetime, and the agent's `statistics` beside random, thompson and known_rule."""
-    late = -max(1, lived["agent"].reward.shape[1] // 8)
-    result = {name: summary(one) for name, one in lived.items()} | {
-        "returns": {name: one.reward.sum(1).tolist() for name, one in lived.items()},
-        "late_returns": {name: one.reward[:, late:].sum(1).tolist() for name, one in lived.items()},
-    }
-    return result | statistics(result)
-
-
-def summary(lifetimes: Lifetimes) -> dict[str, Any]:
-    """Return (mean, interquartile mean, intervals) and counts a lifetime; `by_step` is each step's mean
-    reward, `by_step_error` its standard error; `by_episode` see there."""
-    reward = lifetimes.reward.double()
-    returns = reward.sum(1).numpy()
-    return {
-        "return_mean": float(returns.mean()),
-        "return_iqm": float(interquartile_mean(returns)),
-        "return_mean_ci95": interval(mean, returns[None]),
-        "return_iqm_ci95": interval(interquartile_mean, returns[None]),
-        "by_step": reward.mean(0).tolist(),
-        "by_step_error": (reward.std(0) / len(returns) ** 0.5).tolist(),
-        "goals": float((reward > 0).double().sum(1).mean()),
-        "hazards": float((reward < 0).double().sum(1).mean()),
-        "timeouts": float(lifetimes.truncated.double().sum(1).mean()),
-        "by_episode": by_episode(lifetimes),
-    }
-
-
-def by_episode(lifetimes: Lifetimes) -> dict[str, list[float]]:
-    """Adaptation from episode to episode, for those numbers of which nine lifetimes in ten saw the end.
-
-    Shares of the first, second, ... episodes that ended on the goal (`success`), the hazard (`hazard`) or by the time
-    limit (`timeout`), and the mean steps of those that reached the goal (`steps_to_goal`, 0 where none did).
+    Gradients do not cross: the VAE learns from pictures, the outcomes from codes, the context engine with prior and
+    consequences from cached effect posteriors, the value from the planner's look-ahead. Several processes may each have one and learn together.
     """
-    ended = lifetimes.terminated | lifetimes.truncated
-    row, step = ended.nonzero(as_tuple=True)
-    number = (ended.long().cumsum(1) - 1)[row, step]
-    begun = torch.cat([torch.zeros(1, dtype=torch.int64), step[:-1] + 1]).masked_fill(number == 0, 0)[: len(step)]
-    count = lambda which: number[which].bincount(minlength=ended.shape[1]).double()  # noqa: E731
-    reached = lifetimes.reward[row, step] > 0
-    goals, hazards = count(reached), count(lifetimes.reward[row, step] < 0)
-    spent = number[reached].bincount((step - begun + 1)[reached].double(), minlength=ended.shape[1])
-    all_, known = count(slice(None)), int((count(slice(None)) >= 0.9 * len(ended)).sum())
-    shares = {
-        "success": goals / all_, "hazard": hazards / all_, "timeout": count(lifetimes.truncated[row, step]) / all_,
-        "steps_to_goal": spent / goals.clamp_min(1),
-    }  # fmt: skip
-    return {name: share[:known].tolist() for name, share in shares.items()}
+
+    def __init__(self, system: System, processes: Processes | None = None) -> None:
+        settings, device = system.settings, system.device
+        self.processes = processes or Processes()
+        self.training = settings.training.share(self.processes.count)
+        self.settings, self.device, self.system = settings, device, system
+        self.store = LifetimeStore(settings.memory, device, self.processes.rank, self.processes.count)
+        self.generator = seeded(settings.seed, 4 + 100 * self.processes.rank, device)
+        self.sampler = seeded(settings.seed, 5 + 100 * self.processes.rank)  # of stored lifetimes, on the CPU
+        encoder = [p for name, p in self.system.vae.named_parameters() if name.startswith("encoder")]
+        decoder = [p for name, p in self.system.vae.named_parameters() if not name.startswith("encoder")]
+        transition, engine = self.system.transition, self.system.engine
+        look = [{"params": self.system.appearance.parameters()}] if self.system.appearance else []
+        groups = {
+            "vae": [{"params": encoder}, {"params": decoder}, *look],
+            "outcomes": transition.outcome_network.parameters(),
+            "context": [*engine.parameters(), *transition.contextual_parameters()],
+            "value": self.system.value.parameters(),
+        }
+        self.optimisers = {name: torch.optim.Adam(parameters, fused=True) for name, parameters in groups.items()}
+        self.update = self.collections = self.env_steps = 0
+        self.metrics: dict[str, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> int:
+        """Updates of all phases."""
+        t = self.training
+        return t.perception_updates + t.outcome_updates + t.updates
+
+    def phase(self) -> tuple[str, int]:
+        """The name of the present phase, and the number of the present update in it."""
+        t = self.training
+        left = self.update
+        for name, updates in (("perception", t.perception_updates), ("outcomes", t.outcome_updates)):
+            if left < updates:
+                return name, left
+            left -= updates
+        return "adaptation", left
+
+    def exploration(self, update: int) -> float:
+        """The share of random actions in what is collected at an update of the adaptation: all of them before plans begin."""
+        t = self.training
+        if update < t.plan_from:
+            return 1.0
+        done = (update - t.plan_from) / max(1, t.updates - t.plan_from)
+        return t.exploration + (t.exploration_end - t.exploration) * min(1.0, done)
+
+    def inherit(self, run: RunFolder) -> None:
+        """Begin where perception and outcomes are learnt, with the weights of `run`; UserError if sizes differ."""
+        try:
+            self.system.load(run.load()[0]["modules"])
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{run.folder} has parts of other sizes: give the settings that it was trained with.") from error
+        self.collect_random()
+        self.update = self.training.perception_updates + self.training.outcome_updates
+
+    def collect_random(self) -> None:
+        """Live the random lifetimes that everything begins with."""
+        while self.collections < self.training.random_lifetimes // self.training.worlds:
+            self.collect(exploration=1.0)
+
+    def collect(self, exploration: float) -> None:
+        """Live new lifetimes in training tasks, with `exploration` of the actions at random, and store them."""
+        s = self.settings
+        # Another world for every collection of every process of every run.
+        seed = (s.seed + 1) * 2**32 + self.processes.rank * 2**22 + self.collections
+        with self.timed("collect"):
+            world = make_worlds(s.world, self.training.worlds, "train", seed, self.device)
+            agent = self.system.controller(keep_pictures=True, look_again=False)  # cheaper, and teaches as well
+            agent.explore(exploration, self.generator)
+            lifetimes = play(world, agent)
+            self.store.add(agent.memory, world.task, lifetimes.segment, self.update)
+        self.collections += 1
+        self.env_steps += lifetimes.reward.numel() * self.processes.count
+        self.metrics["return"] = lifetimes.reward.sum(1).mean()
+        bins = s.transition.reward_bins
+        if lifetimes.reward.min() < bins[0] or lifetimes.reward.max() > bins[-1]:
+            ends = f"{bins[0]:g} to {bins[-1]:g}"
+            warnings.warn(f"some rewards lie beyond transition.reward_bins, {ends}, and count as those: widen them.")
+
+    def renew_all(self) -> None:
+        """`renew` every block of the store."""
+        for index in range(len(self.store.blocks)):
+            self.renew(index)
+
+    @torch.no_grad()
+    def renew(self, index: int, rows_at_once: int = 8) -> None:
+        """Let the present models see a block of the store again: its codes and effect posteriors."""
+        system, block = self.system, self.store.blocks[index]
+        with self.timed("renew"):
+            experience = self.store.experience.rows(self.store.rows_of(index))
+            if system.appearance:
+                vision = torch.cat([self.appearances(frames.to(self.device)) for frames in block.frames.split(rows_at_once)])
+            else:
+                vision = system.engine.context(system.engine.sequence(experience)[:, :-1])[:, :, -1]  # (n, T, D)
+            made = []
+            for frames, arrivals, seen in zip(*(x.split(rows_at_once) for x in (block.frames, block.arrivals(), vision))):
+                before, after = (
+                    system.vae.encode(pictures.flatten(0, 1).to(self.device), seen.flatten(0, 1)) for pictures in (frames, arrivals)
+                )
+                likelihood = system.transition.outcome_network.log_likelihood(before, after)
+                made.append((before, after, system.transition.effect_posterior(likelihood)))
+            shape = experience.action.shape
+            self.store.renew(index, *(torch.cat(parts).view(*shape, -1) for parts in zip(*made)), self.update)
+
+    def appearances(self, frames: Tensor) -> Tensor:
+        """Contexts (n, T, D) to see whole lifetimes of pictures (n, T, H, W, 3) with."""
+        patches = self.system.vae.patches(frames.flatten(0, 1))
+        return self.system.appearance.sequence(patches.view(*frames.shape[:2], *patches.shape[1:]))[0]
+
+    def learn_perception(self, rows: Tensor, beliefs: Tensor | None = None) -> None:
+        """One update of the VAE on pictures of lifetimes `rows`; without beliefs (B, T + 1, A + 1, H) under no context.
+
+        Where the appearance is inferred, that learns along, from whole lifetimes of which sixteen pictures each are used.
+        """
+        size, system, lifetime = self.training.picture_batch, self.system, self.settings.world.lifetime
+        with self.timed("vae"):
+            which = torch.randint(len(rows), (size,), generator=self.sampler)
+            step = torch.randint(lifetime, (size,), generator=self.sampler)
+            if system.appearance:
+                few, which = which[: -(-size // 16)], torch.arange(size) // 16
+                every = torch.arange(lifetime).repeat(len(few))
+                frames = self.store.frames_at(rows[few].repeat_interleave(lifetime), every).to(self.device)
+                frames = frames.unflatten(0, (len(few), lifetime))
+                frames, vision = frames[which, step], self.appearances(frames)[which, step]
+            else:
+                frames = self.store.frames_at(rows[which], step).to(self.device)
+                vision = torch.zeros(size, self.settings.context.context, device=self.device)
+                if beliefs is not None:
+                    vision = system.engine.context(beliefs[which, step])[:, -1].detach()
+            if self.update == 0:
+                system.vae.seed_codes(self.processes.joined(frames), self.processes.joined(vision))
+                self.processes.follow(system.vae)
+            self._descend("vae", system.vae.loss(frames, vision), clip=1e4)
+
+    def merge_codes(self, every: int = 16) -> None:
+        """Perception is new: let its codes that stand for the same count as one, by every so many pictures of a block."""
+        frames = self.store.blocks[0].frames.to(self.device)
+        vision = torch.zeros(*frames.shape[:2], self.settings.context.context, device=self.device)
+        if self.system.appearance:
+            with torch.no_grad():
+                vision = self.appearances(frames)
+        seen = (self.processes.joined(x[:, ::every].flatten(0, 1)) for x in (frames, vision))
+        self.system.vae.merge_codes(*seen)
+        self.processes.follow(self.system.vae)
+
+    def learn_outcomes(self, number: int) -> None:
+        """Outcome update `number`: its phase follows from it."""
+        t, transition = self.training, self.system.transition
+        with self.timed("outcomes"):
+            if transition.settings.splits_at(number):
+                sample = self.store.experience.rows(self.store.sample(4 * t.outcome_batch, self.sampler))
+                codes, next_codes = (self.processes.joined(x.flatten(0, 1)) for x in (sample.codes, sample.next_codes))
+                transition.outcome_network.split(codes, next_codes, self.generator)
+                self.processes.follow(transition.outcome_network)
+            experience = self.store.experience.rows(self.store.sample(t.outcome_batch, self.sampler).to(self.device))
+            temper = transition.settings.temper(number)
+            self._descend("outcomes", transition.outcome_loss(experience, self.system.engine.actions, temper), clip=20)
+
+    def learn_context(self, experience: Experience) -> Tensor:
+        """One update of context engine, prior and consequences; the beliefs (B, T + 1, A + 1, H) on the way."""
+        with self.timed("context"):
+            losses, beliefs = self.system.engine.loss(experience, self.system.transition, self.generator)
+            self._descend("context", losses, clip=20)
+            self.metrics["effect_entropy"] = entropy(experience.posterior.float()).mean()
+        return beliefs
+
+    def learn_value(self, experience: Experience, beliefs: Tensor) -> None:
+        """One update of the value, and a step of the slow value towards it."""
+        system = self.system
+        with self.timed("value"):
+            context = system.engine.context(beliefs).detach()
+            self._descend("value", system.planner.loss(system.value, experience, context), clip=10)
+            with torch.no_grad():
+                for slow, fast in zip(system.slow_value.parameters(), system.value.parameters()):
+                    slow.lerp_(fast, self.settings.planner.slow)
+
+    def _descend(self, name: str, losses: dict[str, Tensor], clip: float) -> None:
+        optimiser = self.optimisers[name]
+        optimiser.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        learnt = [p for group in optimiser.param_groups for p in group["params"]]
+        self.processes.average([p.grad for p in learnt if p.grad is not None])
+        nn.utils.clip_grad_norm_(learnt, clip)
+        optimiser.step()
+        self.metrics |= {f"{name}/{key}": loss.detach() for key, loss in losses.items()}
+
+    def set_rates(self, phase: str, update: int) -> None:
+        """Learning rates of an update."""
+        s, late = self.settings, phase == "adaptation"
+        done = update / s.training.updates if late else 0
+        share = 1 - (1 - s.training.final_rate) * min(1.0, done)
+        first = (s.vae.encoder_rate, s.vae.decoder_rate, s.context.learning_rate)
+        early = 1 - (1 - s.vae.final_rate) * min(1.0, self.update / s.training.perception_updates)
+        rates = {
+            "vae": [s.vae.late_rate] * 3 if late else [early * rate for rate in first],
+            "outcomes": [s.transition.learning_rate * share],
+            "context": [s.context.learning_rate * share],
+            "value": [s.planner.learning_rate * share],
+        }
+        for name, optimiser in self.optimisers.items():
+            for group, rate in zip(optimiser.param_groups, rates[name]):
+                group["lr"] = rate
+
+    def settle(self) -> None:
+        """Let the metrics be their mean over all processes."""
+        if self.processes.count > 1:
+            means = torch.stack([value.detach().float().cpu() for _, value in sorted(self.metrics.items())])
+            self.processes.average([means])
+            self.metrics = dict(zip(sorted(self.metrics), means))
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time inside to `seconds[part]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def state_dict(self) -> dict:
+        """Everything that decides the future of the run, but the pictures of the stores; to be called by all processes.
+
+        Raises:
+            RuntimeError: the processes' weights differ.
+        """
+        modules = {name: module.state_dict() for name, module in self.system.modules().items()}
+        if self.processes.count > 1:
+            flat = torch.cat([x.detach().flatten().cpu().double() for state in modules.values() for x in state.values()])
+            if len(set(self.processes.every(hashlib.sha256(flat.numpy().tobytes()).hexdigest()))) > 1:
+                raise RuntimeError(f"the processes' weights differ at update {self.update}: this is a defect, please report it.")
+        own = {"generators": [self.generator.get_state(), self.sampler.get_state()], "store": self.store.state_dict()}
+        return {
+            "modules": modules,
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "counters": [self.update, self.collections, self.env_steps],
+            "metrics": {name: float(value) for name, value in self.metrics.items()},
+            "seconds": dict(self.seconds),
+            "shards": self.processes.every(own),
+        }
+
+    def load_state_dict(self, state: dict, blocks: Path) -> None:
+        """Restore from `state_dict` and the folder of the stores' blocks; UserError if another number of processes made it."""
+        shards, rank = state["shards"], self.processes.rank
+        if len(shards) != self.processes.count:
+            raise UserError(f"the run was trained by {len(shards)} processes, not {self.processes.count}: resume it with as many.")
+        self.system.load(state["modules"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        for generator, saved in zip((self.generator, self.sampler), shards[rank]["generators"]):
+            generator.set_state(saved.cpu())
+        self.update, self.collections, self.env_steps = state["counters"]
+        self.metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
+        self.seconds = dict(state["seconds"])
+        if self.processes.first:
+            forget_blocks(blocks, [shard["store"] for shard in shards])
+        self.store.load_state_dict(shards[rank]["store"], blocks)
 
 
-def shown(value: float | None, ends: Sequence[float | None], digits: int) -> str:
-    """A figure with its 95% interval; a dash where there is no number."""
-    if None in (value, *ends):
-        return "-" if value is None else f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+def rewards_of(world: WorldSettings, lifetimes: int = 16, most: int = 4) -> tuple[float, ...]:
+    """Reward bins: 0 and what the things are worth.
 
-
-AGENTS = {"agent": "agent", "thompson": "Thompson sampling", "known_rule": "known rule", "random": "random"}
-
-
-def present(results: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Those of AGENTS that lived: a world of other people's has no exact solution."""
-    return {name: label for name, label in AGENTS.items() if name in results[0]}
-
-
-def report(result: dict[str, Any]) -> str:
-    """An evaluation in a few lines."""
-    lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
-    for name in present([result]):
-        lines.append(f"  {name:18s} {shown(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
-    for name in told(result):
-        if not name.startswith("return"):
-            lines.append(f"  {name:18s} {shown(result[name], result[name + '_ci95'], 3)}")
-    nats = result["belief_nats"]
-    if nats["late_excess"] is not None:
-        lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
-    return "\n".join(lines)
-
-
-def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:
-    """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
-    names = told(results[0])
-    heads = ["seed", *(HEADS[name] for name in names), "belief, nats over exact", "training"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for result in [*results, joined] if len(results) > 1 else results:
-        figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in names]
-        one = result is not joined
-        excess = result["belief_nats"]["late_excess"] if one else None
-        rest = ["-" if excess is None else f"{excess:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
-        lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
-    first, means = results[0], [result["return_mean"] for result in results]
-    bars = {name: label for name, label in present(results).items() if name != "agent"}
-    said = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
-    text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(said)}"
-    if first["references"] and "bayes_adaptive" in first["references"]["agents"]:
-        deep = first["references"]["agents"]["bayes_adaptive"]
-        text += f", Bayes-adaptive rollouts {shown(deep['return_mean'], deep['return_mean_ci95'], 2)} "
-        text += f"({first['references']['lifetimes']} lifetimes, {first['references']['rollouts']} rollouts an action)"
-    if len(results) > 1:
-        spread = scipy.stats.t.ppf(0.975, len(means) - 1) * scipy.stats.sem(means)
-        text += f"; over seeds the mean return is {np.mean(means):.2f} +- {spread:.2f} (95%, Student's t of {len(means)} runs)"
-    return "\n".join(lines) + f"\n\n{text}."
-
-
-def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> str:
-    """Markdown: how the first, second, ... episode of a lifetime ends, for every agent, averaged over evaluations."""
-    lines = ["| agent | episode | goal | hazard | time-out | steps to the goal |", "|" + "---|" * 6]
-    for name, label in present(results).items():
-        curves = {kind: [result[name]["by_episode"][kind] for result in results] for kind in results[0][name]["by_episode"]}
-        for number in numbers:
-            if number <= min(map(len, curves["success"])):
-                means = {kind: np.mean([curve[number - 1] for curve in each]) for kind, each in curves.items()}
-                shares = " | ".join(f"{means[kind]:.1%}" for kind in ("success", "hazard", "timeout"))
-                lines.append(f"| {label} | {number} | {shares} | {means['steps_to_goal']:.1f} |")
-    return "\n".join(lines)
-
-
-def draw_curve(axes: Axes, by_step: Sequence[float], error: Sequence[float], label: str, bin_steps: int = 4) -> None:
-    """Reward by step of the lifetime, averaged over `bin_steps`, with the 95% interval that standard errors `error` give."""
-    steps = len(by_step) // bin_steps * bin_steps
-    binned = np.reshape(by_step[:steps], (-1, bin_steps)).mean(1)
-    width = 1.96 * np.sqrt(np.square(error[:steps]).reshape(-1, bin_steps).sum(1)) / bin_steps
-    at = (np.arange(len(binned)) + 0.5) * bin_steps
-    (line,) = axes.plot(at, binned, label=label)
-    axes.fill_between(at, binned - width, binned + width, alpha=0.2, color=line.get_color())
-    axes.set(xlabel="step of the lifetime", ylabel="reward a step")
-
-
-def draw_adaptation(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward by step of the lifetime for every agent, averaged over the evaluations, to `path` (PNG); see `draw_curve`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, runs = figure.subplots(), len(results)
-    for name, label in present(results).items():
-        rewards = np.mean([result[name]["by_step"] for result in results], 0)
-        error = np.sqrt(np.square([result[name]["by_step_error"] for result in results]).sum(0)) / runs
-        returns = np.mean([result[name]["return_mean"] for result in results])
-        draw_curve(axes, rewards, error, f"{label}: {returns:.2f}")
-    title = f"{results[0]['lifetimes']} lifetimes, {results[0]['split']} tasks" + (f", {runs} runs" if runs > 1 else "")
-    axes.set_title(title)
-    axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
-def draw_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """How episodes end, and steps to the goal, by number of the episode, averaged over the evaluations, to `path` (PNG)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 4), ("success", "hazard", "timeout", "steps_to_goal")):
-        for name, label in present(results).items():
-            curves = [result[name]["by_episode"][kind] for result in results]
-            length = min(map(len, curves))
-            axes.plot(range(1, length + 1), np.mean([curve[:length] for curve in curves], 0), marker=".", label=label)
-        axes.set(title=kind.replace("_", " "), xlabel="episode of the lifetime")
-        axes.set_ylim(bottom=0)
-    axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
-
-
-Moment = tuple[np.ndarray, np.ndarray, np.ndarray, str]
-"""Of one step: the picture seen and its reconstruction (H, W, 3), the belief (action, outcome) as probabilities, a heading."""
-
-
-class LifetimeFigure:
-    """A figure that shows one moment of a lifetime after the other, with a caption under all of them."""
-
-    def __init__(self, first: Moment, caption: str) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        self.figure = Figure(figsize=(6, 5.6), dpi=100)
-        self.canvas = FigureCanvasAgg(self.figure)
-        parts = self.figure.subplot_mosaic([["seen", "rebuilt"], ["belief", "belief"]], height_ratios=[3, 1.5])
-        self.figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
-        for name, title in (("seen", "seen"), ("rebuilt", "reconstruction")):
-            parts[name].set(title=title, xticks=[], yticks=[])
-        title = "belief: which outcome each action has"
-        parts["belief"].set(title=title, ylabel="action", xticks=[], yticks=range(len(first[2])))
-        self.images = [parts[name].imshow(image) for name, image in (("seen", first[0]), ("rebuilt", first[1]))]
-        self.images.append(parts["belief"].imshow(first[2], vmin=0, vmax=1, aspect="auto", cmap="magma"))
-        self.heading = self.figure.suptitle(first[3])
-        self.figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
-
-    def show(self, moment: Moment) -> None:
-        """Put another moment in the place of the last."""
-        for image, content in zip(self.images, moment):
-            image.set_data(content)
-        self.heading.set_text(moment[3])
-
-    def picture(self) -> np.ndarray:
-        """What it shows now, (height, width, 3) uint8."""
-        self.canvas.draw()
-        return np.asarray(self.canvas.buffer_rgba())[..., :3]
-
-
-def draw_lifetime(moments: Iterable[Moment], caption: str, path: Path, fps: int) -> None:
-    """A lifetime as an animation to `path`, .gif or .mp4, atomically; it is lived when the ending is known to be one of them.
-
-    Raises:
-        UserError: another ending, or an MP4 where ffmpeg is missing.
+    For a Gymnasium world, of which nothing is known, from random lifetimes: 0, and on either side the rewards seen if these are
+    at most so many, else as many evenly spaced ones up to the largest seen. They reach at least to 1, because whoever learns
+    earns more than whoever does not; what lies beyond them counts as the outermost. -1, 0, 1 if nothing was earned at all.
     """
-    import matplotlib
-    from matplotlib import animation
-
-    if path.suffix == ".mp4":
-        if importlib.util.find_spec("imageio_ffmpeg"):  # brings an ffmpeg along
-            import imageio_ffmpeg
-
-            matplotlib.rcParams["animation.ffmpeg_path"] = imageio_ffmpeg.get_ffmpeg_exe()
-        if not animation.FFMpegWriter.isAvailable():
-            raise UserError("an MP4 needs ffmpeg: pip install imageio-ffmpeg, or name a file that ends in .gif.")
-    elif path.suffix != ".gif":
-        raise UserError(f"{path} ends neither in .gif nor in .mp4: choose one of them.")
-    moments = list(moments)
-    figure = LifetimeFigure(moments[0], caption)
-    writer = animation.FFMpegWriter(fps=fps) if path.suffix == ".mp4" else animation.PillowWriter(fps=fps)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    film = animation.FuncAnimation(figure.figure, figure.show, moments, init_func=lambda: None, cache_frame_data=False)
-    film.save(temporary, writer=writer, dpi=70)
-    temporary.replace(path)
-
-
-def show_lifetime(moments: Iterator[Moment], caption: str, fps: int) -> bool:
-    """A lifetime in a window while it is lived, until its end or until the window is closed; False, and nothing is lived, if the
-    display turns out to be none. Needs pygame, which Gymnasium's human mode uses too."""
-    import pygame
-
-    try:
-        pygame.display.init()
-    except pygame.error:
-        return False
-    if pygame.display.get_driver() in ("offscreen", "dummy") and "SDL_VIDEODRIVER" not in os.environ:
-        return False
-    clock, screen, figure = pygame.time.Clock(), None, None
-    for moment in moments:
-        figure = figure or LifetimeFigure(moment, caption)
-        figure.show(moment)
-        picture = figure.picture()
-        screen = screen or pygame.display.set_mode(picture.shape[1::-1])
-        screen.blit(pygame.surfarray.make_surface(picture.swapaxes(0, 1)), (0, 0))
-        pygame.display.flip()
-        clock.tick(fps)
-        if any(event.type == pygame.QUIT for event in pygame.event.get()):
-            break
-    pygame.display.quit()
-    return True
+    if not world.gym_id:
+        return tuple(sorted({0.0, *map(float, world.worths)}))
+    worlds = make_worlds(world, lifetimes, "train", seed=0)
+    seen = play(worlds, RandomAgent(0, world.sizes.actions)).reward
+    if not seen.any():
+        return TransitionSettings().reward_bins
+    bins = {0.0, max(1.0, float(seen.max()))}
+    for kinds in (seen[seen > 0].unique().tolist(), seen[seen < 0].unique().tolist()):
+        if len(kinds) > most:
+            largest = math.copysign(max(1.0, *map(abs, kinds)), kinds[0])
+            kinds = [largest * k / most for k in range(1, most + 1)]
+        bins |= set(kinds)
+    return tuple(sorted({float(str(np.float32(x))) for x in bins}))  # the shortest decimals that are these numbers

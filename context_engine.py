@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import MOVES, HiddenRulesWorld, WorldStep, landing, require_all, slipping
-from memory import EpisodicMemory, Experience
+from environment import DIRECTIONS, MOVES, HiddenRulesWorld, Rule, WorldSettings, by_role, landing, slipping, space_of
+from memory import EpisodicMemory, Experience, WorldStep, require_all, seeded
 from transition_model import ABSENT, TransitionModel, pair_codes, pairs_present
 
 
@@ -322,3 +322,165 @@ class ExactFilter:
         self.nats.append(torch.cat(nats))
         self.log_posterior = torch.cat(posterior)
         self.seen = self.world.by_colour(self.world.position)
+
+
+class ActionValues:
+    """What moves are worth in a world whose rule is known, by value iteration.
+
+        Q(s, m) = E[r + discount * V(s')],  where the end of an episode leads to W, the mean value of a fresh start under the
+        same edges and wind, because the lifetime goes on.
+
+    The episode's time limit is left out: the picture does not show it. W is that over all places of the things, or over 1024
+    random ones (and layouts of walls) where these are more than 4096; small worlds are solved once for all of them, larger
+    ones anew for every question.
+
+    Args:
+        settings: of the world; discount: for each step; tolerance: largest change of a value in the last iteration.
+        device: where the values live.
+    """
+
+    PLACES = 4096  # ways in which the things may lie that are all gone through
+    TABLE = 1 << 23  # numbers in the largest table that is kept
+
+    def __init__(
+        self, settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4, device: torch.device | str = "cpu"
+    ) -> None:  # fmt: skip
+        self.settings, self.discount, self.tolerance, self.device = settings, discount, tolerance, torch.device(device)
+        self.space, self.worths = space_of(settings), torch.tensor(settings.worths, dtype=torch.float32, device=device)
+        cells, things = settings.grid**2, len(settings.worths)
+        weathers = len(self.space.wind) * len(self.space.wraps)
+        self.places = torch.stack(torch.meshgrid(*[torch.arange(settings.grid, device=device)] * 2, indexing="ij"), -1).view(-1, 2)
+        self.table: Tensor | None = None
+        few = cells**things <= self.PLACES and not settings.walls
+        if few:
+            at = torch.cartesian_prod(*[torch.arange(cells)] * things).view(-1, things).to(device)
+        else:
+            sample = HiddenRulesWorld(settings, 1024, torch.zeros(1, dtype=torch.int64), seed=0, device=device)
+            sample.reset()
+            at = self._cell(sample.position[:, 1:])
+        walls = None if few else sample.walls
+        fresh, solved = [], []
+        for weather in range(weathers):
+            rule = self.space.rule(torch.full((len(at),), weather * self.space.pairs, device=device))
+            q, value = self._iterate(at, rule, walls, None)
+            fresh.append(value), solved.append(q)
+        self.fresh = torch.stack(fresh)  # (weather,)
+        if few and weathers * cells ** (things + 1) * len(MOVES) <= self.TABLE:
+            self.table = torch.stack(solved)  # (weather, places of the things, S, move)
+
+    def __call__(self, world: HiddenRulesWorld, task: Tensor, position: Tensor) -> Tensor:
+        """Q (B, move) float32 of worlds if tasks (B,) were true and things lay at `position` (B, role, 2)."""
+        cell = self._cell(position)
+        weather, rows = task // self.space.pairs, torch.arange(len(task), device=self.device)
+        if self.table is None:
+            q, _ = self._iterate(cell[:, 1:], self.space.rule(task), world.walls, self.fresh[weather])
+            return q[rows, cell[:, 0]]
+        which = torch.zeros_like(weather)
+        for thing in cell[:, 1:].unbind(1):
+            which = which * self.settings.grid**2 + thing
+        return self.table[weather, which, cell[:, 0]]
+
+    def _cell(self, place: Tensor) -> Tensor:
+        """Numbers (...) of the cells at (row, column) `place` (..., 2)."""
+        return place[..., 0] * self.settings.grid + place[..., 1]
+
+    def _iterate(self, at: Tensor, rule: Rule, walls: Tensor | None, fresh: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Q (n, S, move) where things lie in cells `at` (n, thing), and W; found along the way if `fresh` (n,) is not given."""
+        s, n, cells = self.settings, len(at), len(self.places)
+        place, move = self.places[None, :, None], MOVES.to(self.device)[None, None]
+        to = landing(place.expand(n, -1, len(MOVES), -1), move, rule.wraps[:, None, None], s.grid, walls)
+        to = self._cell(to).flatten(1)  # (n, S * move)
+        worth = torch.zeros(n, cells, device=self.device).scatter_(1, at, self.worths.expand(n, -1))
+        thing = torch.zeros(n, cells, dtype=torch.bool, device=self.device).scatter_(1, at, True)
+        start = ~thing if walls is None else ~thing & ~walls.flatten(1)
+        start &= (at.sort(1).values.diff(dim=1) != 0).all(1)[:, None]  # two things in one cell are no world
+        mean, strength, known = fresh, rule.strength[:, None], fresh is not None
+        moves = DIRECTIONS if s.actions == DIRECTIONS else len(MOVES)
+        value = torch.zeros(n, cells, device=self.device)
+        for _ in range(math.ceil(math.log(self.tolerance) / math.log(self.discount))):
+            mean = fresh if known else value.T[start.T].mean().expand(n)
+            landed = torch.where(thing, worth + self.discount * mean[:, None], self.discount * value)
+            by_move = landed.gather(1, to).view(n, cells, len(MOVES))
+            q = slipping(s, by_move)
+            if s.wind:
+                gust = by_move.gather(2, rule.wind[:, None, None].expand(-1, cells, -1))
+                q = torch.lerp(q, gust, strength[..., None])
+            change, value = (q[..., :moves].amax(-1) - value).abs().max(), q[..., :moves].amax(-1)
+            if change < self.tolerance:
+                break
+        return q, mean[0]
+
+
+class KnownRuleAgent:
+    """The planner that knows the hidden rule: the top of the scale. Privileged, as are all agents that take a world.
+
+    Args:
+        world: the world it acts in, which it may read.
+        q: what moves are worth in such worlds.
+    """
+
+    def __init__(self, world: HiddenRulesWorld, q: ActionValues) -> None:
+        self.world, self.q = world, q
+
+    def begin(self, frames: Tensor) -> None:
+        """Nothing to forget."""
+
+    def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Nothing to learn."""
+
+    def assumed_task(self) -> Tensor:
+        """The tasks (B,) int64 to plan for."""
+        return self.world.task
+
+    def act(self) -> Tensor:
+        """The best actions (B,) int64 if the assumed tasks were true."""
+        return self.values().argmax(1)
+
+    def values(self) -> Tensor:
+        """Q (B, A) float32 if the assumed tasks were true."""
+        task = self.assumed_task()
+        rule = self.world.space.rule(task)
+        position = by_role(self.world.by_colour(self.world.position), rule)
+        return self.q(self.world, task, position).gather(1, rule.action_map)
+
+
+class ThompsonAgent(KnownRuleAgent):
+    """Thompson sampling on the exact filter: plans for one rule drawn anew from the posterior at every step.
+
+    Args:
+        seed: of the draws.
+        options: of the `ExactFilter`.
+    """
+
+    def __init__(self, world: HiddenRulesWorld, q: ActionValues, seed: int, **options: float) -> None:
+        super().__init__(world, q)
+        self.filter = ExactFilter(world, **options)
+        self.generator = seeded(seed, stream=3, device=world.device)
+
+    def begin(self, frames: Tensor) -> None:
+        """Draw the first assumption from the prior."""
+        self.filter.begin(frames)
+        self.assumed = self._draw()
+
+    def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Update the posterior, and draw again."""
+        self.filter.observe(action, step)
+        self.assumed = self._draw()
+
+    def assumed_task(self) -> Tensor:
+        """The tasks (B,) int64 drawn last."""
+        return self.assumed
+
+    def _draw(self) -> Tensor:
+        return self.draw_task(self.filter.log_posterior)
+
+    def draw_task(self, log_posterior: Tensor) -> Tensor:
+        """One task (n,) int64 of each of the log posteriors (n, rules): wind and edges first, then the rest, because to draw
+        among few is much cheaper than among all."""
+        by_weather = log_posterior.unflatten(1, (-1, self.world.space.pairs))
+        weather = torch.zeros(len(by_weather), 1, dtype=torch.int64, device=by_weather.device)
+        if by_weather.shape[1] > 1:
+            weather = torch.multinomial(by_weather.logsumexp(2).exp(), 1, generator=self.generator)
+        pairs = by_weather.take_along_dim(weather[..., None], 1)[:, 0]
+        pair = torch.multinomial(pairs.exp(), 1, generator=self.generator)
+        return (weather * self.world.space.pairs + pair)[:, 0]

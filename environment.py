@@ -1,11 +1,7 @@
-"""The pixel world whose rules are hidden: rules as data, the batched world, value iteration, Gymnasium faces; and worlds of
-other people's with shuffled actions.
+"""The pixel environment whose rules are hidden: rules as data, the batched world, Gymnasium interfaces; and external
+environments with shuffled actions.
 
-Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes*
-follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
-`arrival[t]` is the picture that the action led to, and `reward[t]` came with it. When an episode ends at step t
-(`terminated[t]` by a goal or hazard, `truncated[t]` by its time limit), `frame[t + 1]` is the first picture of the next
-episode, and `arrival[t]` the final one of the old; otherwise both are the same.
+Time alignment is in memory.py.
 """
 
 from __future__ import annotations
@@ -13,9 +9,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
-from collections.abc import Callable
 
 import gymnasium
 import numpy as np
@@ -24,6 +20,9 @@ import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from memory import WorldStep, require, require_all, seeded
+
+
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]])  # (move, (row, column)); the last one moves nothing
 MOVE_NAMES = ("up", "down", "left", "right", "nothing")
 DIRECTIONS, NOTHING = 4, 4
@@ -31,10 +30,8 @@ PALETTE = torch.tensor([[220, 60, 60], [60, 200, 80], [70, 110, 230], [230, 210,
 PALETTE_NAMES = ("red", "green", "blue", "yellow", "magenta")
 WALL, BACKGROUND = 128, 20
 WIND_STRENGTHS = {"train": (1, 3, 5), "validation": (2,), "test": (4,)}  # fifths of the strongest
-
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-
 WORLDS: dict[str, dict[str, Any]] = {  # what presets change in the world
     "default": {},
     "switching": {"lifetime": 128, "switch": 0.01},
@@ -153,31 +150,6 @@ def checked(split: str) -> str:
     return split
 
 
-def require(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError, naming the setting and the mend, unless `low <= value <= high` (NaN is refused)."""
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, but must lie between {low} and {high}: choose a value in that range.")
-
-
-def require_all(section: str, settings: Any, **limits: tuple[float, float]) -> None:
-    """`require` of the named values of a section of settings, each between its lowest and its highest."""
-    for name, (low, high) in limits.items():
-        require(f"{section}.{name}", getattr(settings, name), low, high)
-
-
-def seeded(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for each pair of a seed (any integer from 0 on) and a stream.
-
-    Seeds are hashed, because generators that merely begin at equal or neighbouring numbers can draw the same luck: an
-    agent seeded like its world would choose its first action by the hidden task.
-    """
-    hashed = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)
-    return torch.Generator(device).manual_seed(int(hashed[0]))
-
-
-# ---------------------------------------------------------------------------------------------------------------- rules
-
-
 class Rule(NamedTuple):
     """Hidden rules as data, one row for each world."""
 
@@ -294,47 +266,6 @@ def layouts(grid: int, walls: int) -> dict[str, Tensor]:
     made = torch.from_numpy(np.stack(list(found.values())))
     sizes = (len(made) - 2 * (len(made) // 5), len(made) // 5, len(made) // 5)
     return dict(zip(SPLITS, made.split(sizes)))
-
-
-# -------------------------------------------------------------------------------------------------------- batched world
-
-
-def tensor_of(array: np.ndarray) -> Tensor:
-    """An array as a tensor, without a copy where that can be: some worlds hand out pictures upside down, as views that torch refuses."""
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-class WorldStep(NamedTuple):
-    """What one step gives; B worlds, pictures (B, H, W, 3) uint8."""
-
-    frame: Tensor
-    """The picture that the next action is chosen on: what the action led to, or a new episode's first picture."""
-    reward: Tensor
-    """(B,) float32: what the thing that was reached is worth, else 0."""
-    terminated: Tensor
-    """(B,) bool: the episode ended on a thing."""
-    truncated: Tensor
-    """(B,) bool: the episode ended by its time limit."""
-    finals: Tensor
-    """(n, H, W, 3) uint8: the final pictures of the n episodes that ended, in the order of their rows."""
-
-    @property
-    def ended(self) -> Tensor:
-        """(B,) bool: the episode ended, in whichever way."""
-        return self.terminated | self.truncated
-
-    @property
-    def arrival(self) -> Tensor:
-        """The picture that the action led to; a copy where an episode ended, so ask once."""
-        return self.frame.index_put((self.ended,), self.finals) if len(self.finals) else self.frame
-
-    @classmethod
-    def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
-        """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
-        frame = tensor_of(picture)[None]
-        finals = tensor_of(info["final_frame"])[None] if "final_frame" in info else frame[:0]
-        ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
-        return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, finals)
 
 
 class HiddenRulesWorld:
@@ -583,99 +514,6 @@ def slipping(settings: WorldSettings, by_move: Tensor) -> Tensor:
     anything = (by_move[..., :DIRECTIONS].sum(-1, keepdim=True) + (settings.actions - DIRECTIONS) * still) / settings.actions
     slipped = settings.slip_random * anything + (1 - settings.slip_random) * still
     return (1 - settings.slip) * by_move + settings.slip * slipped
-
-
-# ------------------------------------------------------------------------------------------------------ value iteration
-
-
-class ActionValues:
-    """What moves are worth in a world whose rule is known, by value iteration.
-
-        Q(s, m) = E[r + discount * V(s')],  where the end of an episode leads to W, the mean value of a fresh start under the
-        same edges and wind, because the lifetime goes on.
-
-    The episode's time limit is left out: the picture does not show it. W is that over all places of the things, or over 1024
-    random ones (and layouts of walls) where these are more than 4096; small worlds are solved once for all of them, larger
-    ones anew for every question.
-
-    Args:
-        settings: of the world; discount: for each step; tolerance: largest change of a value in the last iteration.
-        device: where the values live.
-    """
-
-    PLACES = 4096  # ways in which the things may lie that are all gone through
-    TABLE = 1 << 23  # numbers in the largest table that is kept
-
-    def __init__(
-        self, settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4, device: torch.device | str = "cpu"
-    ) -> None:  # fmt: skip
-        self.settings, self.discount, self.tolerance, self.device = settings, discount, tolerance, torch.device(device)
-        self.space, self.worths = space_of(settings), torch.tensor(settings.worths, dtype=torch.float32, device=device)
-        cells, things = settings.grid**2, len(settings.worths)
-        weathers = len(self.space.wind) * len(self.space.wraps)
-        self.places = torch.stack(torch.meshgrid(*[torch.arange(settings.grid, device=device)] * 2, indexing="ij"), -1).view(-1, 2)
-        self.table: Tensor | None = None
-        few = cells**things <= self.PLACES and not settings.walls
-        if few:
-            at = torch.cartesian_prod(*[torch.arange(cells)] * things).view(-1, things).to(device)
-        else:
-            sample = HiddenRulesWorld(settings, 1024, torch.zeros(1, dtype=torch.int64), seed=0, device=device)
-            sample.reset()
-            at = self._cell(sample.position[:, 1:])
-        walls = None if few else sample.walls
-        fresh, solved = [], []
-        for weather in range(weathers):
-            rule = self.space.rule(torch.full((len(at),), weather * self.space.pairs, device=device))
-            q, value = self._iterate(at, rule, walls, None)
-            fresh.append(value), solved.append(q)
-        self.fresh = torch.stack(fresh)  # (weather,)
-        if few and weathers * cells ** (things + 1) * len(MOVES) <= self.TABLE:
-            self.table = torch.stack(solved)  # (weather, places of the things, S, move)
-
-    def __call__(self, world: HiddenRulesWorld, task: Tensor, position: Tensor) -> Tensor:
-        """Q (B, move) float32 of worlds if tasks (B,) were true and things lay at `position` (B, role, 2)."""
-        cell = self._cell(position)
-        weather, rows = task // self.space.pairs, torch.arange(len(task), device=self.device)
-        if self.table is None:
-            q, _ = self._iterate(cell[:, 1:], self.space.rule(task), world.walls, self.fresh[weather])
-            return q[rows, cell[:, 0]]
-        which = torch.zeros_like(weather)
-        for thing in cell[:, 1:].unbind(1):
-            which = which * self.settings.grid**2 + thing
-        return self.table[weather, which, cell[:, 0]]
-
-    def _cell(self, place: Tensor) -> Tensor:
-        """Numbers (...) of the cells at (row, column) `place` (..., 2)."""
-        return place[..., 0] * self.settings.grid + place[..., 1]
-
-    def _iterate(self, at: Tensor, rule: Rule, walls: Tensor | None, fresh: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Q (n, S, move) where things lie in cells `at` (n, thing), and W; found along the way if `fresh` (n,) is not given."""
-        s, n, cells = self.settings, len(at), len(self.places)
-        place, move = self.places[None, :, None], MOVES.to(self.device)[None, None]
-        to = landing(place.expand(n, -1, len(MOVES), -1), move, rule.wraps[:, None, None], s.grid, walls)
-        to = self._cell(to).flatten(1)  # (n, S * move)
-        worth = torch.zeros(n, cells, device=self.device).scatter_(1, at, self.worths.expand(n, -1))
-        thing = torch.zeros(n, cells, dtype=torch.bool, device=self.device).scatter_(1, at, True)
-        start = ~thing if walls is None else ~thing & ~walls.flatten(1)
-        start &= (at.sort(1).values.diff(dim=1) != 0).all(1)[:, None]  # two things in one cell are no world
-        mean, strength, known = fresh, rule.strength[:, None], fresh is not None
-        moves = DIRECTIONS if s.actions == DIRECTIONS else len(MOVES)
-        value = torch.zeros(n, cells, device=self.device)
-        for _ in range(math.ceil(math.log(self.tolerance) / math.log(self.discount))):
-            mean = fresh if known else value.T[start.T].mean().expand(n)
-            landed = torch.where(thing, worth + self.discount * mean[:, None], self.discount * value)
-            by_move = landed.gather(1, to).view(n, cells, len(MOVES))
-            q = slipping(s, by_move)
-            if s.wind:
-                gust = by_move.gather(2, rule.wind[:, None, None].expand(-1, cells, -1))
-                q = torch.lerp(q, gust, strength[..., None])
-            change, value = (q[..., :moves].amax(-1) - value).abs().max(), q[..., :moves].amax(-1)
-            if change < self.tolerance:
-                break
-        return q, mean[0]
-
-
-# ------------------------------------------------------------------------------------------------------ Gymnasium faces
 
 
 def seed_from(generator: np.random.Generator) -> int:
@@ -942,37 +780,6 @@ def make_worlds(
     if settings.gym_id:
         return GymWorlds(settings, batch, split, seed, device)
     return HiddenRulesWorld(settings, batch, split, seed, device)
-
-
-class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
-    """Shows what led to each picture, for recurrent agents that must find the rules out (RL2, Duan et al., 2016).
-
-    Observations become {"picture": as before, "previous": (A + 2,) float32}: the previous action as one-hot, its reward,
-    and 1 where an episode inside the lifetime has just ended; zeros after a reset.
-    """
-
-    def __init__(self, env: gymnasium.Env) -> None:
-        gymnasium.utils.RecordConstructorArgs.__init__(self)
-        gymnasium.Wrapper.__init__(self, env)
-        previous = gymnasium.spaces.Box(-np.inf, np.inf, (env.action_space.n + 2,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict({"picture": env.observation_space, "previous": previous})
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict]:
-        """As the wrapped environment's."""
-        picture, info = self.env.reset(seed=seed, options=options)
-        return {"picture": picture, "previous": np.zeros(self.observation_space["previous"].shape, np.float32)}, info
-
-    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
-        """As the wrapped environment's."""
-        picture, reward, terminated, truncated, info = self.env.step(action)
-        ended = info.get("episode_terminated", False) or info.get("episode_truncated", False)
-        previous = previous_step(np.asarray(action), np.asarray(reward), np.asarray(ended), self.env.action_space.n)
-        return {"picture": picture, "previous": previous}, reward, terminated, truncated, info
-
-
-def previous_step(action: np.ndarray, reward: np.ndarray, ended: np.ndarray, actions: int) -> np.ndarray:
-    """What `PreviousStep` shows of steps (...): (..., actions + 2) float32."""
-    return np.concatenate([np.eye(actions)[action], np.stack([reward, ended], -1)], -1).astype(np.float32)
 
 
 class PixelVectorEnv(gymnasium.vector.VectorEnv):

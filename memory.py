@@ -1,8 +1,13 @@
 """Memory: the experience of the present lifetime, the store of past lifetimes, and the folder that keeps a run.
 
-Time alignment (see environment.py): step t holds the codes seen before action t, the action, the reward that followed,
-and the codes of the arrival. Both codes of a step are made under the belief held *before* the action, so a pair differs
-by what happened and not by what was inferred meanwhile.
+Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes*
+follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
+`arrival[t]` is the picture that the action led to, and `reward[t]` came with it. When an episode ends at step t
+(`terminated[t]` by a goal or hazard, `truncated[t]` by its time limit), `frame[t + 1]` is the first picture of the next
+episode, and `arrival[t]` the final one of the old; otherwise both are the same.
+
+Step t holds the codes seen before action t, the action, the reward that followed, and the codes of the arrival. Both codes of a step
+are made under the belief held *before* the action, so a pair differs by what happened and not by what was inferred meanwhile.
 """
 
 from __future__ import annotations
@@ -14,17 +19,70 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
-from collections.abc import Iterator
 
 import filelock
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
-from environment import WorldStep, require
+
+class UserError(Exception):
+    """Something the user can mend; shown as one sentence, exit code 2."""
+
+
+def require(name: str, value: float, low: float, high: float) -> None:
+    """Raise ValueError, naming the setting and the mend, unless `low <= value <= high` (NaN is refused)."""
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, but must lie between {low} and {high}: choose a value in that range.")
+
+
+def require_all(section: str, settings: Any, **limits: tuple[float, float]) -> None:
+    """`require` of the named values of a section of settings, each between its lowest and its highest."""
+    for name, (low, high) in limits.items():
+        require(f"{section}.{name}", getattr(settings, name), low, high)
+
+
+def seeded(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for each pair of a seed (any integer from 0 on) and a stream.
+
+    Seeds are hashed, because generators that merely begin at equal or neighbouring numbers can draw the same luck: an
+    agent seeded like its world would choose its first action by the hidden task.
+    """
+    hashed = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(hashed[0]))
+
+
+def merge(settings: Any, changes: Any, where: str = "") -> Any:
+    """A copy of a settings dataclass with the nested mapping `changes` applied; every name and type is checked.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type or out of range; the message names them.
+    """
+    if not isinstance(changes, dict):
+        raise ValueError(f"{where or 'the configuration'} is {changes!r}, but must be a JSON object of settings.")
+    new = {}
+    for name, value in changes.items():
+        if name not in (known := [f.name for f in dataclasses.fields(settings)]):
+            raise ValueError(f"unknown setting {where}{name}: the names here are {', '.join(known)}.")
+        old = getattr(settings, name)
+        if dataclasses.is_dataclass(old):
+            new[name] = merge(old, value, f"{where}{name}.")
+            continue
+        if isinstance(old, tuple) and isinstance(value, (list, tuple)):
+            kind = get_args(get_type_hints(type(settings))[name])[0]  # int of tuple[int, ...]
+            if all(type(x) in (int, float) and kind(x) == x for x in value):
+                value = tuple(map(kind, value))
+        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not type(old):
+            raise ValueError(f"{where}{name} is {value!r}, but must be of type {type(old).__name__}, such as {old!r}.")
+        new[name] = value
+    return dataclasses.replace(settings, **new)
 
 
 @dataclass(frozen=True)
@@ -36,6 +94,44 @@ class MemorySettings:
 
     def __post_init__(self) -> None:
         require("memory.budget_mb", self.budget_mb, 1, 10**7)
+
+
+def tensor_of(array: np.ndarray) -> Tensor:
+    """An array as a tensor, without a copy where that can be: some worlds hand out pictures upside down, as views that torch refuses."""
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+class WorldStep(NamedTuple):
+    """What one step gives; B worlds, pictures (B, H, W, 3) uint8."""
+
+    frame: Tensor
+    """The picture that the next action is chosen on: what the action led to, or a new episode's first picture."""
+    reward: Tensor
+    """(B,) float32: what the thing that was reached is worth, else 0."""
+    terminated: Tensor
+    """(B,) bool: the episode ended on a thing."""
+    truncated: Tensor
+    """(B,) bool: the episode ended by its time limit."""
+    finals: Tensor
+    """(n, H, W, 3) uint8: the final pictures of the n episodes that ended, in the order of their rows."""
+
+    @property
+    def ended(self) -> Tensor:
+        """(B,) bool: the episode ended, in whichever way."""
+        return self.terminated | self.truncated
+
+    @property
+    def arrival(self) -> Tensor:
+        """The picture that the action led to; a copy where an episode ended, so ask once."""
+        return self.frame.index_put((self.ended,), self.finals) if len(self.finals) else self.frame
+
+    @classmethod
+    def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
+        """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
+        frame = tensor_of(picture)[None]
+        finals = tensor_of(info["final_frame"])[None] if "final_frame" in info else frame[:0]
+        ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
+        return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, finals)
 
 
 class Experience(NamedTuple):
@@ -338,41 +434,6 @@ def save_atomically(content: dict, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ runs
-
-
-class UserError(Exception):
-    """Something the user can mend; shown as one sentence, exit code 2."""
-
-
-def merge(settings: Any, changes: Any, where: str = "") -> Any:
-    """A copy of a settings dataclass with the nested mapping `changes` applied; every name and type is checked.
-
-    Raises:
-        ValueError: an unknown name, a value of the wrong type or out of range; the message names them.
-    """
-    if not isinstance(changes, dict):
-        raise ValueError(f"{where or 'the configuration'} is {changes!r}, but must be a JSON object of settings.")
-    new = {}
-    for name, value in changes.items():
-        if name not in (known := [f.name for f in dataclasses.fields(settings)]):
-            raise ValueError(f"unknown setting {where}{name}: the names here are {', '.join(known)}.")
-        old = getattr(settings, name)
-        if dataclasses.is_dataclass(old):
-            new[name] = merge(old, value, f"{where}{name}.")
-            continue
-        if isinstance(old, tuple) and isinstance(value, (list, tuple)):
-            kind = get_args(get_type_hints(type(settings))[name])[0]  # int of tuple[int, ...]
-            if all(type(x) in (int, float) and kind(x) == x for x in value):
-                value = tuple(map(kind, value))
-        if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not type(old):
-            raise ValueError(f"{where}{name} is {value!r}, but must be of type {type(old).__name__}, such as {old!r}.")
-        new[name] = value
-    return dataclasses.replace(settings, **new)
-
-
 def write_json(content: Any, path: Path) -> None:
     """Write JSON atomically, lists of numbers on one line; the same content gives the same bytes."""
     temporary = path.with_name(path.name + ".tmp")
@@ -469,3 +530,73 @@ class RunFolder:
         except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{self.checkpoint} cannot be read ({reason}): it is damaged or foreign.") from error
+
+
+class Processes:
+    """The processes that train one agent together, as torchrun starts them; without it there is one, and all this does nothing.
+
+    Each lives its share of the lifetimes, keeps them in a store of its own, and has its share of every batch. The gradients'
+    mean is taken over all, so that the weights stay the same everywhere (data parallelism; Li et al., "PyTorch Distributed",
+    2020). All of them make the same calls in the same order, or they would wait for each other for ever.
+
+    Args:
+        rank, count: which of how many; the first one writes.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank, self.count, self.first = rank, count, rank == 0
+
+    @classmethod
+    @contextmanager
+    def of_torchrun(cls) -> Iterator[Processes]:
+        """Join those that torchrun has started, if it has: by gloo, and for GPUs by nccl."""
+        if not distributed.is_torchelastic_launched():
+            yield cls()
+            return
+        store, rank, count = next(distributed.rendezvous("env://"))
+        # torchrun keeps one store over its restarts, and in it the addresses of processes that are dead.
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
+        yield cls(rank, count)  # the group ends with its processes: see `main`
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Let each tensor be its mean over all processes; all at once, as one long vector."""
+        if self.count > 1:
+            flat = torch.cat([x.flatten() for x in tensors])
+            distributed.all_reduce(flat)
+            for x, mean in zip(tensors, (flat / self.count).split([x.numel() for x in tensors])):
+                x.copy_(mean.view_as(x))
+
+    def joined(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, one after the other along the first dimension."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def follow(self, module: nn.Module) -> None:
+        """Take over the first process's weights of a module."""
+        if self.count > 1:
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, src=0)
+
+    def every(self, content: Any) -> list:
+        """What each process has, in the order of their ranks."""
+        found = [content]
+        if self.count > 1:
+            found *= self.count
+            distributed.all_gather_object(found, content)
+        return found
+
+    def anywhere(self, happened: bool) -> bool:
+        """Whether it has happened in any process."""
+        flag = torch.tensor(int(happened))
+        if self.count > 1:
+            distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.anywhere(False)

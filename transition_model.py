@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import require_all
 from film_layer import FiLMLayer
-from memory import Experience
+from memory import Experience, require_all
+
 
 ABSENT = -1e4  # stands for minus infinity in a masked maximum, without NaN gradients
 
@@ -390,3 +390,75 @@ class TransitionModel(nn.Module):
 def entropy(probability: Tensor) -> Tensor:
     """Entropy in nats over the last dimension."""
     return -(probability * probability.clamp_min(math.exp(-30)).log()).sum(-1)
+
+
+class Value(nn.Module):
+    """What a state is worth under a belief, V(z, c), and what a fresh episode is worth, W(c).
+
+    It reads the belief as well as the state, so a move that teaches is worth something. The state enters through
+    keypoints, as in the spatial softmax of Finn et al. (2016), with one change: attention goes to the *codes* that are
+    present, each standing at its centre, and not to single patches. So the background, one code on most patches, does
+    not drown the few things that matter, and the value wakes earlier. The rows of the context enter through a mean over
+    actions: a relabelling of the actions changes nothing.
+
+    Args:
+        codes: number of codes C.
+        grid: (rows, columns) of patches.
+        context_dim: size D of a row of the context.
+        keypoints: points P that are found in the grid.
+        width: hidden features.
+    """
+
+    POOLED = 64  # features of the pooled context, of the actions and of the world each
+
+    def __init__(self, codes: int, grid: tuple[int, int], context_dim: int, keypoints: int, width: int) -> None:
+        super().__init__()
+        points, pooled = keypoints, 2 * self.POOLED
+        self.codes = codes
+        self.of_action = nn.Linear(context_dim, self.POOLED)
+        self.of_world = nn.Linear(context_dim, self.POOLED)
+        self.code_features = nn.Parameter(torch.randn(1, codes, 32) * 0.5)
+        self.code_film = FiLMLayer(pooled, 32)
+        self.code_out = nn.Linear(32, 2 * points)
+        self.state_in = nn.Linear(4 * points, width)
+        self.state_norm = nn.LayerNorm(width)
+        self.state_film = FiLMLayer(pooled, width)
+        self.state_hidden = nn.Linear(width, width)
+        self.state_out = nn.Linear(width, 1)
+        self.fresh_out = nn.Sequential(nn.Linear(pooled, 128), nn.SiLU(), nn.Linear(128, 1))
+        nn.init.zeros_(self.state_out.weight)
+        nn.init.zeros_(self.fresh_out[-1].weight)
+        axes = [torch.linspace(-1, 1, n) for n in grid]
+        place = torch.stack([torch.ones(grid), *torch.meshgrid(*axes, indexing="ij")], -1).view(-1, 3)
+        self.register_buffer("place", place, persistent=False)  # (S, (one, y, x))
+
+    def statistics(self, codes: Tensor) -> Tensor:
+        """Share of the patches, and centre y and x in -1..1, of every code: (B, C, 3) float, of grids (B, S) uint8."""
+        sums = one_hot(codes, self.codes).transpose(1, 2) @ self.place
+        return torch.cat([sums[..., :1] / len(self.place), sums[..., 1:] / sums[..., :1].clamp_min(1)], -1)
+
+    def pool(self, context: Tensor) -> Tensor:
+        """What the value reads of contexts (B, A + 1, D): (B, 128)."""
+        actions = F.silu(self.of_action(context[:, :-1])).mean(1)
+        return torch.cat([actions, F.silu(self.of_world(context[:, -1]))], -1)
+
+    def forward(self, statistics: Tensor, pooled: Tensor, row: Tensor | None = None) -> Tensor:
+        """V (B,) of states by `statistics` (B, C, 3) under pooled contexts (B, 128); with `row` (B,) int64 these may be fewer, and
+        state i is read under pooled[row[i]]."""
+        features = F.silu(self.code_film(self.code_features.expand(len(pooled), -1, -1), pooled))
+        of_codes = self.code_out(features)
+        if row is not None:
+            of_codes = of_codes.index_select(0, row)
+        key, value = of_codes.chunk(2, -1)  # (B, C, P) each
+        count, centre = statistics[..., :1], statistics[..., 1:]
+        masked = key.masked_fill(count == 0, ABSENT)
+        weight = (4 * masked).softmax(1)
+        points = weight.transpose(1, 2) @ centre
+        state = torch.cat([points.flatten(1), masked.amax(1), (weight * value).sum(1)], -1)
+        state = F.silu(self.state_film(self.state_norm(self.state_in(state)), pooled, row))
+        state = state + F.silu(self.state_hidden(state))
+        return self.state_out(state)[:, 0]
+
+    def fresh(self, pooled: Tensor) -> Tensor:
+        """W (B,): the value of beginning an episode under pooled contexts (B, 128)."""
+        return self.fresh_out(pooled)[:, 0]

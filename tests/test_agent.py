@@ -8,14 +8,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-from agent import AgentController, BayesAdaptiveAgent, KnownRuleAgent, RandomAgent, ThompsonAgent, play
-from environment import ActionValues, HiddenRulesWorld, Rule, WorldSettings, WorldStep
-from world_model import Planner, PlannerSettings, branch
-from context_engine import ExactFilter
-from main import Learner, System, evaluate
+from agent import AgentController, Learner, PlannerSettings, RandomAgent, branch, play
+from context_engine import ActionValues, ExactFilter, KnownRuleAgent, ThompsonAgent
+from environment import HiddenRulesWorld, Rule, WorldSettings
+from main import build_system, evaluate, train
+from memory import WorldStep
+from tests.benchmarks.references import BayesAdaptiveAgent
+from transition_model import ModeTable, pairs_present
 from tests.benchmarks.ablations import FrozenBelief
 from tests.shared import seeded, tiny
-from transition_model import ModeTable, pairs_present
 
 VALIDATION = "validation"
 
@@ -67,7 +68,7 @@ class TestReferences(unittest.TestCase):
 
 class TestValueAndPlanner(unittest.TestCase):
     def setUp(self):
-        self.system = System(tiny(), torch.device("cpu"))
+        self.system = build_system(tiny())
         torch.nn.init.normal_(self.system.transition.outcome_network.head.weight)  # untrained effects all leave things as they are
         torch.nn.init.normal_(self.system.slow_value.state_out.weight)
         torch.nn.init.normal_(self.system.slow_value.fresh_out[-1].weight)
@@ -229,7 +230,7 @@ class TestValueAndPlanner(unittest.TestCase):
 
 class TestController(unittest.TestCase):
     def test_it_acts_and_remembers_in_one_world_or_many(self):
-        system = System(tiny(), torch.device("cpu"))
+        system = build_system(tiny())
         for batch in (1, 7):
             agent = system.controller()
             lifetimes = play(HiddenRulesWorld(system.settings.world, batch, VALIDATION, 0), agent)
@@ -238,7 +239,7 @@ class TestController(unittest.TestCase):
             torch.testing.assert_close(system.engine(agent.memory), agent.belief, atol=1e-4, rtol=1e-4)
 
     def test_pictures_may_be_views_of_any_kind(self):
-        agent, picture = System(tiny(), torch.device("cpu")).controller(), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
+        agent, picture = build_system(tiny()).controller(), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
         for view in (picture[::-1], picture.transpose(1, 0, 2)):
             agent.begin(view)
             ended = {"episode_terminated": True, "episode_truncated": False, "final_frame": view}
@@ -246,7 +247,7 @@ class TestController(unittest.TestCase):
             self.assertTrue(np.array_equal(agent.frame[0], view))
 
     def test_a_new_lifetime_begins_with_an_empty_memory_and_the_initial_belief(self):
-        system = System(tiny(), torch.device("cpu"))
+        system = build_system(tiny())
         agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         play(world, agent)
         agent.begin(world.reset())
@@ -254,7 +255,7 @@ class TestController(unittest.TestCase):
         torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
 
     def test_a_frozen_belief_stays(self):
-        system = System(tiny(), torch.device("cpu"))
+        system = build_system(tiny())
         agent = system.controller(FrozenBelief)
         play(HiddenRulesWorld(tiny().world, 3, VALIDATION, 0), agent)
         torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
@@ -262,7 +263,7 @@ class TestController(unittest.TestCase):
     def test_the_rule_never_reaches_the_agent(self):
         """Everything the agent is given is recorded; swapping the hidden rule behind equal pictures changes none of it."""
         settings = tiny(world={"slip": 0.0}).world
-        system, told = System(tiny(), torch.device("cpu")), []
+        system, told = build_system(tiny()), []
         for another in (False, True):
             world = HiddenRulesWorld(settings, 5, VALIDATION, 0)
             frames = world.reset()
@@ -288,7 +289,7 @@ class TestController(unittest.TestCase):
 
     def test_nothing_that_the_agent_holds_leads_to_what_is_hidden(self):
         """The world with its rule and luck, the filter of the references, any random state: no path of references goes there."""
-        system = System(tiny(), torch.device("cpu"))
+        system = build_system(tiny())
         agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         exact = ExactFilter(world)
         play(world, agent, [exact])
@@ -303,7 +304,7 @@ class TestController(unittest.TestCase):
             self.assertTrue(any(isinstance(one, hidden) for one in reachable(agent)), leak)
 
     def test_the_filter_and_the_luck_of_an_evaluation_go_their_own_way(self):
-        system, lived, states = System(tiny(), torch.device("cpu")), [], []
+        system, lived, states = build_system(tiny()), [], []
         for watched, seed, frozen in ((False, 1, False), (True, 2, False), (True, 3, True)):
             torch.manual_seed(seed)  # whatever else is random in the process
             world = HiddenRulesWorld(tiny().world, 8, VALIDATION, 0)
@@ -317,8 +318,8 @@ class TestController(unittest.TestCase):
             self.assertTrue(torch.equal(one, other))  # another agent: the same luck
 
     def test_an_evaluation_leaves_the_luck_of_the_training_alone(self):
-        learner = Learner(tiny(), torch.device("cpu"))
-        learner.advance()
+        learner = Learner(build_system(tiny()))
+        train(learner, until=learner.update + 1)
         before = [learner.generator.get_state(), learner.sampler.get_state()]
         results = []
         for seed in (1, 2):

@@ -6,10 +6,9 @@ from dataclasses import replace
 import torch
 
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings
-from environment import WorldStep
-from memory import EpisodicMemory, Experience
+from memory import EpisodicMemory, Experience, WorldStep
+from transition_model import TransitionModel, TransitionSettings
 from tests.shared import seeded
-from transition_model import TransitionModel, TransitionSettings, pairs_present
 
 A, K, C, S, B, T = 4, 6, 3, 16, 5, 9
 

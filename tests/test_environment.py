@@ -8,14 +8,11 @@ from dataclasses import replace
 import torch
 
 import environment
-from agent import RandomAgent, references
-from environment import (
-    MOVES, PALETTE, ActionValues, HiddenRulesWorld, PixelEnv, WorldSettings,
-    seeded, space_of, task_split,
-)  # fmt: skip
-from context_engine import ExactFilter, likelihood_by_case, of_every_rule, reward_consistent
-from main import Learner, Settings
-from memory import merge
+from agent import Learner, RandomAgent
+from context_engine import ActionValues, ExactFilter, likelihood_by_case, of_every_rule, reward_consistent
+from environment import HiddenRulesWorld, MOVES, PALETTE, PixelEnv, WorldSettings, space_of, task_split
+from main import Settings, build_system, references, train
+from memory import merge, seeded
 from tests.shared import tiny
 
 CLEAR = WorldSettings(noise=0, slip=0)
@@ -320,9 +317,8 @@ class TestMoreRules(unittest.TestCase):
         for grid in (5, 16):
             world = dict(grid=grid, edges="hidden", walls=3, wind=0.3, actions=6, worths=(1.0, 0.5, -1.0), switch=0.05, tint=0.3)
             settings = tiny(world=world | {"lifetime": 6}, transition={"reward_bins": (-1.0, 0.0, 0.5, 1.0)}, training={"updates": 6})
-            learner = Learner(settings, torch.device("cpu"))
-            while learner.update < learner.total:
-                learner.advance()
+            learner = Learner(build_system(settings))
+            train(learner)
             self.assertTrue(all(torch.isfinite(value) for value in learner.metrics.values()))
 
     def test_bad_rules_are_refused(self):
@@ -335,7 +331,7 @@ class TestMoreRules(unittest.TestCase):
             with self.subTest(**changes), self.assertRaisesRegex(ValueError, words):
                 WorldSettings(**changes)
         with self.assertRaisesRegex(ValueError, "reward_bins.*0.5: add it"):
-            Learner(tiny(world={"worths": (1.0, 0.5)}), torch.device("cpu"))
+            Learner(build_system(tiny(world={"worths": (1.0, 0.5)})))
         with self.assertRaisesRegex(ValueError, "403,200 rules.*at most 665"):
             merge(Settings(), {"world": {"actions": 8, "edges": "hidden", "wind": 0.4}})
 

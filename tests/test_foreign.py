@@ -14,10 +14,12 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import main
-from agent import RandomAgent, play
-from environment import GymWorlds, HiddenRulesWrapper, PreviousStep, WorldError, WorldSettings, make_worlds, permutation_rank, permutation_split
-from main import Learner, Settings, evaluate, rewards_of, with_preset
-from memory import merge
+from agent import Learner, RandomAgent, play, rewards_of
+from environment import GymWorlds, HiddenRulesWrapper, WorldError, WorldSettings, make_worlds, permutation_rank, permutation_split
+from main import Settings, build_system, evaluate, train, with_preset
+from memory import UserError, merge
+from tests.benchmarks import references, report
+from tests.benchmarks.peers import PreviousStep
 from tests.shared import TINY, Room, in_process, only_run, temporary_folder
 
 gymnasium.register("OtherRoom-v0", entry_point=Room)  # another of the same kind
@@ -199,13 +201,14 @@ class TestTraining(unittest.TestCase):
         self.assertEqual(code, 0, errors)
         again = run / f"evaluation-test-{result['lifetimes']}.json"
         self.assertEqual(again.read_bytes(), (run / "evaluation.json").read_bytes())
-        for arguments, word in ((["references", str(run)], "no exact solution"), (["evaluate", str(run), "--split", "permutations"], "permutations")):
-            code, errors = in_process(arguments, folder)
-            self.assertEqual(code, 2)
-            self.assertIn(word, errors)
-        for arguments in (["watch", str(run)], ["report", str(run)]):
-            code, errors = in_process(arguments, folder)
-            self.assertEqual(code, 0, errors)
+        code, errors = in_process(["evaluate", str(run), "--split", "permutations"], folder)
+        self.assertEqual(code, 2)
+        self.assertIn("permutations", errors)
+        code, errors = in_process(["watch", str(run)], folder)
+        self.assertEqual(code, 0, errors)
+        report.main((run,), folder / "joined")
+        with self.assertRaisesRegex(UserError, "no exact solution"):
+            references.main(references.Arguments(run=run))
 
     def test_the_preset_is_found_and_bins_belong_to_their_world(self):
         for arguments, content, bins in (
@@ -228,9 +231,8 @@ class TestTraining(unittest.TestCase):
 
     def test_training_draws_only_training_rules(self):
         settings = merge(merge(with_preset(Settings(), "gym"), TINY), {"world": {"gym_id": "Room-v0", "cell": 4}})
-        learner = Learner(settings, torch.device("cpu"))
-        while learner.update < learner.total:
-            learner.advance()
+        learner = Learner(build_system(settings))
+        train(learner)
         self.assertTrue(all(permutation_split(int(rank)) == "train" for block in learner.store.blocks for rank in block.task))
         self.assertEqual(learner.system.engine.actions, 5)
         with self.assertWarnsRegex(UserWarning, "beyond transition.reward_bins, -1 to 0.25"):

@@ -10,7 +10,8 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import environment
-from environment import MOVES, PALETTE, HiddenRulesWorld, PixelEnv, PixelVectorEnv, PreviousStep, WorldSettings, seed_from
+from environment import HiddenRulesWorld, MOVES, PALETTE, PixelEnv, PixelVectorEnv, WorldSettings, seed_from
+from tests.benchmarks.peers import PreviousStep
 from tests.shared import temporary_folder
 
 

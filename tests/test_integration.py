@@ -22,10 +22,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from agent import AgentController
-from environment import WORLDS, HiddenRulesWorld, WorldStep
-from main import EVALUATION_SEED, Learner, Settings, evaluate, load_system, log, with_preset
-from memory import RunFolder, merge, write_json
+from agent import Learner
+from environment import HiddenRulesWorld, WORLDS
+from main import EVALUATION_SEED, Settings, build_system, evaluate, load_system, log, train, with_preset
+from memory import RunFolder, WorldStep, merge, write_json
 from tests.benchmarks import ablations, belief, endurance, faults, processes, robustness, speed, switching, tinted, tuning
 from tests.shared import ROOT, TINY, command, quick_run, temporary_folder, tiny
 
@@ -182,7 +182,7 @@ class TestQuickRun(unittest.TestCase):
     def test_a_trained_agent_acts_in_a_loop_of_ones_own(self):
         settings = load_system(self.run_folder)[0].settings
         env = gymnasium.make("HiddenRules-quick-v0", settings=settings.world, split="test")
-        returns, agent = [], AgentController.load(self.run_folder)
+        returns, agent = [], load_system(self.run_folder)[0].controller()
         for seed in range(6):
             picture, info = env.reset(seed=seed)
             agent.begin(picture)
@@ -217,9 +217,8 @@ class TestBenchmarks(unittest.TestCase):
 
     def test_without_look_ahead_it_learns_values_of_actions(self):
         """Watkins' targets of one lifetime by hand: cut where another action was better, the last step from its own arrival."""
-        learner = Learner(tiny(planner={"discount": 0.9, "trace": 0.8}), torch.device("cpu"), planner=ablations.ModelFree)
-        while learner.update < 20:
-            learner.advance()
+        learner = Learner(build_system(tiny(planner={"discount": 0.9, "trace": 0.8}), planner=ablations.ModelFree))
+        train(learner, until=20)
         system, experience = learner.system, learner.store.experience.rows(slice(3))
         with torch.no_grad():
             context = system.engine.context(system.engine.sequence(experience))
@@ -299,8 +298,8 @@ class TestBenchmarks(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("psutil"), "needs tests/requirements.txt")
     def test_a_long_training_watches_itself_and_stops(self):
         class Brief(endurance.Watched):  # its time is over after as many looks, however fast the machine is
-            def advance(self):
-                super().advance()
+            def set_rates(self, phase, update):
+                super().set_rates(phase, update)
                 if len(self.rows) >= 8:
                     self.end = 0
 
@@ -315,8 +314,8 @@ class TestBenchmarks(unittest.TestCase):
     @staticmethod
     def begun(settings: Settings) -> Path:
         """The folder of a run that has seen one update."""
-        learner, run = Learner(settings, torch.device("cpu")), temporary_folder()
-        learner.advance()
+        learner, run = Learner(build_system(settings)), temporary_folder()
+        train(learner, until=learner.update + 1)
         write_json(dataclasses.asdict(settings), run / "config.json")
         write_json({"total": 1.0}, run / "timing.json")
         RunFolder(run).save(learner)
@@ -382,7 +381,7 @@ class TestReadme(unittest.TestCase):
     def test_flags_in_the_readme_exist(self):
         helped = "".join(command(*words, "--help", folder=ROOT, script=script).stdout for script, words in (
             ("main.py", []), ("main.py", ["evaluate"]), ("main.py", ["resume"]), ("main.py", ["watch"]),
-            ("main.py", ["references"]), ("main.py", ["report"]), ("tune_hyperparams.py", []),
+            ("tune_hyperparams.py", []),
         ))  # fmt: skip
         blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
         for flag in re.findall(r"(?<= )--[a-z][\w.-]*", "\n".join(re.findall(r" [\w/]+\.py.*", "\n".join(blocks)))):
@@ -397,7 +396,7 @@ class TestReadme(unittest.TestCase):
         exec(compile(worlds, "README.md", "exec"), {})
         run = temporary_folder()
         settings = merge(Settings(), {"transition": {"outcomes": 4}, "context": {"hidden": 8}})
-        learner = Learner(settings, torch.device("cpu"))
+        learner = Learner(build_system(settings))
         learner.collect(exploration=1.0)
         write_json(dataclasses.asdict(settings), run / "config.json")
         RunFolder(run).save(learner)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 import main
+from agent import Learner, Planner
 from context_engine import ContextInferenceEngine
 from environment import WORLDS, task_split
-from world_model import Planner
-from main import PRESETS, Learner, Settings, System, evaluate, with_preset
-from memory import RunFolder, merge
+from main import PRESETS, Settings, build_system, evaluate, train, with_preset
+from memory import RunFolder, UserError, merge
+from tests.benchmarks import references, report
 from tests.shared import ROOT, TINY, command, in_process, only_run, temporary_folder, tiny, tiny_folder
 
 
@@ -122,7 +123,7 @@ class TestCommandLine(unittest.TestCase):
         self.assertFalse((folder / "runs").exists())
 
     def test_more_lifetimes_than_the_exact_filter_has_room_for_are_refused_before_they_are_lived(self):
-        system = System(merge(tiny(), {"world": {"walls": 2, "edges": "hidden", "wind": 0.4}}), torch.device("cpu"))
+        system = build_system(merge(tiny(), {"world": {"walls": 2, "edges": "hidden", "wind": 0.4}}))
         with mock.patch("main.play", side_effect=AssertionError), self.assertRaisesRegex(ValueError, "at most [0-9,]+ "):
             evaluate(system, "test", 10**6)
 
@@ -172,10 +173,10 @@ class TestInitFrom(unittest.TestCase):
         self.assertEqual(len(learner.store), 16)
         frames, vision = learner.store.blocks[0].frames[:, 0], torch.zeros(8, 32)
         before = learner.system.vae.encode(frames, vision)
-        learner.advance()  # adapts at once: what is seen keeps its name
+        train(learner, until=learner.update + 1)  # adapts at once: what is seen keeps its name
         self.assertTrue(torch.equal(learner.system.vae.encode(frames, vision), before))
         self.assertIn("context/filter", learner.metrics)
-        self.assertIn("begun from", main.described(learner.settings))
+        self.assertIn("begun from", report.described(learner.settings))
         runs = sorted((folder / "runs").iterdir())
         for wrong, word in ((["--context.hidden", "9"], "other sizes"), (["--init-from", "nowhere"], "nowhere")):
             code, errors = in_process(["--config", "tiny.json", "--init-from", str(first), *wrong], folder)
@@ -187,16 +188,14 @@ class TestInitFrom(unittest.TestCase):
 class TestLearner(unittest.TestCase):
     def test_only_training_tasks_are_ever_stored(self):
         for holdout in ("combinations", "permutations"):
-            learner = Learner(tiny(world={"holdout": holdout}), torch.device("cpu"))
-            while learner.update < learner.total:
-                learner.advance()
+            learner = Learner(build_system(tiny(world={"holdout": holdout})))
+            train(learner)
             stored = torch.cat([block.task for block in learner.store.blocks])
             self.assertTrue(torch.isin(stored, task_split(learner.settings.world, "train")).all())
 
     def test_gradients_do_not_cross(self):
-        learner = Learner(tiny(), torch.device("cpu"))
-        for _ in range(20):
-            learner.advance()
+        learner = Learner(build_system(tiny()))
+        train(learner, until=20)
         modules = {"vae": learner.system.vae, "outcomes": learner.system.transition.outcome_network, "value": learner.system.value}
         before = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
         rows = learner.store.sample(8, learner.sampler)
@@ -206,18 +205,16 @@ class TestLearner(unittest.TestCase):
 
     def test_an_inferred_appearance_learns_with_the_pictures_and_is_kept_in_checkpoints(self):
         settings = tiny(world={"tint": 0.8}, context={"appearance": 4})
-        learner = Learner(settings, torch.device("cpu"))
+        learner = Learner(build_system(settings))
         weights = [p.detach().clone() for p in learner.system.appearance.parameters()]
-        while learner.update < 12:
-            learner.advance()
+        train(learner, until=12)
         self.assertTrue(all(not torch.equal(p, old) for p, old in zip(learner.system.appearance.parameters(), weights)))
         folder = temporary_folder()
         learner.store.save_blocks(folder)
-        again = Learner(settings, torch.device("cpu"))
+        again = Learner(build_system(settings))
         again.load_state_dict(copy.deepcopy(learner.state_dict()), folder)
         for one in (learner, again):
-            while one.update < one.total:
-                one.advance()
+            train(one)
         for name, module in learner.system.modules().items():
             for key, tensor in module.state_dict().items():
                 self.assertTrue(torch.equal(tensor, again.system.modules()[name].state_dict()[key]), f"{name}.{key}")
@@ -228,9 +225,8 @@ class TestLearner(unittest.TestCase):
             def context(self, belief):
                 return super().context(belief) * 0
 
-        learner = Learner(tiny(), torch.device("cpu"), engine=Forgetful)
-        while learner.update < learner.total:
-            learner.advance()
+        learner = Learner(build_system(tiny(), engine=Forgetful))
+        train(learner)
         system = learner.system
         rows = system.transition.log_prior(system.engine.context(system.engine.initial_belief(1))[:, :-1])[0]
         self.assertTrue(torch.equal(rows[0], rows[1]))  # without a context all actions are alike
@@ -243,16 +239,14 @@ class TestLearner(unittest.TestCase):
             def loss(self, value, experience, context):
                 return {"none": sum(p.sum() for p in value.parameters()) * 0}
 
-        learner = Learner(tiny(), torch.device("cpu"), planner=Still)
-        while learner.update < learner.total:
-            learner.advance()
+        learner = Learner(build_system(tiny(), planner=Still))
+        train(learner)
         self.assertIsInstance(learner.system.planner, Still)
         self.assertIn("value/none", learner.metrics)
 
     def test_codes_are_renewed_under_the_version_that_made_them(self):
-        learner = Learner(tiny(), torch.device("cpu"))
-        while learner.update < learner.total:
-            learner.advance()
+        learner = Learner(build_system(tiny()))
+        train(learner)
         self.assertGreater(min(learner.store.version), 0)
         index = learner.store.stalest()
         learner.renew(index)
@@ -269,7 +263,7 @@ class TestReport(unittest.TestCase):
         cls.runs = sorted(map(str, (cls.folder / "runs").iterdir()))
 
     def test_runs_that_differ_in_the_seed_alone_are_joined(self):
-        code, errors = in_process(["report", *self.runs, "--output", "joined"], self.folder)
+        code, errors = self.report(*self.runs, output="joined")
         self.assertEqual(code, 0, errors)
         ((name, joined),) = json.loads((self.folder / "joined/report.json").read_text()).items()
         self.assertTrue(name.startswith("default, world.grid 4, "))
@@ -284,7 +278,7 @@ class TestReport(unittest.TestCase):
 
     def test_an_existing_folder_and_an_unfinished_run_are_refused(self):
         (self.folder / "mine").mkdir(exist_ok=True)
-        self.assertEqual(in_process(["report", *self.runs, "--output", "mine"], self.folder)[0], 2)
+        self.assertEqual(self.report(*self.runs, output="mine")[0], 2)
         unfinished = self.folder / "unfinished"
         unfinished.mkdir(exist_ok=True)
         (unfinished / "config.json").write_text((Path(self.runs[0]) / "config.json").read_text())
@@ -292,22 +286,30 @@ class TestReport(unittest.TestCase):
             if content is not None:
                 (unfinished / "evaluation.json").write_text(content)
                 (unfinished / "timing.json").write_text('{"total": 1}')
-            code, errors = in_process(["report", str(unfinished), "--output", "none"], self.folder)
+            code, errors = self.report(str(unfinished), output="none")
             self.assertEqual(code, 2)
             self.assertIn("main.py resume", errors)
         self.assertFalse((self.folder / "none").exists())
 
+    def report(self, *runs, output):
+        """Exit code and message of the benchmark of that name."""
+        try:
+            report.main(tuple(self.folder / run for run in runs), self.folder / output)
+        except (UserError, ValueError) as error:
+            return 2, str(error)
+        return 0, ""
+
     def test_references_are_computed_once_and_reported(self):
-        ask = ["references", self.runs[0], "--lifetimes", "4", "--rollouts", "2"]
-        self.assertEqual(in_process(ask, self.folder), (0, ""))
+        ask = references.Arguments(run=self.folder / self.runs[0], lifetimes=4, rollouts=2)
+        references.main(ask)
         (kept,) = (self.folder / "runs/references").iterdir()
         content = json.loads(kept.read_text())
         self.assertEqual((content["lifetimes"], content["rollouts"], content["world"]["grid"]), (4, 2, 4))
         names = {"random", "thompson", "known_rule", "bayes_adaptive"}
         self.assertEqual(set(content["agents"]), names)
-        with mock.patch.object(main, "references", side_effect=AssertionError("computed again")):
-            self.assertEqual(in_process(ask, self.folder), (0, ""))
-        self.assertEqual(in_process(["report", self.runs[1], "--output", "with"], self.folder)[0], 0)
+        with mock.patch.object(references, "references", side_effect=AssertionError("computed again")):
+            references.main(ask)
+        self.assertEqual(self.report(self.runs[1], output="with")[0], 0)
         self.assertIn("(4 lifetimes, 2 rollouts an action)", (self.folder / "with/report.md").read_text())
 
 

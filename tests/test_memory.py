@@ -7,8 +7,7 @@ from unittest import mock
 
 import torch
 
-from environment import WorldStep
-from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, UserError, forget_blocks, save_atomically
+from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, WorldStep, forget_blocks, save_atomically
 from tests.shared import seeded, temporary_folder
 
 T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends

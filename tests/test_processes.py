@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import unittest
@@ -12,8 +11,9 @@ from unittest import mock
 
 import torch
 
-from main import Learner, Processes, Settings
-from memory import LifetimeStore, RunFolder
+from agent import Learner
+from main import Settings, build_system, train
+from memory import LifetimeStore, Processes, RunFolder
 from tests.shared import children_of, command, free_port, in_process, only_run, start, temporary_folder, tiny, tiny_folder, wait_for
 
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -81,10 +81,9 @@ class TestProcesses(unittest.TestCase):
             processes = Processes(0, count)
             processes.average = processes.follow = lambda _: None  # nobody else is there
             processes.joined = lambda tensor: tensor
-            learner, sample = Learner(tiny(), torch.device("cpu"), processes), LifetimeStore.sample
+            learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
             with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
-                while learner.update < learner.total:
-                    learner.advance()
+                train(learner)
             sizes[count] = [call.args[1] for call in sampled.call_args_list] + [len(block) for block in learner.store.blocks]
         self.assertEqual(sizes[1], [2 * size for size in sizes[2]])
 
@@ -93,8 +92,8 @@ class TestProcesses(unittest.TestCase):
         (folder / "differ.py").write_text(
             "import torch\nfrom main import Learner, Processes\nfrom tests.shared import tiny\n"
             "with Processes.of_torchrun() as processes:\n"
-            "    learner = Learner(tiny(), torch.device('cpu'), processes)\n"
-            "    learner.advance()\n    learner.state_dict()\n    print('equal')\n"
+            "    learner = Learner(build_system(tiny()), processes)\n"
+            "    train(learner, until=learner.update + 1)\n    learner.state_dict()\n    print('equal')\n"
             "    next(learner.system.vae.parameters()).data[0] += processes.rank\n    learner.state_dict()\n"
         )
         code, said = finished(torchrun(folder=folder, script=str(folder / "differ.py")))
@@ -103,7 +102,7 @@ class TestProcesses(unittest.TestCase):
         self.assertIn("the processes' weights differ at update 1", said)
 
     def test_the_same_command_goes_on_with_a_run_that_died_before_its_first_checkpoint(self):
-        folder, advance = tiny_folder(log_every=2, checkpoint_every=100), Learner.advance
+        folder, advance = tiny_folder(log_every=2, checkpoint_every=100), Learner.set_rates
 
         def fail(learner: Learner) -> None:
             if learner.update == 9:
@@ -111,7 +110,7 @@ class TestProcesses(unittest.TestCase):
             advance(learner)
 
         line = ["--config", "tiny.json", "--run", "mine"]
-        with mock.patch.object(Learner, "advance", fail), self.assertRaises(RuntimeError):
+        with mock.patch.object(Learner, "set_rates", fail), self.assertRaises(RuntimeError):
             in_process(line, folder)
         run = only_run(folder)
         self.assertEqual((run.name, len((run / "metrics.jsonl").read_text().splitlines())), ("mine", 4))
@@ -120,7 +119,7 @@ class TestProcesses(unittest.TestCase):
         self.assertEqual(in_process(line, folder)[0], 0)
         updates = [json.loads(line)["update"] for line in (only_run(folder) / "metrics.jsonl").read_text().splitlines()]
         self.assertEqual(updates, list(range(2, 39, 2)))
-        again = Learner(RunFolder(run).settings(Settings()), torch.device("cpu"))
+        again = Learner(build_system(RunFolder(run).settings(Settings())))
         again.load_state_dict(RunFolder(run).load()[0], run / "store")
         self.assertEqual(len(again.store), again.env_steps // 12)
         code, errors = in_process([*line, "--training.updates", "25"], folder)

@@ -5,7 +5,8 @@ import unittest
 import numpy as np
 import torch
 
-from agent import Lifetimes, by_episode, compare, improvement, interval, mean, ratio, statistics, summary
+from agent import Lifetimes
+from main import by_episode, compare, improvement, interval, mean, ratio, statistics, summary
 
 
 def lifetimes(reward: list[list[float]], truncated: list[list[bool]] | None = None) -> Lifetimes:

@@ -5,8 +5,8 @@ import unittest
 import torch
 
 from memory import empty_experience
-from tests.shared import seeded
 from transition_model import OutcomeNetwork, TransitionModel, TransitionSettings, entropy, pairs_present
+from tests.shared import seeded
 
 
 def model_of(codes=3, grid=(4, 4), **settings):

@@ -21,10 +21,11 @@ from unittest import mock
 import optuna
 
 import tune_hyperparams
-from main import Learner, PRESETS, Settings, with_preset
+from agent import Learner
+from main import PRESETS, Settings, with_preset
 from memory import UserError, merge
-from tests.shared import TINY, children_of, command, free_port, start, temporary_folder, wait_for
 from tune_hyperparams import SPACE, TuneArguments, open_study, read_space, tune, value_of
+from tests.shared import TINY, children_of, command, free_port, start, temporary_folder, wait_for
 
 SHORT = ["--config", "tiny.json", "--seeds", "1", "--updates", "4", "--lifetimes", "8"]
 POSTGRES = sorted(glob.glob("/usr/lib/postgresql/*/bin"))[-1:]

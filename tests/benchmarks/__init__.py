@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from agent import shown
+from main import shown
 
 
 def named_runs(benchmark: str, several: bool = True) -> list[Path]:

@@ -27,14 +27,12 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
-from agent import AgentController, interval, mean, shown, statistics
-from environment import WorldStep
+from agent import AgentController, Learner, Planner, System
 from film_layer import FiLMLayer
-from main import Learner, Settings, System, evaluate, load_system
-from memory import Experience, merge, write_json
+from main import Settings, build_system, evaluate, interval, load_system, mean, shown, statistics, train
+from memory import Experience, WorldStep, merge, write_json
+from transition_model import ModeTable, Value
 from tests.benchmarks import scores
-from transition_model import ModeTable
-from world_model import Planner, Value
 
 BASE = Settings()
 TRAINED: dict[str, dict] = {  # what a variant does without: the settings that take it away
@@ -153,10 +151,9 @@ def results_of(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
 def train_variant(variant: str, settings: Settings, lifetimes: int) -> tuple[dict[str, Any], float]:
     """Train, and evaluate; the whole agent also without each part at decision time."""
     settings = merge(settings, TRAINED.get(variant, {}))
-    learner = Learner(settings, torch.device("cpu"), planner=ModelFree if variant == "look-ahead" else Planner)
+    learner = Learner(build_system(settings, planner=ModelFree if variant == "look-ahead" else Planner))
     started = time.perf_counter()
-    while learner.update < learner.total:
-        learner.advance()
+    train(learner)
     seconds = time.perf_counter() - started
     return decided_without(learner.system, variant, lifetimes), seconds
 

@@ -17,11 +17,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from agent import System
 from context_engine import ExactFilter
 from environment import DIRECTIONS, HiddenRulesWorld, WorldSettings, space_of
-from main import EVALUATION_SEED, System, load_system
-from tests.benchmarks import named_runs
+from main import EVALUATION_SEED, load_system
 from transition_model import merged
+from tests.benchmarks import named_runs
 
 LIFETIMES = 2048
 STEPS = ((0, 1), (1, 4), (4, 8), (8, 16), (16, 32), (32, 64))

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import tyro
 
-from main import PRESETS, Learner, Settings, device_of, train, with_preset
+from agent import Learner
+from main import PRESETS, Settings, build_system, train, with_preset
 from memory import RunFolder, UserError, merge, write_json
 
 COLUMNS = ("update", "seconds", "processor_seconds", "resident_mb", "store_mb")
@@ -47,10 +48,10 @@ class Watched(Learner):
         self.process, self.rows, self.end = psutil.Process(os.getpid()), [], time.perf_counter() + 60 * minutes
         return self.rows
 
-    def advance(self) -> None:
-        """One update, and perhaps a look."""
-        super().advance()
-        if self.update % 20 == 0:
+    def set_rates(self, phase: str, update: int) -> None:
+        """An update begins: perhaps a look."""
+        super().set_rates(phase, update)
+        if self.update and self.update % 20 == 0:
             megabytes = (self.process.memory_info().rss / 2**20, self.store.bytes / 2**20)
             self.rows.append((self.update, time.perf_counter(), time.process_time(), *megabytes))
         if time.perf_counter() > self.end:
@@ -103,9 +104,9 @@ def main(arguments: Arguments) -> None:
     torch.set_num_threads(arguments.threads)
     settings = merge(with_preset(Settings(), arguments.preset), {"training": {"updates": 10**6}})
     arguments.output.mkdir(parents=True)
-    learner = Watched(settings, device_of(settings.device))
+    learner = Watched(build_system(settings))
     rows = learner.watch(arguments.minutes)
-    train(RunFolder(arguments.output), learner)
+    train(learner, RunFolder(arguments.output))
     table = np.array(rows)
     write_json({name: column.tolist() for name, column in zip(COLUMNS, table.T)}, arguments.output / "endurance.json")
     draw(table, arguments.output / "endurance.png")

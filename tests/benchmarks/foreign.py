@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from minigrid.core.constants import DIR_TO_VEC
 from torch import Tensor
 
-from agent import RandomAgent, interval, mean, play, shown
-from environment import GymWorlds, WorldStep
-from main import EVALUATION_SEEDS, load_system
+from agent import RandomAgent, play
+from environment import GymWorlds
+from main import EVALUATION_SEEDS, interval, load_system, mean, shown
+from memory import WorldStep
 from tests.benchmarks import named_runs
 
 LIFETIMES, BIN = 64, 32

@@ -18,21 +18,54 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import gymnasium
 import torch
 from matplotlib.figure import Figure
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from agent import compare, draw_curve, interval, normalised, play, shown
-from environment import PreviousStep, WorldSettings, WorldStep, make_worlds, previous_step
-from main import EVALUATION_SEEDS, Settings, evaluate, load_system, references_in
+from agent import play
+from environment import WorldSettings, make_worlds
+from main import EVALUATION_SEEDS, Settings, compare, draw_curve, evaluate, interval, load_system, normalised, references, shown
+from memory import WorldStep
 from tests.benchmarks import collected, named_runs, scores
 
 WORLDS = 32
 
 
 LIFETIMES = 512
+
+
+class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
+    """Shows what led to each picture, for recurrent agents that must find the rules out (RL2, Duan et al., 2016).
+
+    Observations become {"picture": as before, "previous": (A + 2,) float32}: the previous action as one-hot, its reward,
+    and 1 where an episode inside the lifetime has just ended; zeros after a reset.
+    """
+
+    def __init__(self, env: gymnasium.Env) -> None:
+        gymnasium.utils.RecordConstructorArgs.__init__(self)
+        gymnasium.Wrapper.__init__(self, env)
+        previous = gymnasium.spaces.Box(-np.inf, np.inf, (env.action_space.n + 2,), np.float32)
+        self.observation_space = gymnasium.spaces.Dict({"picture": env.observation_space, "previous": previous})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict]:
+        """As the wrapped environment's."""
+        picture, info = self.env.reset(seed=seed, options=options)
+        return {"picture": picture, "previous": np.zeros(self.observation_space["previous"].shape, np.float32)}, info
+
+    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
+        """As the wrapped environment's."""
+        picture, reward, terminated, truncated, info = self.env.step(action)
+        ended = info.get("episode_terminated", False) or info.get("episode_truncated", False)
+        previous = previous_step(np.asarray(action), np.asarray(reward), np.asarray(ended), self.env.action_space.n)
+        return {"picture": picture, "previous": previous}, reward, terminated, truncated, info
+
+
+def previous_step(action: np.ndarray, reward: np.ndarray, ended: np.ndarray, actions: int) -> np.ndarray:
+    """What `PreviousStep` shows of steps (...): (..., actions + 2) float32."""
+    return np.concatenate([np.eye(actions)[action], np.stack([reward, ended], -1)], -1).astype(np.float32)
 
 
 class Watch(BaseCallback):
@@ -103,7 +136,7 @@ class PeerAgent:
 def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> dict[str, Any]:
     """As `main.evaluate`, with the same tasks, starts and slips, on pictures of its own size."""
     world = make_worlds(enlarged(settings.world), lifetimes, "test", EVALUATION_SEEDS["test"])
-    lived = {"agent": play(world, PeerAgent(model))} | references_in(settings.world, lifetimes, "test", torch.device("cpu"))
+    lived = {"agent": play(world, PeerAgent(model))} | references(settings.world, lifetimes, "test", torch.device("cpu"))
     weights = sum(parameter.numel() for parameter in model.policy.parameters())
     return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agent import statistics
+from main import statistics
 from tests.benchmarks import collected, scores
 
 

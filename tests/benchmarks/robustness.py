@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from agent import shown, statistics
-from main import evaluate, load_system
+from main import evaluate, load_system, shown, statistics
 from tests.benchmarks import named_runs
 
 NOISES, SLIPS, LIFETIMES = (0.0, 0.1, 0.2, 0.3), (0.0, 0.15, 0.3), 512

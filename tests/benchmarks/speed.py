@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tyro.conf import Positional
 
+from agent import Learner, System
 from environment import HiddenRulesWorld, WorldSettings, make_gym
-from main import Learner, Settings, System, load_system, with_preset
+from main import Settings, build_system, load_system, train, with_preset
 from memory import UserError, merge, write_json
 from transition_model import ModeTable
 
@@ -191,7 +192,7 @@ def decision_row(system: System, batch: int, look_again: bool, device: str, life
 
 def prepared(settings: Settings, device: str, lifetimes: int = 0) -> Learner:
     """A learner with random lifetimes in its store, named by models that have not learnt."""
-    learner = Learner(settings, torch.device(device))
+    learner = Learner(build_system(settings))
     while len(learner.store) < max(lifetimes, settings.training.worlds):
         learner.collect(exploration=1.0)
     return learner
@@ -351,9 +352,8 @@ def every_row(arguments: Arguments) -> list[Row]:
 
 def trained_quick() -> System:
     """The quick preset's agent, trained now: a belief as sharp as agents have."""
-    learner = Learner(with_preset(Settings(), "quick"), torch.device("cpu"))
-    while learner.update < learner.total:
-        learner.advance()
+    learner = Learner(build_system(with_preset(Settings(), "quick")))
+    train(learner)
     return learner.system
 
 

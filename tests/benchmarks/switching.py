@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from agent import KnownRuleAgent, ThompsonAgent, interval, mean, play, shown
-from environment import ActionValues, make_worlds
-from main import EVALUATION_SEEDS, load_system
+from agent import play
+from context_engine import ActionValues, KnownRuleAgent, ThompsonAgent
+from environment import make_worlds
+from main import EVALUATION_SEEDS, interval, load_system, mean, shown
 from tests.benchmarks import named_runs
 
 LIFETIMES, WINDOW, FLOOR = 2048, 8, 1e-3

@@ -15,9 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from agent import play, statistics
-from environment import HiddenRulesWorld, WorldStep, make_worlds
-from main import EVALUATION_SEEDS, System, evaluate, load_system
+from agent import System, play
+from environment import HiddenRulesWorld, make_worlds
+from main import EVALUATION_SEEDS, evaluate, load_system, statistics
+from memory import WorldStep
 from tests.benchmarks import named_runs, scores
 
 LIFETIMES = 512

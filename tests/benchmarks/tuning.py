@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agent import interval, mean, shown, statistics
+from main import interval, mean, shown, statistics
 from tests.benchmarks import scores
 
 
