@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from environment import DIRECTIONS, MOVES, HiddenRulesWorld, Rule, WorldSettings, by_role, landing, slipping, space_of
-from memory import EpisodicMemory, Experience, WorldStep, require_all, seeded
-from transition_model import ABSENT, TransitionModel, pair_codes, pairs_present
+from environment import DIRECTIONS, MOVES, HiddenRulesWorld, Rule, WorldSettings, order_by_role, destination, with_slips, rule_space_of
+from memory import EpisodicMemory, Experience, WorldStep, require_all, make_generator
+from transition_model import ABSENT, TransitionModel, pair_codes, contact_pairs
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class ContextSettings:
     """Size H of each row of the belief, at least 1."""
     context: int = 32
     """Size D of each row of the context vector, at least 1."""
-    touched: int = 16
-    """Features of what touched what, in a token, at least 1."""
+    contact_features: int = 16
+    """Features of what contact_features what, in a token, at least 1."""
     token_scale: float = 10.0
     """Initial scale of the token's weights over PyTorch's default: tokens are sparse, and each must be felt at once."""
     context_scale: float = 3.0
     """Initial scale of belief to context over PyTorch's default."""
-    hindsight_weight: float = 2.0
-    """Weight of predicting the outcomes of other times of the lifetime, at least 0; with 0 rewards and ends too are only
+    decoding_weight: float = 2.0
+    """Weight of predicting the num_effects of other times of the lifetime, at least 0; with 0 rewards and ends too are only
     predicted at their own time."""
     appearance: int = 0
     """Features of a picture's patches in the token of its appearance; 0 for a world that always looks the same."""
     learning_rate: float = 4e-3
-    """Adam's, of the engine, the outcome prior and the consequences; it decays with the run."""
+    """Adam's, of the engine, the outcome prior and the reward_and_termination; it decays with the run."""
 
     def __post_init__(self) -> None:
         require_all(
-            "context", self, hidden=(1, 4096), context=(1, 4096), touched=(1, 4096), token_scale=(0, 1000),
-            context_scale=(0, 1000), hindsight_weight=(0, 1000), appearance=(0, 4096), learning_rate=(0, 1),
+            "context", self, hidden=(1, 4096), context=(1, 4096), contact_features=(1, 4096), token_scale=(0, 1000),
+            context_scale=(0, 1000), decoding_weight=(0, 1000), appearance=(0, 4096), learning_rate=(0, 1),
         )  # fmt: skip
 
 
@@ -63,18 +63,18 @@ class ContextInferenceEngine(nn.Module):
     Args:
         settings: see `ContextSettings`.
         actions: A.
-        outcomes: K.
+        num_effects: K.
         codes: C, categories of a patch.
     """
 
-    def __init__(self, settings: ContextSettings, actions: int, outcomes: int, codes: int) -> None:
+    def __init__(self, settings: ContextSettings, actions: int, num_effects: int, codes: int) -> None:
         super().__init__()
-        self.settings, self.actions, self.outcomes, self.codes = settings, actions, outcomes, codes
+        self.settings, self.actions, self.num_effects, self.codes = settings, actions, num_effects, codes
         hidden = settings.hidden
-        self.own_effect = nn.Linear(outcomes, hidden)
-        self.others_effect = nn.Linear(outcomes, hidden)
-        self.world_event = nn.Linear(outcomes + 1 + settings.touched, hidden)
-        self.touched = nn.Linear(2 * codes, settings.touched)
+        self.own_effect = nn.Linear(num_effects, hidden)
+        self.others_effect = nn.Linear(num_effects, hidden)
+        self.world_event = nn.Linear(num_effects + 1 + settings.contact_features, hidden)
+        self.contact_features = nn.Linear(2 * codes, settings.contact_features)
         self.gru = nn.GRU(hidden, hidden, batch_first=True)
         self.first = nn.Parameter(torch.zeros(2, hidden))  # the belief before any experience: of an action, of the world
         self.to_context = nn.Linear(hidden, settings.context)
@@ -123,17 +123,17 @@ class ContextInferenceEngine(nn.Module):
         mine = F.one_hot(experience.action, self.actions)[..., None].bool()  # (B, T, A, 1)
         effects = torch.where(mine, self.own_effect(posterior)[:, :, None], self.others_effect(posterior)[:, :, None])
         rewarded = experience.reward.nonzero(as_tuple=True)
-        present = pairs_present(experience.codes[rewarded], experience.next_codes[rewarded], self.codes)
+        present = contact_pairs(experience.codes[rewarded], experience.next_codes[rewarded], self.codes)
         world = self._world_token(posterior, experience.reward, rewarded, present)
         return torch.cat([effects, world[:, :, None]], 2)
 
     def _world_token(self, posterior: Tensor, reward: Tensor, rewarded: tuple[Tensor, ...], present: Tensor) -> Tensor:
-        """(..., H) from effects (..., K), rewards (...), and what touched what: which pairs of codes (n, C*C) occur where there is
+        """(..., H) from effects (..., K), rewards (...), and what contact_features what: which pairs of codes (n, C*C) occur where there is
         a reward, at the indices `rewarded`. It is signed by the reward, so that steps without one add nothing to the evidence
         about what is worth something."""
-        features = F.silu(self.touched(self.pairs)).expand(*present.shape, -1)
-        touched = features.masked_fill(~present[..., None], ABSENT).amax(-2)  # the highest over the pairs that occur
-        signed = reward.new_zeros(*reward.shape, touched.shape[-1]).index_put(rewarded, reward[rewarded][:, None] * touched)
+        features = F.silu(self.contact_features(self.pairs)).expand(*present.shape, -1)
+        contact_features = features.masked_fill(~present[..., None], ABSENT).amax(-2)  # the highest over the pairs that occur
+        signed = reward.new_zeros(*reward.shape, contact_features.shape[-1]).index_put(rewarded, reward[rewarded][:, None] * contact_features)
         return self.world_event(torch.cat([posterior, reward[..., None], signed], -1))
 
     # -------------------------------------------------------------------------------------------------- loss
@@ -149,7 +149,7 @@ class ContextInferenceEngine(nn.Module):
             or an end) and steps without are averaged apart, because events are 6% of the steps
 
         t' lies in the same segment as t: what another rule did is no target. Gradients reach the engine, the prior and
-        the consequences; codes and effect posteriors are data.
+        the reward_and_termination; codes and effect posteriors are data.
 
         Args:
             experience: (B, T, ...).
@@ -169,7 +169,7 @@ class ContextInferenceEngine(nn.Module):
         hindsight = transition.prior_loss(context[row, elsewhen], action, posterior)
         losses = {
             "filter": filtered.mean(),
-            "hindsight": self.settings.hindsight_weight * (hindsight * same).sum() / same.sum(),
+            "decoding": self.settings.decoding_weight * (hindsight * same).sum() / same.sum(),
         }
         event = (experience.terminated | (experience.reward != 0)).flatten()
         for occurred in (True, False):
@@ -178,8 +178,8 @@ class ContextInferenceEngine(nn.Module):
                 continue
             drawn = steps[torch.randint(len(steps), (B * T // 5,), generator=generator, device=steps.device)]
             at, valid = self._other_times(experience.segment, row[drawn], generator, drawn % T)
-            present = pairs_present(experience.codes.flatten(0, 1)[drawn], experience.next_codes.flatten(0, 1)[drawn], self.codes)
-            terms = transition.consequence_loss(
+            present = contact_pairs(experience.codes.flatten(0, 1)[drawn], experience.next_codes.flatten(0, 1)[drawn], self.codes)
+            terms = transition.reward_and_termination_loss(
                 context[row[drawn], at, -1], present, experience.reward.flatten()[drawn], experience.terminated.flatten()[drawn]
             )  # fmt: skip
             for name, term in terms.items():
@@ -194,7 +194,7 @@ class ContextInferenceEngine(nn.Module):
         T = segment.shape[1]
         if step is None:
             step = torch.arange(len(row), device=row.device) % T
-        if self.settings.hindsight_weight == 0:
+        if self.settings.decoding_weight == 0:
             return step, torch.ones(len(row), device=row.device)
         elsewhen = torch.randint(T, row.shape, generator=generator, device=row.device)
         return elsewhen, (segment[row, elsewhen] == segment[row, step]).float()
@@ -239,7 +239,7 @@ class AppearanceEngine(nn.Module):
         return self.to_context(torch.zeros(self.gru.hidden_size, device=self.to_context.weight.device))
 
 
-def of_every_rule(world: HiddenRulesWorld, by_case: Tensor) -> Tensor:
+def spread_over_rules(world: HiddenRulesWorld, by_case: Tensor) -> Tensor:
     """Cases (B, map, wind and edges, colour) spread over every rule (B, rules), a task's digits in their order."""
     return by_case[..., world.space.colours[:, 0].to(by_case.device)].transpose(1, 2).flatten(1)
 
@@ -256,9 +256,9 @@ def likelihood_by_case(world: HiddenRulesWorld, before: Tensor, action: Tensor, 
     s, space, device = world.settings, world.space, before.device
     wraps, wind, strength = (part.to(device) for part in (space.wraps, space.wind, space.strength))
     place = before[:, :, None, None].expand(-1, -1, len(wraps), len(MOVES), -1)
-    landed = landing(place, MOVES.to(device), wraps[:, None], s.grid, world.walls)  # (B, colour, edges, move, 2)
+    landed = destination(place, MOVES.to(device), wraps[:, None], s.grid, world.walls)  # (B, colour, edges, move, 2)
     reached = (landed == after[:, :, None, None]).all(-1).float()
-    probability = slipping(s, reached)[:, :, None].expand(-1, -1, len(wind), -1, -1)  # (B, colour, wind, edges, move)
+    probability = with_slips(s, reached)[:, :, None].expand(-1, -1, len(wind), -1, -1)  # (B, colour, wind, edges, move)
     if s.wind:
         gust = reached[..., wind].permute(0, 1, 3, 2)[..., None]  # (B, colour, wind, edges, 1)
         probability = torch.lerp(probability, gust, strength[:, None, None])
@@ -273,14 +273,14 @@ def reward_consistent(world: HiddenRulesWorld, after: Tensor, reward: Tensor) ->
     """Which role assignments explain `reward` (B,) at positions by colour `after` (B, colour, 2): (B, R) bool."""
     roles = world.space.colours.to(after.device)
     place = after[:, roles]  # (B, role assignment, role, 2)
-    expected = (place[:, :, :1] == place[:, :, 1:]).all(-1).float() @ world.worths
+    expected = (place[:, :, :1] == place[:, :, 1:]).all(-1).float() @ world.reward_values
     return expected == reward[:, None]
 
 
 class ExactFilter:
     """The exact posterior over all rules of a house world, for a perfect eye; privileged, for references and tests.
 
-    It reads positions from the world, never the rule. `nats` lists, for each step, -log p(what was seen | the past)
+    It reads positions from the world, never the rule. `nll` lists, for each step, -log p(what was seen | the past)
     (B,), the bar for any belief.
 
     Args:
@@ -290,44 +290,44 @@ class ExactFilter:
             when one comes: without a floor the true rule would stay impossible for ever.
     """
 
-    AT_ONCE = 1 << 22  # numbers; what fits into fast memory is several times as fast
+    CHUNK = 1 << 22  # numbers; what fits into fast memory is several times as fast
 
     def __init__(self, world: HiddenRulesWorld, switch: float | None = None, floor: float = 0.0) -> None:
         self.world, self.floor = world, floor
         self.switch = world.settings.switch if switch is None else switch
 
-    def begin(self, frames: Tensor) -> None:
+    def reset(self, frames: Tensor) -> None:
         """Believe every rule alike: `log_posterior` (B, rules)."""
         rules = len(self.world.space)
         self.log_posterior = torch.full((len(frames), rules), -math.log(rules), device=frames.device)
-        self.nats: list[Tensor] = []
-        self.seen = self.world.by_colour(self.world.position)
+        self.nll: list[Tensor] = []
+        self.seen = self.world.order_by_colour(self.world.position)
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Bayes' rule on where everything went and on the reward; note how unexpected the former was."""
-        arrived = self.world.by_colour(self.world.arrived_at, self.world.lived_rule)
+        arrived = self.world.order_by_colour(self.world.next_position, self.world.step_rule)
         least = math.log(self.floor) if self.floor else -math.inf
         by_case = likelihood_by_case(self.world, self.seen, action, arrived).clamp_min(least)
         rewarded = torch.where(reward_consistent(self.world, arrived, step.reward), 0.0, least)
-        nats, posterior = [], []
-        some = max(1, self.AT_ONCE // len(self.world.space))
+        nll, posterior = [], []
+        some = max(1, self.CHUNK // len(self.world.space))
         for kept, case, evidence in zip(self.log_posterior.split(some), by_case.split(some), rewarded.split(some)):
-            joint = kept + of_every_rule(self.world, case)
-            nats.append(-joint.logsumexp(-1))
+            joint = kept + spread_over_rules(self.world, case)
+            nll.append(-joint.logsumexp(-1))
             joint = (joint.view(len(joint), -1, evidence.shape[1]) + evidence[:, None]).flatten(1).log_softmax(-1)
             if self.switch:
                 joint = joint + math.log1p(-self.switch)
                 joint = torch.logaddexp(joint, torch.full_like(joint, math.log(self.switch / joint.shape[1])))
             posterior.append(joint)
-        self.nats.append(torch.cat(nats))
+        self.nll.append(torch.cat(nll))
         self.log_posterior = torch.cat(posterior)
-        self.seen = self.world.by_colour(self.world.position)
+        self.seen = self.world.order_by_colour(self.world.position)
 
 
 class ActionValues:
     """What moves are worth in a world whose rule is known, by value iteration.
 
-        Q(s, m) = E[r + discount * V(s')],  where the end of an episode leads to W, the mean value of a fresh start under the
+        Q(s, m) = E[r + discount * V(s')],  where the end of an episode leads to W, the mean value of a reset_value start under the
         same edges and wind, because the lifetime goes on.
 
     The episode's time limit is left out: the picture does not show it. W is that over all places of the things, or over 1024
@@ -346,8 +346,8 @@ class ActionValues:
         self, settings: WorldSettings, discount: float = 0.95, tolerance: float = 1e-4, device: torch.device | str = "cpu"
     ) -> None:  # fmt: skip
         self.settings, self.discount, self.tolerance, self.device = settings, discount, tolerance, torch.device(device)
-        self.space, self.worths = space_of(settings), torch.tensor(settings.worths, dtype=torch.float32, device=device)
-        cells, things = settings.grid**2, len(settings.worths)
+        self.space, self.reward_values = rule_space_of(settings), torch.tensor(settings.reward_values, dtype=torch.float32, device=device)
+        cells, things = settings.grid**2, len(settings.reward_values)
         weathers = len(self.space.wind) * len(self.space.wraps)
         self.places = torch.stack(torch.meshgrid(*[torch.arange(settings.grid, device=device)] * 2, indexing="ij"), -1).view(-1, 2)
         self.table: Tensor | None = None
@@ -359,12 +359,12 @@ class ActionValues:
             sample.reset()
             at = self._cell(sample.position[:, 1:])
         walls = None if few else sample.walls
-        fresh, solved = [], []
+        reset_value, solved = [], []
         for weather in range(weathers):
             rule = self.space.rule(torch.full((len(at),), weather * self.space.pairs, device=device))
             q, value = self._iterate(at, rule, walls, None)
-            fresh.append(value), solved.append(q)
-        self.fresh = torch.stack(fresh)  # (weather,)
+            reset_value.append(value), solved.append(q)
+        self.reset_value = torch.stack(reset_value)  # (weather,)
         if few and weathers * cells ** (things + 1) * len(MOVES) <= self.TABLE:
             self.table = torch.stack(solved)  # (weather, places of the things, S, move)
 
@@ -373,7 +373,7 @@ class ActionValues:
         cell = self._cell(position)
         weather, rows = task // self.space.pairs, torch.arange(len(task), device=self.device)
         if self.table is None:
-            q, _ = self._iterate(cell[:, 1:], self.space.rule(task), world.walls, self.fresh[weather])
+            q, _ = self._iterate(cell[:, 1:], self.space.rule(task), world.walls, self.reset_value[weather])
             return q[rows, cell[:, 0]]
         which = torch.zeros_like(weather)
         for thing in cell[:, 1:].unbind(1):
@@ -384,24 +384,24 @@ class ActionValues:
         """Numbers (...) of the cells at (row, column) `place` (..., 2)."""
         return place[..., 0] * self.settings.grid + place[..., 1]
 
-    def _iterate(self, at: Tensor, rule: Rule, walls: Tensor | None, fresh: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Q (n, S, move) where things lie in cells `at` (n, thing), and W; found along the way if `fresh` (n,) is not given."""
+    def _iterate(self, at: Tensor, rule: Rule, walls: Tensor | None, reset_value: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Q (n, S, move) where things lie in cells `at` (n, thing), and W; found along the way if `reset_value` (n,) is not given."""
         s, n, cells = self.settings, len(at), len(self.places)
         place, move = self.places[None, :, None], MOVES.to(self.device)[None, None]
-        to = landing(place.expand(n, -1, len(MOVES), -1), move, rule.wraps[:, None, None], s.grid, walls)
+        to = destination(place.expand(n, -1, len(MOVES), -1), move, rule.wraps[:, None, None], s.grid, walls)
         to = self._cell(to).flatten(1)  # (n, S * move)
-        worth = torch.zeros(n, cells, device=self.device).scatter_(1, at, self.worths.expand(n, -1))
+        worth = torch.zeros(n, cells, device=self.device).scatter_(1, at, self.reward_values.expand(n, -1))
         thing = torch.zeros(n, cells, dtype=torch.bool, device=self.device).scatter_(1, at, True)
         start = ~thing if walls is None else ~thing & ~walls.flatten(1)
         start &= (at.sort(1).values.diff(dim=1) != 0).all(1)[:, None]  # two things in one cell are no world
-        mean, strength, known = fresh, rule.strength[:, None], fresh is not None
+        mean, strength, known = reset_value, rule.strength[:, None], reset_value is not None
         moves = DIRECTIONS if s.actions == DIRECTIONS else len(MOVES)
         value = torch.zeros(n, cells, device=self.device)
         for _ in range(math.ceil(math.log(self.tolerance) / math.log(self.discount))):
-            mean = fresh if known else value.T[start.T].mean().expand(n)
+            mean = reset_value if known else value.T[start.T].mean().expand(n)
             landed = torch.where(thing, worth + self.discount * mean[:, None], self.discount * value)
             by_move = landed.gather(1, to).view(n, cells, len(MOVES))
-            q = slipping(s, by_move)
+            q = with_slips(s, by_move)
             if s.wind:
                 gust = by_move.gather(2, rule.wind[:, None, None].expand(-1, cells, -1))
                 q = torch.lerp(q, gust, strength[..., None])
@@ -422,8 +422,8 @@ class KnownRuleAgent:
     def __init__(self, world: HiddenRulesWorld, q: ActionValues) -> None:
         self.world, self.q = world, q
 
-    def begin(self, frames: Tensor) -> None:
-        """Nothing to forget."""
+    def reset(self, frames: Tensor) -> None:
+        """Nothing to remove_stale."""
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Nothing to learn."""
@@ -440,7 +440,7 @@ class KnownRuleAgent:
         """Q (B, A) float32 if the assumed tasks were true."""
         task = self.assumed_task()
         rule = self.world.space.rule(task)
-        position = by_role(self.world.by_colour(self.world.position), rule)
+        position = order_by_role(self.world.order_by_colour(self.world.position), rule)
         return self.q(self.world, task, position).gather(1, rule.action_map)
 
 
@@ -455,26 +455,26 @@ class ThompsonAgent(KnownRuleAgent):
     def __init__(self, world: HiddenRulesWorld, q: ActionValues, seed: int, **options: float) -> None:
         super().__init__(world, q)
         self.filter = ExactFilter(world, **options)
-        self.generator = seeded(seed, stream=3, device=world.device)
+        self.generator = make_generator(seed, stream=3, device=world.device)
 
-    def begin(self, frames: Tensor) -> None:
+    def reset(self, frames: Tensor) -> None:
         """Draw the first assumption from the prior."""
-        self.filter.begin(frames)
-        self.assumed = self._draw()
+        self.filter.reset(frames)
+        self.assumed = self._sample()
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Update the posterior, and draw again."""
         self.filter.observe(action, step)
-        self.assumed = self._draw()
+        self.assumed = self._sample()
 
     def assumed_task(self) -> Tensor:
         """The tasks (B,) int64 drawn last."""
         return self.assumed
 
-    def _draw(self) -> Tensor:
-        return self.draw_task(self.filter.log_posterior)
+    def _sample(self) -> Tensor:
+        return self.sample_task(self.filter.log_posterior)
 
-    def draw_task(self, log_posterior: Tensor) -> Tensor:
+    def sample_task(self, log_posterior: Tensor) -> Tensor:
         """One task (n,) int64 of each of the log posteriors (n, rules): wind and edges first, then the rest, because to draw
         among few is much cheaper than among all."""
         by_weather = log_posterior.unflatten(1, (-1, self.world.space.pairs))

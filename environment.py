@@ -20,7 +20,7 @@ import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from memory import WorldStep, require, require_all, seeded
+from memory import WorldStep, require, require_all, make_generator
 
 
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]])  # (move, (row, column)); the last one moves nothing
@@ -38,7 +38,7 @@ WORLDS: dict[str, dict[str, Any]] = {  # what presets change in the world
     "tinted": {"tint": 0.8},
     "large": {"grid": 8, "episode_limit": 24},
     "everything": {
-        "lifetime": 96, "walls": 4, "edges": "hidden", "wind": 0.4, "actions": 5, "worths": (1.0, 0.5, -1.0),
+        "lifetime": 96, "walls": 4, "edges": "hidden", "wind": 0.4, "actions": 5, "reward_values": (1.0, 0.5, -1.0),
     },
     "quick": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
 }
@@ -61,7 +61,7 @@ class WorldSettings:
     slip_random: float = 0.5
     """Share in [0, 1] of the slips in which a random action is taken; in the others nothing moves."""
     noise: float = 0.1
-    """Standard deviation of the Gaussian pixel noise, as a share of the range 0..255, at least 0."""
+    """Standard obs_std of the Gaussian pixel noise, as a share of the range 0..255, at least 0."""
     switch: float = 0.0
     """Probability in [0, .5] that the rule is drawn anew after a step, unannounced: the picture stays as it is."""
     switch_step: int = 0
@@ -70,7 +70,7 @@ class WorldSettings:
     tint: float = 0.0
     """How differently lifetimes look, in [0, 1): a hidden gain of each colour channel, from 1 - tint to 1, and a hidden
     brightness, up to tint * 100 of 255, drawn for every lifetime."""
-    worths: tuple[float, ...] = (1.0, -1.0)
+    reward_values: tuple[float, ...] = (1.0, -1.0)
     """What it is worth to reach each of the things, 1 to 4 of them, which ends the episode; which colour is which is hidden."""
     actions: int = 4
     """Actions, 4 to 8; those beyond the four moves do nothing, and which these are is hidden."""
@@ -102,16 +102,16 @@ class WorldSettings:
             raise ValueError(f"world.edges is {self.edges!r}: choose block, wrap or hidden.")
         if self.holdout not in ("combinations", "permutations"):
             raise ValueError(f"world.holdout is {self.holdout!r}: choose combinations or permutations.")
-        for worth in self.worths:
-            require("world.worths", worth, -1000, 1000)
-        different = len(set(self.worths)) == len(self.worths)  # equal ones would make one rule of two tasks
-        if not 1 <= len(self.worths) < len(PALETTE) or 0 in self.worths or max(self.worths) <= 0 or not different:
+        for worth in self.reward_values:
+            require("world.reward_values", worth, -1000, 1000)
+        different = len(set(self.reward_values)) == len(self.reward_values)  # equal ones would make one rule of two tasks
+        if not 1 <= len(self.reward_values) < len(PALETTE) or 0 in self.reward_values or max(self.reward_values) <= 0 or not different:
             raise ValueError(
-                f"world.worths is {self.worths}, but must be 1 to 4 different numbers that are not 0, one above 0: such as 1 -1."
+                f"world.reward_values is {self.reward_values}, but must be 1 to 4 different numbers that are not 0, one above 0: such as 1 -1."
             )
         if self.switch_step and not self.switch:
             raise ValueError(f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01.")
-        house = ("switch", "tint", "worths", "actions", "walls", "edges", "wind")
+        house = ("switch", "tint", "reward_values", "actions", "walls", "edges", "wind")
         own = [name for name in house if self.gym_id and getattr(self, name) != getattr(WorldSettings, name)]
         if own:
             raise ValueError(f"world.{own[0]} is not for a world of other people's: leave it out with {self.gym_id}.")
@@ -121,7 +121,7 @@ class WorldSettings:
     @property
     def sizes(self) -> Sizes:
         """Of pictures and actions; ValueError where there is no such world, or none to live in."""
-        return sizes_of_gym(self.gym_id, self.cell, self.shuffled) if self.gym_id else Sizes((self.pixels, self.pixels, 3), self.actions)
+        return external_sizes(self.gym_id, self.cell, self.shuffled) if self.gym_id else Sizes((self.pixels, self.pixels, 3), self.actions)
 
     @property
     def pixels(self) -> int:
@@ -132,13 +132,13 @@ class WorldSettings:
     def roles(self) -> tuple[str, ...]:
         """Names of the roles: the body, and the things by what they are worth."""
         named = {1.0: "goal", -1.0: "hazard"}
-        return ("body", *(named.get(worth, f"{worth:+g}") for worth in self.worths))
+        return ("body", *(named.get(worth, f"{worth:+g}") for worth in self.reward_values))
 
 
 class Sizes(NamedTuple):
     """What a world shows and what can be done in it."""
 
-    picture: tuple[int, int, int]
+    obs_shape: tuple[int, int, int]
     """(height, width, 3)."""
     actions: int
 
@@ -172,7 +172,7 @@ class RuleSpace:
     action_maps: Tensor
     """(M, action) int64: every way in which four of the actions make the moves and the others nothing."""
     colours: Tensor
-    """(R, role) int64: every way in which the colours play the roles."""
+    """(R, role) int64: every way in which the colours rollout the roles."""
     wraps: Tensor
     """(E,) bool."""
     wind: Tensor
@@ -200,10 +200,10 @@ class RuleSpace:
 
 
 @functools.cache
-def rule_space(worths: int, actions: int, edges: str, wind: float) -> RuleSpace:
+def rule_space(reward_values: int, actions: int, edges: str, wind: float) -> RuleSpace:
     """Of worlds with so many things and actions, see `WorldSettings`; `HiddenRulesWorld.space` is its own world's."""
     moves = sorted(set(itertools.permutations([*range(DIRECTIONS), *[NOTHING] * (actions - DIRECTIONS)])))
-    colours = list(itertools.permutations(range(1 + worths)))
+    colours = list(itertools.permutations(range(1 + reward_values)))
     wraps = {"block": [False], "wrap": [True], "hidden": [False, True]}[edges]
     fifths = [k / 5 * wind for k in range(1, 6)] if wind else [0.0]
     winds = range(DIRECTIONS if wind else 1)
@@ -213,12 +213,12 @@ def rule_space(worths: int, actions: int, edges: str, wind: float) -> RuleSpace:
     )  # fmt: skip
 
 
-def space_of(settings: WorldSettings) -> RuleSpace:
+def rule_space_of(settings: WorldSettings) -> RuleSpace:
     """Every rule that a world with these settings may have."""
-    return rule_space(len(settings.worths), settings.actions, settings.edges, settings.wind)
+    return rule_space(len(settings.reward_values), settings.actions, settings.edges, settings.wind)
 
 
-def by_role(seen: Tensor, rule: Rule) -> Tensor:
+def order_by_role(seen: Tensor, rule: Rule) -> Tensor:
     """What is seen of positions by colour (B, colour, 2), ordered by role (B, role, 2) under `rule`."""
     return seen.gather(1, rule.colours[:, :, None].expand(-1, -1, 2))
 
@@ -230,7 +230,7 @@ def task_split(settings: WorldSettings, split: str) -> Tensor:
     map and every assignment of roles occurs in training; `permutations` holds out every pair of a quarter of the maps. Where
     wind blows, each split has strengths of its own besides.
     """
-    space, fixed = space_of(settings), torch.Generator().manual_seed(7)  # for ever: what is held out is part of the benchmark
+    space, fixed = rule_space_of(settings), torch.Generator().manual_seed(7)  # for ever: what is held out is part of the benchmark
     pairs, maps, validation = space.pairs, len(space.action_maps), space.pairs * 16 // 144
     if settings.holdout == "combinations":
         order = torch.randperm(pairs, generator=fixed)
@@ -296,15 +296,15 @@ class HiddenRulesWorld:
         if batch < 1 or len(tasks) < 1:
             raise ValueError(f"a world needs at least one row and one task, not batch={batch} and {len(tasks)} tasks.")
         self.settings, self.batch, self.device = settings, batch, torch.device(device)
-        self.tasks_to_draw = tasks.to(self.device)
-        self.generator = seeded(seed, stream=0, device=self.device)
-        self.noise_generator = seeded(seed, stream=1, device=self.device)
-        self.switch_generator = seeded(seed, stream=6, device=self.device)
-        self.tint_generator = seeded(seed, stream=7, device=self.device)
-        self.wind_generator = seeded(seed, stream=9, device=self.device)
-        self.wall_generator = seeded(seed, stream=10, device=self.device)
-        self.space, self.rows = space_of(settings), torch.arange(batch, device=self.device)
-        self.worths = torch.tensor(settings.worths, dtype=torch.float32, device=self.device)
+        self.task_pool = tasks.to(self.device)
+        self.generator = make_generator(seed, stream=0, device=self.device)
+        self.noise_generator = make_generator(seed, stream=1, device=self.device)
+        self.switch_generator = make_generator(seed, stream=6, device=self.device)
+        self.tint_generator = make_generator(seed, stream=7, device=self.device)
+        self.wind_generator = make_generator(seed, stream=9, device=self.device)
+        self.wall_generator = make_generator(seed, stream=10, device=self.device)
+        self.space, self.rows = rule_space_of(settings), torch.arange(batch, device=self.device)
+        self.reward_values = torch.tensor(settings.reward_values, dtype=torch.float32, device=self.device)
         self.walls: Tensor | None = None  # (B, grid, grid) bool
         self._layouts: Tensor | None = None  # (n, grid, grid) bool
         if settings.walls:
@@ -313,7 +313,7 @@ class HiddenRulesWorld:
         self._moves = MOVES.to(self.device)
         grey = torch.tensor([[WALL], [BACKGROUND]]).expand(-1, 3)
         self._plain = torch.cat([PALETTE, grey]).to(self.device, torch.int16)  # ((colours, wall, background), channel)
-        # A cell of every colour as it is shown, alike in all worlds or not: (1 or B, colours, numbers in a cell).
+        # A cell of every colour as it is format_ci, alike in all worlds or not: (1 or B, colours, numbers in a cell).
         self._shades = self._plain.repeat(1, settings.cell**2)[None]
         grid = torch.arange(settings.grid, device=self.device)
         self._cells = torch.cartesian_prod(grid, grid)  # (cell, (row, column))
@@ -337,14 +337,14 @@ class HiddenRulesWorld:
 
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
-        drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.generator, device=self.device)
+        drawn = torch.randint(len(self.task_pool), (self.batch,), generator=self.generator, device=self.device)
         if self.settings.tint:
             self._tint()
         if self._layouts is not None:
             layout = torch.randint(len(self._layouts), (self.batch,), generator=self.wall_generator, device=self.device)
             self.walls = self._layouts[layout]
-        self.place(self.tasks_to_draw[drawn], self._starts(), torch.zeros_like(drawn), self.walls)
-        return self.draw()
+        self.set_state(self.task_pool[drawn], self._starts(), torch.zeros_like(drawn), self.walls)
+        return self.render()
 
     def _tint(self) -> None:
         """Draw how every lifetime looks: `gains` (B, channel) and `brightness` (B, 1), float."""
@@ -353,11 +353,11 @@ class HiddenRulesWorld:
         shades = (self._plain * self.gains[:, None] + self.brightness[:, None]).round().to(torch.int16)
         self._shades = shades.repeat(1, 1, self.settings.cell**2)
 
-    def place(self, task: Tensor, position: Tensor, age: Tensor, walls: Tensor | None = None) -> None:
+    def set_state(self, task: Tensor, position: Tensor, age: Tensor, walls: Tensor | None = None) -> None:
         """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64, and walls
         (B, grid, grid) bool where there are any."""
         self.task, self.rule, self.walls = task, self.space.rule(task), walls
-        self.position, self.age = position.clone(), age.clone()  # (B, role, (row, column)); steps of the present episode
+        self.position, self.episode_step = position.clone(), age.clone()  # (B, role, (row, column)); steps of the present episode
         self.segment, self.steps = torch.zeros_like(age), 0  # number of the present rule; steps of the lifetime
 
     def step(self, action: Tensor) -> WorldStep:
@@ -365,16 +365,16 @@ class HiddenRulesWorld:
         if action.shape != (self.batch,):
             raise ValueError(f"action has shape {tuple(action.shape)}, but {self.batch} worlds need ({self.batch},).")
         reward, terminated, truncated, starts = self._move(action)
-        frame, over = self.draw(), terminated | truncated
+        frame, over = self.render(), terminated | truncated
         ended = over.nonzero()[:, 0]
-        finals = frame.index_select(0, ended)
+        final_obs = frame.index_select(0, ended)
         self._restart(over, starts)
         if len(ended):
-            frame.index_copy_(0, ended, self.draw(ended))
-        return WorldStep(frame, reward, terminated, truncated, finals)
+            frame.index_copy_(0, ended, self.render(ended))
+        return WorldStep(frame, reward, terminated, truncated, final_obs)
 
     def step_unseen(self, action: Tensor) -> WorldStep:
-        """As `step`, but without pictures (None, and so no `arrival`), for planners that imagine with the world itself."""
+        """As `step`, but without pictures (None, and so no `next_obs`), for planners that imagine with the world itself."""
         reward, terminated, truncated, starts = self._move(action)
         self._restart(terminated | truncated, starts)
         return WorldStep(None, reward, terminated, truncated, None)
@@ -392,17 +392,17 @@ class HiddenRulesWorld:
         if s.wind:
             gust = torch.rand(batch, generator=self.wind_generator, device=self.device) < self.rule.strength
             move = torch.where(gust[:, None], self._moves[self.rule.wind], move)
-        self.position[:, 0] = landing(self.position[:, 0], move, self.rule.wraps, s.grid, self.walls)
+        self.position[:, 0] = destination(self.position[:, 0], move, self.rule.wraps, s.grid, self.walls)
         reached = (self.position[:, :1] == self.position[:, 1:]).all(-1)  # (B, thing)
-        self.age += 1
+        self.episode_step += 1
         terminated = reached.any(1)
         # Of the step, before any restart or switch, for the exact filter and for training; agents never see them.
-        self.arrived_at, self.lived_segment, self.lived_rule = self.position.clone(), self.segment, self.rule
-        return reached.float() @ self.worths, terminated, (self.age >= s.episode_limit) & ~terminated, starts
+        self.next_position, self.step_segment, self.step_rule = self.position.clone(), self.segment, self.rule
+        return reached.float() @ self.reward_values, terminated, (self.episode_step >= s.episode_limit) & ~terminated, starts
 
     def _restart(self, ended: Tensor, starts: Tensor) -> None:
         self.position = torch.where(ended[:, None, None], starts, self.position)
-        self.age.masked_fill_(ended, 0)
+        self.episode_step.masked_fill_(ended, 0)
         self.steps += 1
         if self.settings.switch:
             self._switch()
@@ -410,17 +410,17 @@ class HiddenRulesWorld:
     def _switch(self) -> None:
         """Draw some rules anew; every colour stays where it is, so the next picture shows nothing of it."""
         chance = torch.rand(self.batch, generator=self.switch_generator, device=self.device)
-        drawn = torch.randint(len(self.tasks_to_draw), (self.batch,), generator=self.switch_generator, device=self.device)
+        drawn = torch.randint(len(self.task_pool), (self.batch,), generator=self.switch_generator, device=self.device)
         switched = chance < self.settings.switch
         if self.settings.switch_step:
             switched = torch.full_like(switched, self.steps == self.settings.switch_step)
-        seen = self.by_colour(self.position)
-        self.task = torch.where(switched, self.tasks_to_draw[drawn], self.task)
+        seen = self.order_by_colour(self.position)
+        self.task = torch.where(switched, self.task_pool[drawn], self.task)
         self.rule = self.space.rule(self.task)
-        self.position = by_role(seen, self.rule)
+        self.position = order_by_role(seen, self.rule)
         self.segment = self.segment + switched
 
-    def draw(self, rows: Tensor | None = None) -> Tensor:
+    def render(self, rows: Tensor | None = None) -> Tensor:
         """The present pictures of all worlds, or of those in `rows` (n,) int64: (n, H, W, 3) uint8.
 
         Empty worlds are copied out of the noise in whole rows, which is as fast as memory, and so are the cells that something
@@ -460,7 +460,7 @@ class HiddenRulesWorld:
         shade += self._noisy.index_select(0, patch.flatten())
         return shade.clamp_(0, 255).to(torch.uint8)
 
-    def words(self, row: int) -> str:
+    def describe_rule(self, row: int) -> str:
         """What is hidden in one world in words, for captions."""
         rule, s = self.rule, self.settings
         said = [", ".join(f"{a}: {MOVE_NAMES[m]}" for a, m in enumerate(rule.action_map[row].tolist()))]
@@ -473,7 +473,7 @@ class HiddenRulesWorld:
             said.append(f"gains {gains}, brightness {self.brightness[row].item():.0f}")
         return "\n".join(said)
 
-    def by_colour(self, position: Tensor, rule: Rule | None = None) -> Tensor:
+    def order_by_colour(self, position: Tensor, rule: Rule | None = None) -> Tensor:
         """What a perfect eye sees of positions (B, role, 2): the same, ordered by colour (B, colour, 2), under `rule` or
         the present one."""
         colours = (rule or self.rule).colours
@@ -483,17 +483,17 @@ class HiddenRulesWorld:
         """Distinct random free cells for the body and the things: (B, role, 2) int64."""
         taken = torch.empty((self.batch, 0), dtype=torch.int64, device=self.device)
         free = self.settings.grid**2 - self.settings.walls
-        for role in range(1 + len(self.worths)):
+        for role in range(1 + len(self.reward_values)):
             cell = torch.randint(free - role, (self.batch,), generator=self.generator, device=self.device)
             for other in taken.sort(1).values.unbind(1):
-                cell = cell + (cell >= other)  # skip what is taken, so that all ways are equally likely
+                cell = cell + (cell >= other)  # skip what is taken, so that all ways are equally min_branch_prob
             taken = torch.cat([taken, cell[:, None]], 1)
         if self.walls is not None:
             taken = (~self.walls).flatten(1).nonzero()[:, 1].view(self.batch, free).gather(1, taken)
         return self._cells.index_select(0, taken.flatten()).view(*taken.shape, 2)
 
 
-def landing(place: Tensor, move: Tensor, wraps: Tensor, grid: int, walls: Tensor | None) -> Tensor:
+def destination(place: Tensor, move: Tensor, wraps: Tensor, grid: int, walls: Tensor | None) -> Tensor:
     """Where bodies at `place` (B, ..., 2) come to by `move` (B, ..., 2), both int64, and all ways round: (B, ..., 2).
 
     Args:
@@ -508,7 +508,7 @@ def landing(place: Tensor, move: Tensor, wraps: Tensor, grid: int, walls: Tensor
     return torch.where(walls[row, to[..., 0], to[..., 1]][..., None], place, to)
 
 
-def slipping(settings: WorldSettings, by_move: Tensor) -> Tensor:
+def with_slips(settings: WorldSettings, by_move: Tensor) -> Tensor:
     """What to expect of the action that makes a move, which may slip, if the move itself leads to `by_move` (..., MOVES) float."""
     still = by_move[..., NOTHING:]
     anything = (by_move[..., :DIRECTIONS].sum(-1, keepdim=True) + (settings.actions - DIRECTIONS) * still) / settings.actions
@@ -565,11 +565,11 @@ class PixelEnv(gymnasium.Env):
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
         if not self.action_space.contains(action):
             raise ValueError(f"action is {action!r}, but must be an integer from 0 to {self.settings.actions - 1}.")
-        frame, reward, terminated, truncated, finals = self.world.step(torch.tensor([int(action)]))
+        frame, reward, terminated, truncated, final_obs = self.world.step(torch.tensor([int(action)]))
         self.steps += 1
         info = self._info(bool(terminated), bool(truncated))
         if terminated or truncated:
-            info["final_frame"] = finals[0].numpy()
+            info["final_frame"] = final_obs[0].numpy()
         self._picture = frame[0].numpy()
         return self._picture, float(reward), False, self.steps >= self.settings.lifetime, info
 
@@ -601,7 +601,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         split: which permutations are drawn; a fifth of them are for validation, a fifth for the test.
         shuffled: actions that are permuted among themselves, 4 to 20; empty for all of them.
         slip: probability in [0, 1] that an action turns into a random one.
-        noise: standard deviation of the Gaussian pixel noise, as a share of the range 0..255, at least 0.
+        noise: standard obs_std of the Gaussian pixel noise, as a share of the range 0..255, at least 0.
 
     Raises:
         ValueError: a world that is none of this kind; at a step, a reward that is no number.
@@ -634,7 +634,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Begin a lifetime under a newly drawn rule; a seed fixes this and all later lifetimes."""
         if self._random is None or seed is not None:
-            # A stream of its own: seeded like the world inside, the rule could be read off where things begin.
+            # A stream of its own: make_generator like the world inside, the rule could be read off where things begin.
             self._random = np.random.default_rng(None if seed is None else np.random.SeedSequence(seed, spawn_key=(8,)))
         picture, _ = self.env.reset(seed=seed, options=options)
         while True:
@@ -661,7 +661,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         self.steps += 1
         return self._noisy(picture), float(reward), False, self.steps >= self.lifetime, info
 
-    def words(self) -> str:
+    def describe_rule(self) -> str:
         """The rule in words, for captions."""
         return "actions stand for the world's own " + " ".join(map(str, self.action_map.tolist()))
 
@@ -689,7 +689,7 @@ def permutation_split(rank: int) -> str:
     return next(split for split, share in SPLIT_SHARES.items() if fifth in share)
 
 
-def make_gym(gym_id: str, cell: int) -> gymnasium.Env:
+def make_inner_env(gym_id: str, cell: int) -> gymnasium.Env:
     """The Gymnasium world of that id as pictures; MiniGrid's whole, without the highlighted view, `cell` pixels a tile."""
     try:
         if not gym_id.startswith("MiniGrid-"):
@@ -702,25 +702,25 @@ def make_gym(gym_id: str, cell: int) -> gymnasium.Env:
 
 
 @functools.cache
-def sizes_of_gym(gym_id: str, cell: int, shuffled: tuple[int, ...] = ()) -> Sizes:
+def external_sizes(gym_id: str, cell: int, shuffled: tuple[int, ...] = ()) -> Sizes:
     """Sizes of pictures and actions of a Gymnasium world; ValueError where it cannot be lived in."""
-    env = HiddenRulesWrapper(make_gym(gym_id, cell), shuffled=shuffled)
+    env = HiddenRulesWrapper(make_inner_env(gym_id, cell), shuffled=shuffled)
     sizes = Sizes(env.observation_space.shape, int(env.action_space.n))
     env.close()
     return sizes
 
 
-def make_hidden(settings: WorldSettings, split: Split) -> HiddenRulesWrapper:
+def make_external_env(settings: WorldSettings, split: Split) -> HiddenRulesWrapper:
     """One Gymnasium world with hidden rules."""
-    inner = make_gym(settings.gym_id, settings.cell)
+    inner = make_inner_env(settings.gym_id, settings.cell)
     return HiddenRulesWrapper(inner, settings.lifetime, split, settings.shuffled, settings.slip, settings.noise)
 
 
-class WorldError(RuntimeError):
+class ExternalEnvError(RuntimeError):
     """A world of other people's failed in mid-life."""
 
 
-class GymWorlds:
+class ExternalWorlds:
     """B Gymnasium worlds with hidden rules behind the interface of `HiddenRulesWorld`, for one lifetime each.
 
     Args:
@@ -731,33 +731,33 @@ class GymWorlds:
         device: where the tensors are put; the worlds themselves live on the CPU. They end when nobody holds this object.
 
     Raises:
-        WorldError: at a reset or a step, whatever the world raised.
+        ExternalEnvError: at a reset or a step, whatever the world raised.
     """
 
     def __init__(self, settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu") -> None:
         self.settings, self.batch, self.device, self.seed = settings, batch, torch.device(device), seed
-        self.vector = gymnasium.vector.SyncVectorEnv([functools.partial(make_hidden, settings, split)] * batch)
+        self.vector = gymnasium.vector.SyncVectorEnv([functools.partial(make_external_env, settings, split)] * batch)
 
     def reset(self) -> Tensor:
         """Begin a lifetime in newly drawn tasks; returns the first pictures (B, H, W, 3) uint8."""
         seeds = np.random.SeedSequence(self.seed).generate_state(self.batch)
         frames, _ = self._guarded(self.vector.reset, seed=[int(seed >> 1) for seed in seeds])
         self.task = torch.tensor(self.vector.get_attr("task"))
-        self.lived_segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        self.step_segment = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
         return self._tensor(frames)
 
     def step(self, action: Tensor) -> WorldStep:
         """Take `action` (B,) int64 in every world; see `WorldStep`."""
         frames, reward, _, _, info = self._guarded(self.vector.step, action.cpu().numpy())
-        finals = frames[:0]
+        final_obs = frames[:0]
         if "_final_frame" in info:
-            finals = np.stack(info["final_frame"][info["_final_frame"]])
+            final_obs = np.stack(info["final_frame"][info["_final_frame"]])
         flags = (self._tensor(info[name]) for name in ("episode_terminated", "episode_truncated"))
-        return WorldStep(self._tensor(frames), self._tensor(reward).float(), *flags, self._tensor(finals))
+        return WorldStep(self._tensor(frames), self._tensor(reward).float(), *flags, self._tensor(final_obs))
 
-    def words(self, row: int) -> str:
+    def describe_rule(self, row: int) -> str:
         """What is hidden in one world in words, for captions."""
-        return self.vector.call("words")[row]
+        return self.vector.call("describe_rule")[row]
 
     def __del__(self) -> None:
         if hasattr(self, "vector"):
@@ -767,7 +767,7 @@ class GymWorlds:
         try:
             return call(*arguments, **options)
         except Exception as error:  # whatever it was: it was not ours
-            raise WorldError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
+            raise ExternalEnvError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array.copy()).to(self.device)
@@ -775,10 +775,10 @@ class GymWorlds:
 
 def make_worlds(
     settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu"
-) -> HiddenRulesWorld | GymWorlds:  # fmt: skip
+) -> HiddenRulesWorld | ExternalWorlds:  # fmt: skip
     """Worlds of the split's tasks: of the house, or of the Gymnasium world that the settings name."""
     if settings.gym_id:
-        return GymWorlds(settings, batch, split, seed, device)
+        return ExternalWorlds(settings, batch, split, seed, device)
     return HiddenRulesWorld(settings, batch, split, seed, device)
 
 
@@ -815,14 +815,14 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
         if not self.action_space.contains(np.asarray(actions)):
             raise ValueError(f"actions must be {self.num_envs} integers from 0 to {self.settings.actions - 1}, not {actions!r}.")
         step = self.world.step(torch.as_tensor(np.asarray(actions)))
-        frame, reward, terminated, truncated, finals = step
+        frame, reward, terminated, truncated, final_obs = step
         self.steps += 1
         everywhere, ended = np.ones(self.num_envs, bool), step.ended.numpy()
         info = {"episode_terminated": terminated.numpy(), "_episode_terminated": everywhere}
         info |= {"episode_truncated": truncated.numpy(), "_episode_truncated": everywhere}
         if ended.any():
             info |= {"final_frame": np.zeros(frame.shape, np.uint8), "_final_frame": ended}
-            info["final_frame"][ended] = finals.numpy()
+            info["final_frame"][ended] = final_obs.numpy()
         over = np.full(self.num_envs, self.steps >= self.settings.lifetime)
         if over[0]:
             info |= {"final_info": dict(info), "_final_info": everywhere}

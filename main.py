@@ -7,7 +7,7 @@
     torchrun --standalone --nproc-per-node 2 main.py [train or resume as above]
 
 The data flow: the world's pictures -> VAE codes -> which outcome happened -> episodic memory -> GRU belief and context
--> FiLM in VAE, outcome prior, consequences and value -> search under the present belief -> action.
+-> FiLM in VAE, outcome prior, reward_and_termination and value -> search under the present belief -> action.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from agent import (
-    AgentController, Learner, Lifetimes, Planner, PlannerSettings, RandomAgent, System, TrainingSettings, play, rewards_of,
+    AgentController, Learner, Trajectories, Planner, PlannerSettings, RandomAgent, System, TrainingSettings, rollout, infer_reward_bins,
 )  # fmt: skip
 from context_engine import (
     ActionValues, AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter, KnownRuleAgent, ThompsonAgent,
 )  # fmt: skip
-from environment import WORLDS, WorldError, WorldSettings, make_worlds, space_of
+from environment import WORLDS, ExternalEnvError, WorldSettings, make_worlds, rule_space_of
 from memory import MemorySettings, Processes, RunFolder, UserError, merge, require, write_json
 from transition_model import TransitionModel, TransitionSettings, Value
 from world_model import VAE, VAESettings
@@ -58,33 +58,33 @@ PRESETS: dict[str, dict] = {
     "default": {},
     "switching": {"training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
     "tinted": {
-        "vae": {"encoder_rate": 5e-4, "final_rate": 0.05},
+        "vae": {"encoder_lr": 5e-4, "final_lr_scale": 0.05},
         "context": {"appearance": 16},
         "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
     "large": {},
     "everything": {
-        "vae": {"codes": 7, "alike": 0.25},
-        "transition": {"outcomes": 48, "reward_bins": (-1.0, 0.0, 0.5, 1.0), "free_updates": 600, "tempered_updates": 300},
+        "vae": {"num_codes": 7, "cluster_radius": 0.25},
+        "transition": {"num_effects": 48, "reward_bins": (-1.0, 0.0, 0.5, 1.0), "warmup_updates": 600, "annealed_updates": 300},
         "training": {
-            "updates": 2500, "batch": 32, "value_batch": 8, "outcome_batch": 4, "outcome_updates": 1200, "evaluation_lifetimes": 256,
+            "updates": 2500, "batch": 32, "value_batch": 8, "effect_batch": 4, "effect_updates": 1200, "evaluation_lifetimes": 256,
         },
     },
     "gym": {  # for a world of other people's
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
-        "vae": {"codes": 12, "alike": 0.05, "encoder_rate": 2e-5},
+        "vae": {"num_codes": 12, "cluster_radius": 0.05, "encoder_lr": 2e-5},
         "training": {
-            "updates": 600, "worlds": 16, "random_lifetimes": 128, "batch": 12, "value_batch": 4, "outcome_batch": 2,
+            "updates": 600, "envs": 16, "random_lifetimes": 128, "batch": 12, "value_batch": 4, "effect_batch": 2,
             "evaluation_lifetimes": 64,
         },
     },
     "quick": {
-        "transition": {"free_updates": 150, "tempered_updates": 100},
+        "transition": {"warmup_updates": 150, "annealed_updates": 100},
         "planner": {"discount": 0.9},
         "training": {
-            "updates": 280, "worlds": 32, "random_lifetimes": 256, "perception_updates": 100, "outcome_updates": 270,
-            "batch": 40, "value_batch": 8, "value_from": 100, "plan_from": 112, "final_rate": 0.3, "evaluation_lifetimes": 512,
+            "updates": 280, "envs": 32, "random_lifetimes": 256, "perception_updates": 100, "effect_updates": 270,
+            "batch": 40, "value_batch": 8, "value_from": 100, "plan_from": 112, "final_lr_scale": 0.3, "evaluation_lifetimes": 512,
         },
     },
 }  # fmt: skip
@@ -102,7 +102,7 @@ class Settings:
     device: str = "cpu"
     """Where everything is computed: cpu, cuda, cuda:1, ..."""
     init_from: str = ""
-    """Folder of a run to begin with the weights of, perception and outcomes learnt; all sizes must be the same."""
+    """Folder of a run to begin with the weights of, perception and num_effects learnt; all sizes must be the same."""
     world: WorldSettings = field(default_factory=WorldSettings)
     memory: MemorySettings = field(default_factory=MemorySettings)
     vae: VAESettings = field(default_factory=VAESettings)
@@ -116,17 +116,17 @@ class Settings:
         require_room(self.world, self.training.evaluation_lifetimes)
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
-        picture_bytes = 2 * math.prod(self.world.sizes.picture) * self.world.lifetime * self.training.worlds  # and arrivals
+        picture_bytes = 2 * math.prod(self.world.sizes.obs_shape) * self.world.lifetime * self.training.envs  # and next_obs
         if picture_bytes > self.memory.budget_mb * 2**20:
             raise ValueError(
-                f"memory.budget_mb is {self.memory.budget_mb:g}, but {self.training.worlds} lifetimes may take "
-                f"{picture_bytes / 2**20:.0f} MB: raise memory.budget_mb or lower training.worlds."
+                f"memory.budget_mb is {self.memory.budget_mb:g}, but {self.training.envs} lifetimes may take "
+                f"{picture_bytes / 2**20:.0f} MB: raise memory.budget_mb or lower training.envs."
             )
 
 
 def require_room(world: WorldSettings, lifetimes: int, numbers: int = 1 << 28) -> None:
     """Raise ValueError where the exact filter over all rules of so many lifetimes would need several gigabytes."""
-    rules = 0 if world.gym_id else len(space_of(world))
+    rules = 0 if world.gym_id else len(rule_space_of(world))
     if rules * lifetimes > numbers:
         raise ValueError(
             f"this world has {rules:,} rules, over which the exact filter cannot follow {lifetimes:,} lifetimes at once: evaluate on "
@@ -139,7 +139,7 @@ def with_preset(settings: Settings, preset: str) -> Settings:
     return merge(settings, {"preset": preset, "world": WORLDS.get(preset, {})} | PRESETS[preset])
 
 
-def device_of(name: str) -> torch.device:
+def get_device(name: str) -> torch.device:
     """The torch device called `name`, of several GPUs the one for this process; UserError if this machine lacks it."""
     try:
         return torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name).device
@@ -155,59 +155,59 @@ def build_system(settings: Settings, engine: type = ContextInferenceEngine, plan
         engine, planner: classes of one's own in the place of ours, built from the same arguments.
     """
     s, sizes = settings, settings.world.sizes
-    unknown = set(s.world.worths) - set(s.transition.reward_bins)
+    unknown = set(s.world.reward_values) - set(s.transition.reward_bins)
     if unknown and not s.world.gym_id:
         bins = s.transition.reward_bins
         worth = f"{min(unknown):g}: add it, or leave the bins out"
-        raise ValueError(f"transition.reward_bins is {bins}, but world.worths has {worth}.")
+        raise ValueError(f"transition.reward_bins is {bins}, but world.reward_values has {worth}.")
     torch.manual_seed(s.seed)
-    device = device_of(s.device)
+    device = get_device(s.device)
     perception = dataclasses.replace(s.vae, patch=s.vae.patch or s.world.cell)
     padding = s.transition.padding or ("zeros" if s.world.edges == "block" else "circular")
     dynamics = dataclasses.replace(s.transition, padding=padding)
-    codes, outcomes, context = s.vae.codes, s.transition.outcomes, s.context.context
+    codes, num_effects, context = s.vae.num_codes, s.transition.num_effects, s.context.context
 
-    vae = VAE(perception, picture=sizes.picture, context_dim=context).to(device)
+    vae = VAE(perception, obs_shape=sizes.obs_shape, context_dim=context).to(device)
     transition = TransitionModel(dynamics, codes=codes, grid=vae.grid, context_dim=context).to(device)
-    context_engine = engine(s.context, actions=sizes.actions, outcomes=outcomes, codes=codes).to(device)
+    context_engine = engine(s.context, actions=sizes.actions, num_effects=num_effects, codes=codes).to(device)
     appearance = None
     if s.context.appearance:
         appearance = AppearanceEngine(s.context, pixels=3 * perception.patch**2).to(device)
     value = Value(codes=codes, grid=vae.grid, context_dim=context, keypoints=s.planner.keypoints, width=s.planner.width).to(device)
-    slow_value = copy.deepcopy(value).requires_grad_(False)  # acts, and makes the value's targets
+    target_value = copy.deepcopy(value).requires_grad_(False)  # acts, and makes the value's targets
     return System(
         settings=s, device=device, vae=vae, transition=transition, engine=context_engine, appearance=appearance, value=value,
-        slow_value=slow_value, planner=planner(s.planner, transition=transition, value=slow_value),
+        target_value=target_value, planner=planner(s.planner, transition=transition, value=target_value),
     )  # fmt: skip
 
 
-def lifetime(system: System, seed: int) -> tuple[Iterator[Moment], str]:
+def lifetime(system: System, seed: int) -> tuple[Iterator[LifetimeFrame], str]:
     """The moments of one lifetime of the agent in a validation task, chosen by `seed`, as it lives them; what is hidden there."""
     settings = system.settings
     world = make_worlds(settings.world, 1, "validation", EVALUATION_SEED + 100 + seed, system.device)
     agent, first = system.controller(), world.reset()
-    agent.begin(first)
+    agent.reset(first)
 
-    def live() -> Iterator[Moment]:
+    def live() -> Iterator[LifetimeFrame]:
         earned = 0.0
         for step in range(settings.world.lifetime):
             action = agent.act()
             with torch.no_grad():
-                rebuilt = system.vae.decode(agent.codes, agent.vision)[0].clamp(0, 1)
+                rebuilt = system.vae.decode(agent.codes, agent.visual_context)[0].clamp(0, 1)
                 belief = system.transition.log_prior(system.engine.context(agent.belief)[:, :-1])[0].exp()
-            seen = (x.cpu().numpy() for x in (agent.frame[0], rebuilt, belief))
+            seen = (x.cpu().numpy() for x in (agent.obs[0], rebuilt, belief))
             yield *seen, f"step {step}   action {int(action)}   return {earned:+g}"
             happened = world.step(action)
             agent.observe(action, happened)
             earned += float(happened.reward)
 
-    return live(), "hidden rule: " + world.words(0).replace("\n", "; ")
+    return live(), "hidden rule: " + world.describe_rule(0).replace("\n", "; ")
 
 
-def film(system: System, path: Path, seed: int, fps: int = 4) -> None:
+def animate_lifetime(system: System, path: Path, seed: int, fps: int = 4) -> None:
     """Draw a `lifetime` to `path` (GIF or MP4)."""
     moments, hidden = lifetime(system, seed)
-    draw_lifetime(moments, hidden, path, fps)
+    save_animation(moments, hidden, path, fps)
 
 
 def train(learner: Learner, run: RunFolder | None = None, until: int | None = None, checkpoints: bool = True) -> bool:
@@ -221,34 +221,34 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
     """
     t, store, processes = learner.training, learner.store, learner.processes
     end, stopped, started = until or learner.total, False, time.perf_counter() - learner.seconds.get("total", 0.0)
-    writes = run is not None and processes.first
+    writes = run is not None and processes.is_main
     board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1) if writes else None
     quiet = not (writes and sys.stderr.isatty())
     bar = tqdm(total=learner.total, initial=learner.update, unit="update", disable=quiet, dynamic_ncols=True)
     with ctrl_c() as asked, bar, board or nullcontext():
         while learner.update < end and not stopped:
             phase, update = learner.phase()
-            learner.set_rates(phase, update)
+            learner.set_learning_rates(phase, update)
 
             if phase == "perception":
                 if update == 0:
-                    learner.collect_random()
+                    learner.collect_random_lifetimes()
                 learner.learn_perception(store.sample(t.batch, learner.sampler))
 
-            elif phase == "outcomes":
+            elif phase == "effects":
                 if update == 0:  # perception is new: so is all that was made by it
                     learner.merge_codes()
-                    learner.renew_all()
-                learner.learn_outcomes(update)
+                    learner.reencode_all()
+                learner.learn_effects(update)
 
             else:
-                if update == 0:  # and the outcomes are
-                    learner.renew_all()
+                if update == 0:  # and the num_effects are
+                    learner.reencode_all()
                 if update % (t.collect_every if update >= t.plan_from else 4 * t.collect_every) == 0:
                     learner.collect(learner.exploration(update))
-                    learner.renew(store.stalest())
-                if update % t.outcome_every == 0:
-                    learner.learn_outcomes(t.outcome_updates + update)
+                    learner.reencode(store.oldest())
+                if update % t.effect_every == 0:
+                    learner.learn_effects(t.effect_updates + update)
                 rows = store.sample(t.batch, learner.sampler)
                 experience = store.experience.rows(rows.to(learner.device))
                 beliefs = learner.learn_context(experience)
@@ -260,11 +260,11 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
 
             learner.update += 1
             bar.update()
-            stopped = processes.anywhere(bool(asked))  # once an update, so that all stop after the same one, and save
+            stopped = processes.any_rank(bool(asked))  # once an update, so that all stop after the same one, and save
             over = learner.update == learner.total
             logs, saves = over or learner.update % t.log_every == 0, over or stopped or learner.update % t.checkpoint_every == 0
             if logs or saves:  # seldom, because to look at a number waits for the device
-                learner.settle()
+                learner.average_metrics()
                 if wrong := not_finite(learner):
                     where = f"; {run.folder} is as it was at its last checkpoint" if run else ""
                     raise UserError(
@@ -304,8 +304,8 @@ def log(run: RunFolder, board: SummaryWriter, bar: tqdm, learner: Learner) -> No
     values = write_metrics(run, learner)
     for name, value in values.items():
         board.add_scalar(f"losses/{name}" if "/" in name else f"charts/{name}", value, learner.update)
-    shown = ("return", "vae/reconstruction", "outcomes/free", "context/filter", "value/value")
-    bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values})
+    format_ci = ("return", "vae/reconstruction", "effects/marginal", "context/filter", "value/value")
+    bar.set_postfix({name: f"{values[name]:.2f}" for name in format_ci if name in values})
 
 
 def write_metrics(run: RunFolder, learner: Learner) -> dict[str, float]:
@@ -318,7 +318,7 @@ def write_metrics(run: RunFolder, learner: Learner) -> dict[str, float]:
 
 def train_and_evaluate(run: RunFolder, learner: Learner) -> None:
     """Train to the end, then, in the first process, write the final evaluation and the pictures."""
-    first = learner.processes.first
+    first = learner.processes.is_main
     if first:
         print(f"training {run.folder}", flush=True)
     if not train(learner, run):
@@ -330,8 +330,8 @@ def train_and_evaluate(run: RunFolder, learner: Learner) -> None:
     write_json(learner.seconds, run.folder / "timing.json")
     result = evaluate(learner.system, "test", learner.settings.training.evaluation_lifetimes, env_steps=learner.env_steps)
     write_json(result, run.folder / "evaluation.json")
-    draw_adaptation([result], run.folder / "adaptation.png")
-    film(learner.system, run.folder / "lifetime.gif", seed=0)
+    plot_adaptation([result], run.folder / "adaptation.png")
+    animate_lifetime(learner.system, run.folder / "lifetime.gif", seed=0)
     print(report(result) + f"\ntrained for {learner.seconds['total']:.0f} s; results and pictures are in {run.folder}")
 
 
@@ -358,21 +358,21 @@ def train_command(arguments: list[str]) -> None:
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
     if settings.preset == "gym" and not settings.world.gym_id:
         raise UserError("preset gym is for a world of other people's: name it with --world.gym-id.")
-    settings = settings if chosen.bins else with_rewards(settings, said)
+    settings = settings if chosen.bins else with_reward_bins(settings, said)
     if distributed.is_torchelastic_launched() and not parsed.run:
         raise UserError("name the run, so that all processes share it and a restart goes on with it: torchrun ... -- main.py --run NAME.")
     named = run_named(parsed.run, settings) if parsed.run else None
-    with Processes.of_torchrun() as processes:
+    with Processes.from_torchrun() as processes:
         learner = Learner(build_system(settings), processes)  # refuses what does not fit, before anything is written
         if settings.init_from:
-            learner.inherit(RunFolder(Path(settings.init_from)))
+            learner.warm_start(RunFolder(Path(settings.init_from)))
         run = named or RunFolder.new(settings)
-        with run.begun(settings) if processes.first else nullcontext():
+        with run.begun(settings) if processes.is_main else nullcontext():
             if run.checkpoint.exists():
-                go_on(run, learner)
-            elif processes.first:
-                run.forget()
-            processes.wait()
+                restore_checkpoint(run, learner)
+            elif processes.is_main:
+                run.remove_stale()
+            processes.barrier()
             train_and_evaluate(run, learner)
 
 
@@ -409,11 +409,11 @@ def from_file(settings: Settings, path: Path | None, preset: str | None, gym_id:
         raise UserError(f"{path}: {error}") from error
 
 
-def with_rewards(settings: Settings, said: dict) -> Settings:
+def with_reward_bins(settings: Settings, said: dict) -> Settings:
     """`settings` with the reward bins of their world, unless what a file said has bins for that very world."""
     if "reward_bins" in said.get("transition", {}) and said.get("world", {}).get("gym_id", "") == settings.world.gym_id:
         return settings
-    return merge(settings, {"transition": {"reward_bins": rewards_of(settings.world)}})
+    return merge(settings, {"transition": {"reward_bins": infer_reward_bins(settings.world)}})
 
 
 def resume_command(run: Positional[Path], updates: int | None = None) -> None:
@@ -426,19 +426,19 @@ def resume_command(run: Positional[Path], updates: int | None = None) -> None:
     """
     folder, changes = RunFolder(run), {} if updates is None else {"training": {"updates": updates}}
     settings = folder.settings(Settings(), **changes)
-    with Processes.of_torchrun() as processes, folder.locked() if processes.first else nullcontext():
+    with Processes.from_torchrun() as processes, folder.locked() if processes.is_main else nullcontext():
         learner = Learner(build_system(settings), processes)
-        go_on(folder, learner)
+        restore_checkpoint(folder, learner)
         train_and_evaluate(folder, learner)
 
 
-def go_on(run: RunFolder, learner: Learner) -> None:
+def restore_checkpoint(run: RunFolder, learner: Learner) -> None:
     """Restore a learner from a run's checkpoint, with the learner's own settings; UserError if they do not fit together."""
     state, logged = run.load()
     restore(lambda: learner.load_state_dict(state, run.blocks), run.folder)
     if learner.update > learner.total:
         raise UserError(f"{run.folder} is already past {learner.training.updates} updates: give a higher --updates.")
-    if learner.processes.first:
+    if learner.processes.is_main:
         if run.metrics.exists():
             # The lines after the checkpoint will be written again.
             os.truncate(run.metrics, min(logged, run.metrics.stat().st_size))
@@ -505,12 +505,12 @@ def watch_command(run: Positional[Path], seed: int = 0, fps: int = 4, output: Pa
     if output is None and display and importlib.util.find_spec("pygame") and show_lifetime(*lifetime(system, seed), fps):
         return
     path = output or run / f"lifetime-{seed}.gif"
-    film(system, path, seed, fps)
+    animate_lifetime(system, path, seed, fps)
     print(f"written to {path}")
 
 
-def interval(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
-    """95% percentile bootstrap interval of `statistic`, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
+def bootstrap_ci(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
+    """95% percentile bootstrap bootstrap_ci of `statistic`, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
 
     Runs are evaluated in the same worlds. So lifetimes are drawn once for all strata and all quantities together:
     whatever luck the runs share must not count as evidence as many times as there are runs.
@@ -520,7 +520,7 @@ def interval(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[
         strata: (k, n) each, k quantities of n lifetimes; one stratum for each run.
 
     Returns:
-        low and high; None where the statistic has no number, such as a ratio to nothing.
+        low and high; None where the statistic has no number, such as a ratio_of_means to nothing.
     """
     together = np.stack(strata, 1)  # (k, runs, n)
 
@@ -547,7 +547,7 @@ def interquartile_mean(x: np.ndarray) -> np.ndarray:
     return scipy.stats.trim_mean(x, 0.25, axis=-1)
 
 
-def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def ratio_of_means(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Of two means over the last axis."""
     return x.mean(-1) / y.mean(-1)
 
@@ -557,7 +557,7 @@ def normalised(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return (x.mean(-1) - low.mean(-1)) / (high.mean(-1) - low.mean(-1))
 
 
-def improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Probability that x is above y in the same lifetime, a tie counting half."""
     return (x > y).mean(-1) + 0.5 * (x == y).mean(-1)
 
@@ -566,31 +566,31 @@ STATISTICS: dict[str, tuple[Callable[..., np.ndarray], str, tuple[str, ...]]] = 
     "return_mean": (mean, "returns", ("agent",)),
     "return_iqm": (interquartile_mean, "returns", ("agent",)),
     "normalised": (normalised, "returns", ("agent", "random", "known_rule")),
-    "of_thompson": (ratio, "returns", ("agent", "thompson")),
-    "improvement": (improvement, "returns", ("agent", "thompson")),
-    "late_of_known_rule": (ratio, "late_returns", ("agent", "known_rule")),
+    "of_thompson": (ratio_of_means, "returns", ("agent", "thompson")),
+    "probability_of_improvement": (probability_of_improvement, "returns", ("agent", "thompson")),
+    "late_of_known_rule": (ratio_of_means, "late_returns", ("agent", "known_rule")),
 }
 """What is said of an agent beside the references: the statistic, of which quantity of a lifetime, and of whom."""
 
 
-def told(result: dict[str, Any]) -> list[str]:
+def available_metrics(result: dict[str, Any]) -> list[str]:
     """Which of STATISTICS an evaluation can tell: those whose agents lived."""
     return [name for name, (_, quantity, whose) in STATISTICS.items() if set(whose) <= set(result[quantity])]
 
 
 def statistics(*results: dict[str, Any]) -> dict[str, Any]:
-    """Every one of STATISTICS with its interval, of one evaluation or of several runs' in the same worlds together."""
+    """Every one of STATISTICS with its bootstrap_ci, of one evaluation or of several runs' in the same worlds together."""
     said = {}
-    for name in told(results[0]):
+    for name in available_metrics(results[0]):
         statistic, quantity, whose = STATISTICS[name]
         strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(statistic(*np.concatenate(strata, -1)))
-        said[name], said[f"{name}_ci95"] = value if np.isfinite(value) else None, interval(statistic, *strata)
+        said[name], said[f"{name}_ci95"] = value if np.isfinite(value) else None, bootstrap_ci(statistic, *strata)
     return said
 
 
-def compare(lived: dict[str, Lifetimes]) -> dict[str, Any]:
+def compare(lived: dict[str, Trajectories]) -> dict[str, Any]:
     """Agents that lived the same lifetimes: a `summary` of each, `returns` and `late_returns` (of the last eighth of the
     steps) of every lifetime, and the agent's `statistics` beside random, thompson and known_rule."""
     late = -max(1, lived["agent"].reward.shape[1] // 8)
@@ -601,7 +601,7 @@ def compare(lived: dict[str, Lifetimes]) -> dict[str, Any]:
     return result | statistics(result)
 
 
-def summary(lifetimes: Lifetimes) -> dict[str, Any]:
+def summary(lifetimes: Trajectories) -> dict[str, Any]:
     """Return (mean, interquartile mean, intervals) and counts a lifetime; `by_step` is each step's mean
     reward, `by_step_error` its standard error; `by_episode` see there."""
     reward = lifetimes.reward.double()
@@ -609,8 +609,8 @@ def summary(lifetimes: Lifetimes) -> dict[str, Any]:
     return {
         "return_mean": float(returns.mean()),
         "return_iqm": float(interquartile_mean(returns)),
-        "return_mean_ci95": interval(mean, returns[None]),
-        "return_iqm_ci95": interval(interquartile_mean, returns[None]),
+        "return_mean_ci95": bootstrap_ci(mean, returns[None]),
+        "return_iqm_ci95": bootstrap_ci(interquartile_mean, returns[None]),
         "by_step": reward.mean(0).tolist(),
         "by_step_error": (reward.std(0) / len(returns) ** 0.5).tolist(),
         "goals": float((reward > 0).double().sum(1).mean()),
@@ -620,7 +620,7 @@ def summary(lifetimes: Lifetimes) -> dict[str, Any]:
     }
 
 
-def by_episode(lifetimes: Lifetimes) -> dict[str, list[float]]:
+def by_episode(lifetimes: Trajectories) -> dict[str, list[float]]:
     """Adaptation from episode to episode, for those numbers of which nine lifetimes in ten saw the end.
 
     Shares of the first, second, ... episodes that ended on the goal (`success`), the hazard (`hazard`) or by the time
@@ -642,8 +642,8 @@ def by_episode(lifetimes: Lifetimes) -> dict[str, list[float]]:
     return {name: share[:known].tolist() for name, share in shares.items()}
 
 
-def shown(value: float | None, ends: Sequence[float | None], digits: int) -> str:
-    """A figure with its 95% interval; a dash where there is no number."""
+def format_ci(value: float | None, ends: Sequence[float | None], digits: int) -> str:
+    """A figure with its 95% bootstrap_ci; a dash where there is no number."""
     if None in (value, *ends):
         return "-" if value is None else f"{value:.{digits}f}"
     return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
@@ -652,27 +652,27 @@ def shown(value: float | None, ends: Sequence[float | None], digits: int) -> str
 AGENTS = {"agent": "agent", "thompson": "Thompson sampling", "known_rule": "known rule", "random": "random"}
 
 
-def present(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+def agents_present(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Those of AGENTS that lived: a world of other people's has no exact solution."""
     return {name: label for name, label in AGENTS.items() if name in results[0]}
 
 
 def report(result: dict[str, Any]) -> str:
     """An evaluation in a few lines."""
-    lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
-    for name in present([result]):
-        lines.append(f"  {name:18s} {shown(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
-    for name in told(result):
+    lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% bootstrap_ci]:"]
+    for name in agents_present([result]):
+        lines.append(f"  {name:18s} {format_ci(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
+    for name in available_metrics(result):
         if not name.startswith("return"):
-            lines.append(f"  {name:18s} {shown(result[name], result[name + '_ci95'], 3)}")
-    nats = result["belief_nats"]
-    if nats["late_excess"] is not None:
-        lines.append(f"  belief: {nats['late_excess']:+.3f} nats a step over the exact filter from step {nats['late']} on")
+            lines.append(f"  {name:18s} {format_ci(result[name], result[name + '_ci95'], 3)}")
+    nll = result["belief_nll"]
+    if nll["late_excess"] is not None:
+        lines.append(f"  belief: {nll['late_excess']:+.3f} nll a step over the exact filter from step {nll['late']} on")
     return "\n".join(lines)
 
 
-def draw_curve(axes: Any, by_step: Sequence[float], error: Sequence[float], label: str, bin_steps: int = 4) -> None:
-    """Reward by step of the lifetime, averaged over `bin_steps`, with the 95% interval that standard errors `error` give."""
+def plot_curve(axes: Any, by_step: Sequence[float], error: Sequence[float], label: str, bin_steps: int = 4) -> None:
+    """Reward by step of the lifetime, averaged over `bin_steps`, with the 95% bootstrap_ci that standard errors `error` give."""
     steps = len(by_step) // bin_steps * bin_steps
     binned = np.reshape(by_step[:steps], (-1, bin_steps)).mean(1)
     width = 1.96 * np.sqrt(np.square(error[:steps]).reshape(-1, bin_steps).sum(1)) / bin_steps
@@ -682,31 +682,31 @@ def draw_curve(axes: Any, by_step: Sequence[float], error: Sequence[float], labe
     axes.set(xlabel="step of the lifetime", ylabel="reward a step")
 
 
-def draw_adaptation(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward by step of the lifetime for every agent, averaged over the evaluations, to `path` (PNG); see `draw_curve`."""
+def plot_adaptation(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Reward by step of the lifetime for every agent, averaged over the evaluations, to `path` (PNG); see `plot_curve`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, runs = figure.subplots(), len(results)
-    for name, label in present(results).items():
+    for name, label in agents_present(results).items():
         rewards = np.mean([result[name]["by_step"] for result in results], 0)
         error = np.sqrt(np.square([result[name]["by_step_error"] for result in results]).sum(0)) / runs
         returns = np.mean([result[name]["return_mean"] for result in results])
-        draw_curve(axes, rewards, error, f"{label}: {returns:.2f}")
+        plot_curve(axes, rewards, error, f"{label}: {returns:.2f}")
     title = f"{results[0]['lifetimes']} lifetimes, {results[0]['split']} tasks" + (f", {runs} runs" if runs > 1 else "")
     axes.set_title(title)
     axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
-Moment = tuple[np.ndarray, np.ndarray, np.ndarray, str]
+LifetimeFrame = tuple[np.ndarray, np.ndarray, np.ndarray, str]
 """Of one step: the picture seen and its reconstruction (H, W, 3), the belief (action, outcome) as probabilities, a heading."""
 
 
 class LifetimeFigure:
     """A figure that shows one moment of a lifetime after the other, with a caption under all of them."""
 
-    def __init__(self, first: Moment, caption: str) -> None:
+    def __init__(self, first: LifetimeFrame, caption: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -723,7 +723,7 @@ class LifetimeFigure:
         self.heading = self.figure.suptitle(first[3])
         self.figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
 
-    def show(self, moment: Moment) -> None:
+    def show(self, moment: LifetimeFrame) -> None:
         """Put another moment in the place of the last."""
         for image, content in zip(self.images, moment):
             image.set_data(content)
@@ -731,11 +731,11 @@ class LifetimeFigure:
 
     def picture(self) -> np.ndarray:
         """What it shows now, (height, width, 3) uint8."""
-        self.canvas.draw()
+        self.canvas.render()
         return np.asarray(self.canvas.buffer_rgba())[..., :3]
 
 
-def draw_lifetime(moments: Iterable[Moment], caption: str, path: Path, fps: int) -> None:
+def save_animation(moments: Iterable[LifetimeFrame], caption: str, path: Path, fps: int) -> None:
     """A lifetime as an animation to `path`, .gif or .mp4, atomically; it is lived when the ending is known to be one of them.
 
     Raises:
@@ -757,12 +757,12 @@ def draw_lifetime(moments: Iterable[Moment], caption: str, path: Path, fps: int)
     figure = LifetimeFigure(moments[0], caption)
     writer = animation.FFMpegWriter(fps=fps) if path.suffix == ".mp4" else animation.PillowWriter(fps=fps)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    film = animation.FuncAnimation(figure.figure, figure.show, moments, init_func=lambda: None, cache_frame_data=False)
-    film.save(temporary, writer=writer, dpi=70)
+    animate_lifetime = animation.FuncAnimation(figure.figure, figure.show, moments, init_func=lambda: None, cache_frame_data=False)
+    animate_lifetime.save(temporary, writer=writer, dpi=70)
     temporary.replace(path)
 
 
-def show_lifetime(moments: Iterator[Moment], caption: str, fps: int) -> bool:
+def show_lifetime(moments: Iterator[LifetimeFrame], caption: str, fps: int) -> bool:
     """A lifetime in a window while it is lived, until its end or until the window is closed; False, and nothing is lived, if the
     display turns out to be none. Needs pygame, which Gymnasium's human mode uses too."""
     import pygame
@@ -793,7 +793,7 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Compare the agent with the references on held-out tasks, in worlds of their own.
 
-    Besides what it was asked for, the answer holds what `agent.compare` says of every agent; and `belief_nats`: how unexpected each step was to the agent and to the exact
+    Besides what it was asked for, the answer holds what `agent.compare` says of every agent; and `belief_nll`: how unexpected each step was to the agent and to the exact
     filter, mean over lifetimes, and the agent's `late_excess` from step `late` on. Where there is no exact filter, these are None.
 
     Args:
@@ -810,20 +810,20 @@ def evaluate(
     world = make_worlds(settings.world, lifetimes, split, seed, system.device)
     agent = agent or system.controller()
     exact = [] if settings.world.gym_id else [ExactFilter(world)]
-    lived = {"agent": play(world, agent, exact)} | references(settings.world, lifetimes, split, system.device)
-    nats = {"agent": torch.stack(agent.nats)} | {"exact": torch.stack(filter_.nats) for filter_ in exact}
-    nats = {name: seen.double().mean(1).tolist() for name, seen in nats.items()}
+    lived = {"agent": rollout(world, agent, exact)} | references(settings.world, lifetimes, split, system.device)
+    nll = {"agent": torch.stack(agent.nll)} | {"exact": torch.stack(filter_.nll) for filter_ in exact}
+    nll = {name: seen.double().mean(1).tolist() for name, seen in nll.items()}
     late = min(16, settings.world.lifetime // 2)
-    excess = float(np.mean(nats["agent"][late:]) - np.mean(nats["exact"][late:])) if exact else None
+    excess = float(np.mean(nll["agent"][late:]) - np.mean(nll["exact"][late:])) if exact else None
     return {
         "preset": settings.preset, "seed": settings.seed, "split": split, "lifetimes": lifetimes,
         "env_steps": env_steps, **compare(lived),
-        "belief_nats": {**nats, "late": late, "late_excess": excess},
+        "belief_nll": {**nll, "late": late, "late_excess": excess},
     }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
-def references(world: WorldSettings, lifetimes: int, split: str, device: torch.device) -> dict[str, Lifetimes]:
+def references(world: WorldSettings, lifetimes: int, split: str, device: torch.device) -> dict[str, Trajectories]:
     """The reference agents' lifetimes of an evaluation; kept, because several agents may be evaluated in one world.
 
     Random, Thompson sampling, the known rule, and where rules switch Thompson sampling that expects no switch, its likelihoods
@@ -832,9 +832,9 @@ def references(world: WorldSettings, lifetimes: int, split: str, device: torch.d
     require_room(world, lifetimes)
     seed = EVALUATION_SEEDS[split]
 
-    def live(make: Callable) -> Lifetimes:
+    def live(make: Callable) -> Trajectories:
         worlds = make_worlds(world, lifetimes, split, seed, device)
-        return play(worlds, make(worlds))
+        return rollout(worlds, make(worlds))
 
     lived = {"random": live(lambda worlds: RandomAgent(seed, world.sizes.actions))}
     if world.gym_id:
@@ -857,7 +857,7 @@ def as_program(program: str, call: Callable, *arguments: Any, **options: Any) ->
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     try:
         call(*arguments, **options)
-    except (UserError, ValueError, OSError, WorldError) as error:
+    except (UserError, ValueError, OSError, ExternalEnvError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,11 +2,11 @@
 
 Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes*
 follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
-`arrival[t]` is the picture that the action led to, and `reward[t]` came with it. When an episode ends at step t
+`next_obs[t]` is the picture that the action led to, and `reward[t]` came with it. When an episode ends at step t
 (`terminated[t]` by a goal or hazard, `truncated[t]` by its time limit), `frame[t + 1]` is the first picture of the next
-episode, and `arrival[t]` the final one of the old; otherwise both are the same.
+episode, and `next_obs[t]` the final one of the old; otherwise both are the same.
 
-Step t holds the codes seen before action t, the action, the reward that followed, and the codes of the arrival. Both codes of a step
+Step t holds the codes seen before action t, the action, the reward that followed, and the codes of the next_obs. Both codes of a step
 are made under the belief held *before* the action, so a pair differs by what happened and not by what was inferred meanwhile.
 """
 
@@ -32,7 +32,7 @@ from torch import Tensor, distributed, nn
 
 
 class UserError(Exception):
-    """Something the user can mend; shown as one sentence, exit code 2."""
+    """Something the user can mend; format_ci as one sentence, exit code 2."""
 
 
 def require(name: str, value: float, low: float, high: float) -> None:
@@ -47,11 +47,11 @@ def require_all(section: str, settings: Any, **limits: tuple[float, float]) -> N
         require(f"{section}.{name}", getattr(settings, name), low, high)
 
 
-def seeded(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+def make_generator(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for each pair of a seed (any integer from 0 on) and a stream.
 
     Seeds are hashed, because generators that merely begin at equal or neighbouring numbers can draw the same luck: an
-    agent seeded like its world would choose its first action by the hidden task.
+    agent make_generator like its world would choose its first action by the hidden task.
     """
     hashed = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)
     return torch.Generator(device).manual_seed(int(hashed[0]))
@@ -96,7 +96,7 @@ class MemorySettings:
         require("memory.budget_mb", self.budget_mb, 1, 10**7)
 
 
-def tensor_of(array: np.ndarray) -> Tensor:
+def as_tensor(array: np.ndarray) -> Tensor:
     """An array as a tensor, without a copy where that can be: some worlds hand out pictures upside down, as views that torch refuses."""
     return torch.from_numpy(np.ascontiguousarray(array))
 
@@ -104,7 +104,7 @@ def tensor_of(array: np.ndarray) -> Tensor:
 class WorldStep(NamedTuple):
     """What one step gives; B worlds, pictures (B, H, W, 3) uint8."""
 
-    frame: Tensor
+    obs: Tensor
     """The picture that the next action is chosen on: what the action led to, or a new episode's first picture."""
     reward: Tensor
     """(B,) float32: what the thing that was reached is worth, else 0."""
@@ -112,7 +112,7 @@ class WorldStep(NamedTuple):
     """(B,) bool: the episode ended on a thing."""
     truncated: Tensor
     """(B,) bool: the episode ended by its time limit."""
-    finals: Tensor
+    final_obs: Tensor
     """(n, H, W, 3) uint8: the final pictures of the n episodes that ended, in the order of their rows."""
 
     @property
@@ -121,17 +121,17 @@ class WorldStep(NamedTuple):
         return self.terminated | self.truncated
 
     @property
-    def arrival(self) -> Tensor:
+    def next_obs(self) -> Tensor:
         """The picture that the action led to; a copy where an episode ended, so ask once."""
-        return self.frame.index_put((self.ended,), self.finals) if len(self.finals) else self.frame
+        return self.obs.index_put((self.ended,), self.final_obs) if len(self.final_obs) else self.obs
 
     @classmethod
     def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
         """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
-        frame = tensor_of(picture)[None]
-        finals = tensor_of(info["final_frame"])[None] if "final_frame" in info else frame[:0]
+        frame = as_tensor(picture)[None]
+        final_obs = as_tensor(info["final_frame"])[None] if "final_frame" in info else frame[:0]
         ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
-        return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, finals)
+        return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, final_obs)
 
 
 class Experience(NamedTuple):
@@ -164,9 +164,9 @@ class Experience(NamedTuple):
         return Experience(*(part[index] for part in self))
 
 
-def empty_experience(batch: int, steps: int, patches: int, outcomes: int, device: torch.device | str) -> Experience:
+def empty_experience(batch: int, steps: int, patches: int, num_effects: int, device: torch.device | str) -> Experience:
     """Zeros in the shapes of `Experience`; posteriors as float16, to save memory."""
-    kinds = ((patches, torch.uint8), (patches, torch.uint8), (outcomes, torch.float16), (0, torch.int64)) + (
+    kinds = ((patches, torch.uint8), (patches, torch.uint8), (num_effects, torch.float16), (0, torch.int64)) + (
         (0, torch.float32), (0, torch.bool), (0, torch.bool), (0, torch.uint8),
     )  # fmt: skip
     return Experience(
@@ -182,16 +182,16 @@ class EpisodicMemory:
     Args:
         batch: B.
         capacity: steps of a lifetime.
-        patches, outcomes: S and K.
+        patches, num_effects: S and K.
         device: where the tensors live.
-        keep_pictures: keep the pictures too, for the store of past lifetimes.
+        keep_frames: keep the pictures too, for the store of past lifetimes.
     """
 
     def __init__(
-        self, batch: int, capacity: int, patches: int, outcomes: int, device: torch.device | str = "cpu", keep_pictures: bool = False
+        self, batch: int, capacity: int, patches: int, num_effects: int, device: torch.device | str = "cpu", keep_frames: bool = False
     ) -> None:  # fmt: skip
-        self.capacity, self.keep_pictures = capacity, keep_pictures
-        self._all = empty_experience(batch, capacity, patches, outcomes, device)
+        self.capacity, self.keep_frames = capacity, keep_frames
+        self._all = empty_experience(batch, capacity, patches, num_effects, device)
         self.clear()
 
     def __len__(self) -> int:
@@ -201,7 +201,7 @@ class EpisodicMemory:
         """Forget everything: a new task begins, and nothing of the old one says anything about it."""
         self.steps = 0
         self.frames: list[Tensor] = []
-        self.finals: list[Tensor] = []
+        self.final_obs: list[Tensor] = []
 
     def append(
         self, codes: Tensor, next_codes: Tensor, posterior: Tensor, action: Tensor, frame: Tensor, step: WorldStep
@@ -221,9 +221,9 @@ class EpisodicMemory:
         for kept, value in zip(self._all, now):  # the segment stays 0: the agent does not know it
             kept[:, self.steps] = value
         self.steps += 1
-        if self.keep_pictures:
+        if self.keep_frames:
             self.frames.append(frame)
-            self.finals.append(step.finals if self.steps < self.capacity else step.arrival)  # the lifetime's end ends all
+            self.final_obs.append(step.final_obs if self.steps < self.capacity else step.next_obs)  # the lifetime's end ends all
 
     def latest(self) -> Experience:
         """The last step, (B, 1, ...); views."""
@@ -235,22 +235,22 @@ class EpisodicMemory:
 
 
 @dataclass
-class Pictures:
+class FrameBlock:
     """The pictures of n finished lifetimes, each stored once; never changed after it was made.
 
-    `frames` (n, T, H, W, 3) uint8 are what actions were chosen on. The arrival of step t is `frames[:, t + 1]`, except
-    where an episode or the lifetime ended: those are in `finals` (m, H, W, 3), at `final_index` (n, T) int32 (else -1).
+    `frames` (n, T, H, W, 3) uint8 are what actions were chosen on. The next_obs of step t is `frames[:, t + 1]`, except
+    where an episode or the lifetime ended: those are in `final_obs` (m, H, W, 3), at `final_index` (n, T) int32 (else -1).
     """
 
     number: int
     frames: Tensor
-    finals: Tensor
+    final_obs: Tensor
     final_index: Tensor
     task: Tensor
     """(n,) int64, the hidden tasks: for audits of what was trained on; no model ever reads it."""
 
     @classmethod
-    def of(cls, number: int, memory: EpisodicMemory, task: Tensor) -> Pictures:
+    def of(cls, number: int, memory: EpisodicMemory, task: Tensor) -> FrameBlock:
         """Those of a finished lifetime in `memory`, on the CPU; ValueError if it is not finished."""
         if len(memory) < memory.capacity:
             raise ValueError(f"the lifetime has seen {len(memory)} of {memory.capacity} steps: only whole ones are stored.")
@@ -258,7 +258,7 @@ class Pictures:
         ended[:, -1] = True
         final_index = torch.full(ended.shape, -1, dtype=torch.int32)
         final_index.T[ended.T] = torch.arange(int(ended.sum()), dtype=torch.int32)  # step by step, as they came
-        return cls(number, torch.stack(memory.frames, 1).cpu(), torch.cat(memory.finals).cpu(), final_index, task.cpu().clone())
+        return cls(number, torch.stack(memory.frames, 1).cpu(), torch.cat(memory.final_obs).cpu(), final_index, task.cpu().clone())
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -266,13 +266,13 @@ class Pictures:
     @property
     def bytes(self) -> int:
         """Bytes of the pictures."""
-        return sum(part.nbytes for part in (self.frames, self.finals, self.final_index, self.task))
+        return sum(part.nbytes for part in (self.frames, self.final_obs, self.final_index, self.task))
 
-    def arrivals(self) -> Tensor:
+    def next_obs(self) -> Tensor:
         """The pictures that every step led to, (n, T, H, W, 3) uint8."""
         following = torch.cat([self.frames[:, 1:], self.frames[:, -1:]], 1)
         ended = self.final_index >= 0
-        following[ended] = self.finals[self.final_index[ended].long()]
+        following[ended] = self.final_obs[self.final_index[ended].long()]
         return following
 
 
@@ -284,9 +284,9 @@ def block_name(number: int) -> str:
 class LifetimeStore:
     """Past lifetimes in blocks, oldest first, within a budget of bytes.
 
-    Pictures are immutable blocks; what the models made of them (codes, effect posteriors) and the actions and rewards
+    FrameBlock are immutable blocks; what the models made of them (codes, effect posteriors) and the actions and rewards
     lie beside them in one `Experience` over all lifetimes, so that sampling is one index. Both live and die together.
-    `version` says for each block which version of the models made its codes; see `stalest`.
+    `version` says for each block which version of the models made its codes; see `oldest`.
 
     Args:
         settings: see `MemorySettings`.
@@ -299,7 +299,7 @@ class LifetimeStore:
     ) -> None:  # fmt: skip
         self.budget, self.device = int(settings.budget_mb * 2**20) // shards, torch.device(device)
         self.shard, self.shards = shard, shards
-        self.blocks: list[Pictures] = []
+        self.blocks: list[FrameBlock] = []
         self.version: list[int] = []
         self.experience: Experience | None = None
         self.next = shard  # the next block's number
@@ -325,13 +325,13 @@ class LifetimeStore:
         Raises:
             ValueError: this block alone is larger than the budget.
         """
-        block = Pictures.of(self.next, memory, task)
+        block = FrameBlock.of(self.next, memory, task)
         new = memory.experience()._replace(segment=segment.clamp(max=255).to(torch.uint8))
         size = block.bytes + sum(part.nbytes for part in new)
         if size > self.budget:
             raise ValueError(
                 f"memory.budget_mb is {self.budget / 2**20:g}, but {len(block)} lifetimes take {size / 2**20:.1f} MB: "
-                "raise memory.budget_mb or lower training.worlds."
+                "raise memory.budget_mb or lower training.envs."
             )
         drop = 0
         while self.bytes - sum(b.bytes for b in self.blocks[:drop]) - self._cached_bytes(drop) + size > self.budget:
@@ -347,7 +347,7 @@ class LifetimeStore:
         return torch.randint(len(self), (n,), generator=generator)
 
     def frames_at(self, row: Tensor, step: Tensor) -> Tensor:
-        """Pictures (n, H, W, 3) uint8 that the actions of `step` (n,) in lifetimes `row` (n,) were chosen on."""
+        """FrameBlock (n, H, W, 3) uint8 that the actions of `step` (n,) in lifetimes `row` (n,) were chosen on."""
         sizes = torch.tensor([len(block) for block in self.blocks])
         start = sizes.cumsum(0) - sizes
         owner = torch.searchsorted(start, row, right=True) - 1
@@ -362,11 +362,11 @@ class LifetimeStore:
         start = sum(map(len, self.blocks[:index]))
         return slice(start, start + len(self.blocks[index]))
 
-    def stalest(self) -> int:
+    def oldest(self) -> int:
         """Index of the block whose codes and posteriors were made by the oldest version of the models."""
         return min(range(len(self.blocks)), key=self.version.__getitem__)
 
-    def renew(self, index: int, codes: Tensor, next_codes: Tensor, posterior: Tensor, version: int) -> None:
+    def reencode(self, index: int, codes: Tensor, next_codes: Tensor, posterior: Tensor, version: int) -> None:
         """Replace what the models made of a block: codes (n, T, S) uint8 and posteriors (n, T, K) of `version`."""
         rows = self.rows_of(index)
         for kept, value in zip(self.experience, (codes, next_codes, posterior)):
@@ -394,7 +394,7 @@ class LifetimeStore:
         Raises:
             OSError, RuntimeError: a block is missing or cannot be read.
         """
-        self.blocks = [Pictures(**torch.load(folder / block_name(number), weights_only=True)) for number in state["numbers"]]
+        self.blocks = [FrameBlock(**torch.load(folder / block_name(number), weights_only=True)) for number in state["numbers"]]
         self.version, self.next = list(state["version"]), state["next"]
         self.experience = Experience(*(part.to(self.device) for part in state["experience"]))
 
@@ -405,7 +405,7 @@ class LifetimeStore:
         return sum(part[:gone].nbytes for part in self.experience)
 
 
-def forget_blocks(folder: Path, states: list[dict]) -> None:
+def remove_stale_blocks(folder: Path, states: list[dict]) -> None:
     """Delete from `folder` what no store with one of these `state_dict`s holds: blocks that have left, once the checkpoint is on
     disk, and those that a crash left unnamed, or the next one of that number would be taken for written."""
     kept = {block_name(number) for state in states for number in state["numbers"]}
@@ -503,16 +503,16 @@ class RunFolder:
         this; each writes its blocks, the first one the rest."""
         learner.store.save_blocks(self.blocks)
         state = learner.state_dict()  # waits for the blocks of all processes
-        if learner.processes.first:
+        if learner.processes.is_main:
             logged = self.metrics.stat().st_size if self.metrics.exists() else 0
             save_atomically({"format": self.FORMAT, "logged": logged, "learner": state}, self.checkpoint)
-            forget_blocks(self.blocks, [shard["store"] for shard in state["shards"]])
-        learner.processes.wait()  # or another one would already write blocks that are not named yet
+            remove_stale_blocks(self.blocks, [shard["store"] for shard in state["shards"]])
+        learner.processes.barrier()  # or another one would already write blocks that are not named yet
 
-    def forget(self) -> None:
+    def remove_stale(self) -> None:
         """Delete what a training has left that died before its first checkpoint."""
         self.metrics.unlink(missing_ok=True)
-        forget_blocks(self.blocks, [])
+        remove_stale_blocks(self.blocks, [])
 
     def load(self) -> tuple[dict, int]:
         """The learner's state and how many bytes of metrics were logged by then.
@@ -544,11 +544,11 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
-        self.rank, self.count, self.first = rank, count, rank == 0
+        self.rank, self.count, self.is_main = rank, count, rank == 0
 
     @classmethod
     @contextmanager
-    def of_torchrun(cls) -> Iterator[Processes]:
+    def from_torchrun(cls) -> Iterator[Processes]:
         """Join those that torchrun has started, if it has: by gloo, and for GPUs by nccl."""
         if not distributed.is_torchelastic_launched():
             yield cls()
@@ -568,7 +568,7 @@ class Processes:
             for x, mean in zip(tensors, (flat / self.count).split([x.numel() for x in tensors])):
                 x.copy_(mean.view_as(x))
 
-    def joined(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, one after the other along the first dimension."""
         if self.count == 1:
             return tensor
@@ -576,13 +576,13 @@ class Processes:
         distributed.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
-    def follow(self, module: nn.Module) -> None:
+    def broadcast(self, module: nn.Module) -> None:
         """Take over the first process's weights of a module."""
         if self.count > 1:
             for tensor in module.state_dict().values():
                 distributed.broadcast(tensor, src=0)
 
-    def every(self, content: Any) -> list:
+    def all_gather_object(self, content: Any) -> list:
         """What each process has, in the order of their ranks."""
         found = [content]
         if self.count > 1:
@@ -590,13 +590,13 @@ class Processes:
             distributed.all_gather_object(found, content)
         return found
 
-    def anywhere(self, happened: bool) -> bool:
+    def any_rank(self, happened: bool) -> bool:
         """Whether it has happened in any process."""
         flag = torch.tensor(int(happened))
         if self.count > 1:
             distributed.all_reduce(flag, distributed.ReduceOp.MAX)
         return bool(flag)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
-        self.anywhere(False)
+        self.any_rank(False)

@@ -1,7 +1,7 @@
-"""The transition model: what can happen (outcomes), what will happen in this task (prior), and what it is worth.
+"""The transition model: what can happen (num_effects), what will happen in this task (prior), and what it is worth.
 
 *Outcomes* p(z'|z, k), k = 1..K, know neither action nor context: they are what can happen anywhere ("the red thing
-moves left"). The *prior* pi(k|a, c) and the *consequences* (reward and end of the episode) are FiLM-modulated: they say
+moves left"). The *prior* pi(k|a, c) and the *reward_and_termination* (reward and end of the episode) are FiLM-modulated: they say
 what will happen under the rules that the context stands for. The *effect posterior* q(k|z, z') names what did happen.
 """
 
@@ -26,8 +26,8 @@ ABSENT = -1e4  # stands for minus infinity in a masked maximum, without NaN grad
 class TransitionSettings:
     """Outcomes, their prior, reward and end of the episode."""
 
-    outcomes: int = 24
-    """Number K of universal outcomes, 2 to 255."""
+    num_effects: int = 24
+    """Number K of universal num_effects, 2 to 255."""
     width: int = 24
     """Channels of the outcome network, at least 1."""
     kernel: int = 3
@@ -37,25 +37,25 @@ class TransitionSettings:
     where edges may wrap."""
     prior_width: int = 64
     """Hidden features of the prior, at least 1."""
-    pair_width: int = 16
+    contact_width: int = 16
     """Features of a pair (code before, code after), at least 1."""
     reward_bins: tuple[float, ...] = (-1.0, 0.0, 1.0)
     """The rewards that the world gives, increasing."""
     film_scale: float = 3.0
     """Initial scale of the FiLM generators over PyTorch's default: one experience must move the prediction visibly."""
-    free_updates: int = 300
+    warmup_updates: int = 300
     """Outcome updates without any consistency over the lifetime."""
-    tempered_updates: int = 200
+    annealed_updates: int = 200
     """Outcome updates after those, in which labels may move to where their lifetime says they belong."""
     split_every: int = 25
     """Outcome updates between split moves, from a third of the free updates to the last tempered one, at least 1."""
     learning_rate: float = 6e-3
-    """Adam's, of the outcomes; it decays with the run."""
+    """Adam's, of the num_effects; it decays with the run."""
 
     def __post_init__(self) -> None:
         require_all(
-            "transition", self, outcomes=(2, 255), width=(1, 4096), kernel=(1, 31), prior_width=(1, 4096), pair_width=(1, 4096),
-            film_scale=(0, 100), free_updates=(0, 10**9), tempered_updates=(0, 10**9), split_every=(1, 10**9),
+            "transition", self, num_effects=(2, 255), width=(1, 4096), kernel=(1, 31), prior_width=(1, 4096), contact_width=(1, 4096),
+            film_scale=(0, 100), warmup_updates=(0, 10**9), annealed_updates=(0, 10**9), split_every=(1, 10**9),
             learning_rate=(0, 1),
         )  # fmt: skip
         if self.kernel % 2 == 0:
@@ -65,20 +65,20 @@ class TransitionSettings:
         if len(self.reward_bins) < 2 or any(a >= b for a, b in zip(self.reward_bins, self.reward_bins[1:])):
             raise ValueError(f"transition.reward_bins is {self.reward_bins}, but needs at least two increasing numbers.")
 
-    def temper(self, update: int) -> float:
+    def likelihood_exponent(self, update: int) -> float:
         """Exponent of the likelihood in the label of outcome update number `update`: 0 free, 1 exact (see the loss)."""
-        if update < self.free_updates:
+        if update < self.warmup_updates:
             return 0.0
-        done = (update - self.free_updates) / max(1, self.tempered_updates)
+        done = (update - self.warmup_updates) / max(1, self.annealed_updates)
         return min(1.0, 0.1 + 0.9 * done)
 
     def splits_at(self, update: int) -> bool:
         """Whether outcome update number `update` begins with a split move."""
-        possible = self.free_updates // 3 <= update < self.free_updates + self.tempered_updates
+        possible = self.warmup_updates // 3 <= update < self.warmup_updates + self.annealed_updates
         return possible and update % self.split_every == 0
 
 
-def pairs_present(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
+def contact_pairs(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
     """Which pairs (code before, code after) occur at some patch: (..., n_codes**2) bool, of codes (..., S) uint8."""
     pair = codes.long() * n_codes + next_codes.long()
     absent = torch.zeros(*pair.shape[:-1], n_codes**2, dtype=torch.bool, device=codes.device)
@@ -97,13 +97,13 @@ def pair_codes(n_codes: int) -> Tensor:
     return torch.cat([eye.repeat_interleave(n_codes, 0), eye.repeat(n_codes, 1)], 1)
 
 
-def merged(mass: Tensor, first: Tensor) -> Tensor:
-    """The mass (B, n, K) of outcomes that look alike, all of it on the first of them (B, K), see `OutcomeNetwork.modes`."""
+def merge_equal(mass: Tensor, first: Tensor) -> Tensor:
+    """The mass (B, n, K) of num_effects that look alike, all of it on the first of them (B, K), see `EffectNetwork.predict`."""
     return torch.zeros_like(mass).scatter_add_(2, first[:, None].expand_as(mass), mass)
 
 
-class OutcomeNetwork(nn.Module):
-    """The universal outcomes: cell-wise categorical p(z'|z, k) from two convolutions over the grid of codes.
+class EffectNetwork(nn.Module):
+    """The universal num_effects: cell-wise categorical p(z'|z, k) from two convolutions over the grid of codes.
 
     The logits start near "everything stays as it is": a learnt multiple of the present code is added to them.
 
@@ -113,7 +113,7 @@ class OutcomeNetwork(nn.Module):
 
     def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.codes, self.grid, self.outcomes = codes, grid, settings.outcomes
+        self.codes, self.grid, self.num_effects = codes, grid, settings.num_effects
         padding = settings.padding or "zeros"
         if padding == "circular" and settings.kernel // 2 > min(grid):
             raise ValueError(
@@ -121,16 +121,16 @@ class OutcomeNetwork(nn.Module):
                 f"{2 * min(grid) + 1}."
             )
         convolution = dict(kernel_size=settings.kernel, padding=settings.kernel // 2, padding_mode=padding)
-        edges = torch.zeros(4, *grid)  # top, bottom, left, right: to be told apart where the other side is seen beyond them
+        edges = torch.zeros(4, *grid)  # top, bottom, left, right: to be available_metrics apart where the other side is seen beyond them
         edges[0, 0], edges[1, -1], edges[2, :, 0], edges[3, :, -1] = 1, 1, 1, 1
         self.register_buffer("edges", edges[: 4 if padding == "circular" else 0], persistent=False)
         self.features = nn.Sequential(
             nn.Conv2d(codes + len(self.edges), settings.width, **convolution), nn.GroupNorm(1, settings.width), nn.SiLU(),
             nn.Conv2d(settings.width, settings.width, **convolution), nn.GroupNorm(1, settings.width), nn.SiLU(),
         )  # fmt: skip
-        self.head = nn.Linear(settings.width, settings.outcomes * codes)
+        self.head = nn.Linear(settings.width, settings.num_effects * codes)
         self.stay = nn.Parameter(torch.tensor(4.0))
-        self.marginal = nn.Parameter(torch.zeros(settings.outcomes))  # logits of p0(k), the context-free prior
+        self.marginal = nn.Parameter(torch.zeros(settings.num_effects))  # logits of p0(k), the context-free prior
         bits = torch.randint(2**62, (grid[0] * grid[1],), generator=torch.Generator().manual_seed(0))
         self.register_buffer("fingerprint", bits, persistent=False)
 
@@ -144,8 +144,8 @@ class OutcomeNetwork(nn.Module):
     def _logits(self, codes: Tensor, codes_first: bool) -> Tensor:
         """Of every code at every patch under every outcome: (B, S, K, C), where the likeliest code is found sooner, or with
         `codes_first` (B, S, C, K), where normalising over the codes takes half the time."""
-        weight, bias = (x.view(self.outcomes, self.codes, *x.shape[1:]) for x in (self.head.weight, self.head.bias))
-        staying = (self.stay * torch.eye(self.codes, device=codes.device)).expand(self.outcomes, -1, -1)
+        weight, bias = (x.view(self.num_effects, self.codes, *x.shape[1:]) for x in (self.head.weight, self.head.bias))
+        staying = (self.stay * torch.eye(self.codes, device=codes.device)).expand(self.num_effects, -1, -1)
         weight = torch.cat([weight, staying], -1)  # (K, C, W + C): the present code, too, is an input, and raises its own logit
         if codes_first:
             weight, bias = weight.transpose(0, 1), bias.t()
@@ -156,11 +156,11 @@ class OutcomeNetwork(nn.Module):
     def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:
         """log p(z'|z, k) (B, K), summed over patches, of code grids (B, S) uint8."""
         logarithms = self._logits(codes, codes_first=True).log_softmax(2)
-        index = next_codes.long()[:, :, None, None].expand(-1, -1, 1, self.outcomes)
+        index = next_codes.long()[:, :, None, None].expand(-1, -1, 1, self.num_effects)
         return logarithms.gather(2, index)[:, :, 0].sum(1)
 
     @torch.no_grad()
-    def modes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """What every outcome would lead to from code grids (B, S) uint8.
 
         Returns:
@@ -181,13 +181,13 @@ class OutcomeNetwork(nn.Module):
 
         A mixture trained by gradient can end with two effects under one name and several names for another; within a
         lifetime nothing tells them apart later. The remedy is a split move (Ueda et al., "SMEM Algorithm for Mixture
-        Models", 2000): where the steps that outcome k explains cost more than `unsure` nats each, the outcome whose
+        Models", 2000): where the steps that outcome k explains cost more than `unsure` nll each, the outcome whose
         removal costs least becomes a copy of k, disturbed a little; the next updates tell the two apart.
 
         Args:
             codes, next_codes: (N, S) uint8, a sample of steps.
             generator: of the disturbance.
-            unsure: nats.
+            unsure: nll.
 
         Returns:
             whether an outcome was split.
@@ -202,7 +202,7 @@ class OutcomeNetwork(nn.Module):
         if cost[worst] < unsure or missed[spare] > 0.1:
             return False
         for parameter in (self.head.weight, self.head.bias):
-            rows = parameter.view(self.outcomes, self.codes, -1)
+            rows = parameter.view(self.num_effects, self.codes, -1)
             noise = torch.randn(rows[worst].shape, generator=generator, device=rows.device)
             rows[spare] = rows[worst] + 0.1 * rows[worst].std() * noise
         self.marginal[worst] -= math.log(2)
@@ -210,8 +210,8 @@ class OutcomeNetwork(nn.Module):
         return True
 
 
-class ModeTable:
-    """`OutcomeNetwork.modes` while the network stays as it is: each grid's are computed once and looked up from then on.
+class EffectCache:
+    """`EffectNetwork.predict` while the network stays as it is: each grid's are computed once and looked up from then on.
 
     Each grid has one slot that it may lie in, as in a direct-mapped cache; whatever lay there before is forgotten.
 
@@ -220,21 +220,21 @@ class ModeTable:
         slots: grids that are remembered at most, and no more than fit into 64 MB; on CPUs memory is taken as they come.
     """
 
-    def __init__(self, network: OutcomeNetwork, slots: int = 1 << 15) -> None:
-        self.network, device, K, S = network, network.fingerprint.device, network.outcomes, len(network.fingerprint)
+    def __init__(self, network: EffectNetwork, slots: int = 1 << 15) -> None:
+        self.network, device, K, S = network, network.fingerprint.device, network.num_effects, len(network.fingerprint)
         slots = min(slots, (64 << 20) // (K * (S + 8)))
         self.owner = torch.full((slots,), -1, device=device)  # the key of the grid that each slot is for
         self.grids = torch.empty((slots, K, S), dtype=torch.uint8, device=device)
         self.first = torch.empty((slots, K), dtype=torch.int64, device=device)
 
     def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """See `OutcomeNetwork.modes`."""
+        """See `EffectNetwork.predict`."""
         key = self.network.key(codes)
         slot = key % len(self.owner)
         new = (self.owner[slot] != key).nonzero()[:, 0]
         grids, first = self.grids.index_select(0, slot), self.first.index_select(0, slot)
         if len(new):
-            grids[new], first[new] = self.network.modes(codes[new])
+            grids[new], first[new] = self.network.predict(codes[new])
             self.owner[slot[new]] = key[new]
             new = new[self.owner[slot[new]] == key[new]]  # where two want one slot, one of them has it
             self.grids[slot[new]], self.first[slot[new]] = grids[new], first[new]
@@ -254,32 +254,32 @@ class TransitionModel(nn.Module):
     def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int], context_dim: int) -> None:
         super().__init__()
         self.settings, self.codes = settings, codes
-        self.outcome_network = OutcomeNetwork(settings, codes, grid)
-        width, pair, outputs = settings.prior_width, settings.pair_width, len(settings.reward_bins) + 1
+        self.effects = EffectNetwork(settings, codes, grid)
+        width, pair, outputs = settings.prior_width, settings.contact_width, len(settings.reward_bins) + 1
         self.action_features = nn.Parameter(torch.randn(1, 1, width))
         self.prior_film = FiLMLayer(context_dim, width, settings.film_scale)
         self.prior_out = nn.Sequential(
-            nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, settings.outcomes)
+            nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, settings.num_effects)
         )
-        self.pair_in = nn.Sequential(nn.Linear(2 * codes, pair), nn.SiLU(), nn.Linear(pair, pair))
-        self.consequence_film = FiLMLayer(context_dim, pair, settings.film_scale)
-        self.consequence_out = nn.Linear(pair, outputs)
+        self.contact_in = nn.Sequential(nn.Linear(2 * codes, pair), nn.SiLU(), nn.Linear(pair, pair))
+        self.contact_film = FiLMLayer(context_dim, pair, settings.film_scale)
+        self.contact_out = nn.Linear(pair, outputs)
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
 
     def contextual_parameters(self) -> list[nn.Parameter]:
         """The parameters that learn with the context engine: all but the outcome network's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("outcome_network.")]
+        return [p for name, p in self.named_parameters() if not name.startswith("effects.")]
 
     # ------------------------------------------------------------------------------------------- answers
 
     def effect_posterior(self, likelihood: Tensor) -> Tensor:
         """q(k|z, z') (B, K), which outcome happened, of log p(z'|z, k) (B, K): under the context-free prior, so that
         the name of what happened does not hang on what was believed."""
-        return (likelihood + self.outcome_network.marginal.log_softmax(0)).softmax(-1)
+        return (likelihood + self.effects.marginal.log_softmax(0)).softmax(-1)
 
-    def surprise(self, likelihood: Tensor, action: Tensor, context: Tensor) -> Tensor:
-        """-log sum_k pi(k|a, c) p(z'|z, k) (B,), nats: how unexpected the step was under contexts (B, A + 1, D)."""
+    def nll(self, likelihood: Tensor, action: Tensor, context: Tensor) -> Tensor:
+        """-log sum_k pi(k|a, c) p(z'|z, k) (B,), nll: how unexpected the step was under contexts (B, A + 1, D)."""
         return -(self._chosen_prior(context, action) + likelihood).logsumexp(-1)
 
     def log_prior(self, context: Tensor) -> Tensor:
@@ -287,11 +287,11 @@ class TransitionModel(nn.Module):
         features = self.prior_film(self.action_features.expand(*context.shape[:2], -1), context)
         return self.prior_out(features).log_softmax(-1)
 
-    def consequences(self, present: Tensor, context: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Reward and end of the episode from what touched what.
+    def reward_and_termination(self, present: Tensor, context: Tensor, row: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reward and end of the episode from what contact_features what.
 
         Args:
-            present: (N, C*C) bool, see `pairs_present`.
+            present: (N, C*C) bool, see `contact_pairs`.
             context: (B, D), of the world.
             row: (N,) int64, which context each is asked under, so that what they share is computed once; None for each its own.
 
@@ -301,11 +301,11 @@ class TransitionModel(nn.Module):
         occurs = present.any(0)  # a third of the pairs that there could be
         occurs[0] = True  # at least one, or there would be nothing to take the highest of
         occurring = occurs.nonzero()[:, 0]
-        features = self.pair_in(self.pairs[occurring]).expand(len(context), -1, -1)
-        features = F.silu(self.consequence_film(features, context))
+        features = self.contact_in(self.pairs[occurring]).expand(len(context), -1, -1)
+        features = F.silu(self.contact_film(features, context))
         if row is not None:
             features = features.index_select(0, row)
-        out = self.consequence_out(features.masked_fill_(~present[:, occurring, None], ABSENT).amax(-2))
+        out = self.contact_out(features.masked_fill_(~present[:, occurring, None], ABSENT).amax(-2))
         return out[..., :-1].log_softmax(-1), out[..., -1]
 
     # -------------------------------------------------------------------------------------------- losses
@@ -319,11 +319,11 @@ class TransitionModel(nn.Module):
         low, high = F.one_hot(above - 1, len(bins)), F.one_hot(above, len(bins))
         return low * (1 - share[:, None]) + high * share[:, None]
 
-    def outcome_loss(self, experience: Experience, n_actions: int, temper: float) -> dict[str, Tensor]:
-        """Learn what can happen; nats a step, mean over (B, T) steps. Three phases by `temper`:
+    def effect_loss(self, experience: Experience, n_actions: int, likelihood_exponent: float) -> dict[str, Tensor]:
+        """Learn what can happen; nll a step, mean over (B, T) steps. Three phases by `likelihood_exponent`:
 
         0 (free):      L = -log sum_k p0(k) p(z'|z, k)
-        below 1:       L = -sum_k q(k) log p(z'|z, k) + 0.1 * free,  q(k) ~ p(z'|z, k)^temper pi(k|a)
+        below 1:       L = -sum_k q(k) log p(z'|z, k) + 0.1 * free,  q(k) ~ p(z'|z, k)^likelihood_exponent pi(k|a)
         1 (exact):     L = -log sum_k pi(k|a) p(z'|z, k)  + 0.1 * free
 
         pi is the leave-one-out prior of the lifetime: within one task an action has one effect, so what the *other*
@@ -337,27 +337,27 @@ class TransitionModel(nn.Module):
         Args:
             experience: (B, T, ...) steps; counts run within equal (row, segment, action).
             n_actions: A.
-            temper: see above.
+            likelihood_exponent: see above.
         """
         B, T = experience.action.shape
-        network = self.outcome_network
+        network = self.effects
         likelihood = network.log_likelihood(experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1))
         log_marginal = network.marginal.log_softmax(0)
         free = -(likelihood + log_marginal).logsumexp(-1).mean()
-        if temper == 0:
-            return {"free": free}
+        if likelihood_exponent == 0:
+            return {"marginal": free}
         log_prior = self._lifetime_prior(likelihood.detach().view(B, T, -1), experience, n_actions).flatten(0, 1)
-        if temper < 1:
-            label = (temper * likelihood.detach() + log_prior).softmax(-1)
+        if likelihood_exponent < 1:
+            label = (likelihood_exponent * likelihood.detach() + log_prior).softmax(-1)
             consistent = -(label * likelihood).sum(-1).mean()
         else:
             consistent = -(likelihood + log_prior).logsumexp(-1).mean()
-        return {"consistent": consistent, "free": 0.1 * free}
+        return {"consistent": consistent, "marginal": 0.1 * free}
 
     @torch.no_grad()
     def _lifetime_prior(self, likelihood: Tensor, experience: Experience, n_actions: int) -> Tensor:
-        """log pi(k|a_t) (B, T, K), see `outcome_loss`; likelihood (B, T, K) in logs."""
-        marginal = self.outcome_network.marginal.softmax(0)
+        """log pi(k|a_t) (B, T, K), see `effect_loss`; likelihood (B, T, K) in logs."""
+        marginal = self.effects.marginal.softmax(0)
         group = experience.segment.long() * n_actions + experience.action  # (B, T)
         member = F.one_hot(group).float()  # (B, T, groups)
         prior = marginal.expand_as(likelihood)
@@ -370,7 +370,7 @@ class TransitionModel(nn.Module):
         return prior.log()
 
     def prior_loss(self, context: Tensor, action: Tensor, posterior: Tensor) -> Tensor:
-        """Cross-entropy (N,), nats, of effect posteriors (N, K) under the prior of actions (N,), contexts (N, A+1, D)."""
+        """Cross-entropy (N,), nll, of effect posteriors (N, K) under the prior of actions (N,), contexts (N, A+1, D)."""
         return -(posterior * self._chosen_prior(context, action)).sum(-1)
 
     def _chosen_prior(self, context: Tensor, action: Tensor) -> Tensor:
@@ -378,9 +378,9 @@ class TransitionModel(nn.Module):
         chosen = context.gather(1, action[:, None, None].expand(-1, 1, context.shape[-1]))  # (N, 1, D)
         return self.log_prior(chosen)[:, 0]
 
-    def consequence_loss(self, context: Tensor, present: Tensor, reward: Tensor, terminated: Tensor) -> dict[str, Tensor]:
-        """Cross-entropies (N,), nats, of rewards (N,) and ends (N,) bool; context (N, D), present (N, C*C) bool."""
-        log_reward, end = self.consequences(present, context)
+    def reward_and_termination_loss(self, context: Tensor, present: Tensor, reward: Tensor, terminated: Tensor) -> dict[str, Tensor]:
+        """Cross-entropies (N,), nll, of rewards (N,) and ends (N,) bool; context (N, D), present (N, C*C) bool."""
+        log_reward, end = self.reward_and_termination(present, context)
         return {
             "reward": -(self.two_hot(reward) * log_reward).sum(-1),
             "termination": F.binary_cross_entropy_with_logits(end, terminated.float(), reduction="none"),
@@ -388,12 +388,12 @@ class TransitionModel(nn.Module):
 
 
 def entropy(probability: Tensor) -> Tensor:
-    """Entropy in nats over the last dimension."""
+    """Entropy in nll over the last dimension."""
     return -(probability * probability.clamp_min(math.exp(-30)).log()).sum(-1)
 
 
 class Value(nn.Module):
-    """What a state is worth under a belief, V(z, c), and what a fresh episode is worth, W(c).
+    """What a state is worth under a belief, V(z, c), and what a reset_value episode is worth, W(c).
 
     It reads the belief as well as the state, so a move that teaches is worth something. The state enters through
     keypoints, as in the spatial softmax of Finn et al. (2016), with one change: attention goes to the *codes* that are
@@ -425,9 +425,9 @@ class Value(nn.Module):
         self.state_film = FiLMLayer(pooled, width)
         self.state_hidden = nn.Linear(width, width)
         self.state_out = nn.Linear(width, 1)
-        self.fresh_out = nn.Sequential(nn.Linear(pooled, 128), nn.SiLU(), nn.Linear(128, 1))
+        self.reset_out = nn.Sequential(nn.Linear(pooled, 128), nn.SiLU(), nn.Linear(128, 1))
         nn.init.zeros_(self.state_out.weight)
-        nn.init.zeros_(self.fresh_out[-1].weight)
+        nn.init.zeros_(self.reset_out[-1].weight)
         axes = [torch.linspace(-1, 1, n) for n in grid]
         place = torch.stack([torch.ones(grid), *torch.meshgrid(*axes, indexing="ij")], -1).view(-1, 3)
         self.register_buffer("place", place, persistent=False)  # (S, (one, y, x))
@@ -459,6 +459,6 @@ class Value(nn.Module):
         state = state + F.silu(self.state_hidden(state))
         return self.state_out(state)[:, 0]
 
-    def fresh(self, pooled: Tensor) -> Tensor:
+    def reset_value(self, pooled: Tensor) -> Tensor:
         """W (B,): the value of beginning an episode under pooled contexts (B, 128)."""
-        return self.fresh_out(pooled)[:, 0]
+        return self.reset_out(pooled)[:, 0]

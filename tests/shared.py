@@ -29,11 +29,11 @@ from memory import merge
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "world": {"grid": 4, "lifetime": 12, "episode_limit": 5},
-    "transition": {"outcomes": 8, "free_updates": 4, "tempered_updates": 2, "split_every": 2},
+    "transition": {"num_effects": 8, "warmup_updates": 4, "annealed_updates": 2, "split_every": 2},
     "context": {"hidden": 8},
     "training": {
-        "updates": 24, "worlds": 8, "random_lifetimes": 16, "perception_updates": 6, "outcome_updates": 8, "batch": 8,
-        "value_batch": 4, "outcome_batch": 4, "picture_batch": 16, "value_from": 2, "plan_from": 4, "collect_every": 4,
+        "updates": 24, "envs": 8, "random_lifetimes": 16, "perception_updates": 6, "effect_updates": 8, "batch": 8,
+        "value_batch": 4, "effect_batch": 4, "frame_batch": 16, "value_from": 2, "plan_from": 4, "collect_every": 4,
         "evaluation_lifetimes": 16, "log_every": 3, "checkpoint_every": 3,
     },
 }  # fmt: skip
@@ -55,15 +55,15 @@ class Room(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.place, self.age = self.np_random.integers(0, 3, 2) * [1, 0], 0
-        return self._draw(), {}
+        self.place, self.episode_step = self.np_random.integers(0, 3, 2) * [1, 0], 0
+        return self._sample(), {}
 
     def step(self, action):
-        self.place, self.age = np.clip(self.place + self.MOVES[action], 0, 2), self.age + 1
+        self.place, self.episode_step = np.clip(self.place + self.MOVES[action], 0, 2), self.episode_step + 1
         there = bool((self.place == 2).all())
-        return self._draw(), self.reward if there else 0.0, there, self.age >= 10, {}
+        return self._sample(), self.reward if there else 0.0, there, self.episode_step >= 10, {}
 
-    def _draw(self):
+    def _sample(self):
         picture = np.zeros((3, 4, 3, 4, 3), np.uint8)
         picture[2, :, 2, :, 1], picture[self.place[0], :, self.place[1], :, 0] = 250, 250
         return picture.reshape(12, 12, 3)
@@ -77,7 +77,7 @@ def tiny(**changes: dict) -> Settings:
     return merge(merge(Settings(), TINY), changes)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def make_generator(seed: int = 0) -> torch.Generator:
     """A generator on the CPU."""
     return torch.Generator().manual_seed(seed)
 

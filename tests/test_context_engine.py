@@ -8,7 +8,7 @@ import torch
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings
 from memory import EpisodicMemory, Experience, WorldStep
 from transition_model import TransitionModel, TransitionSettings
-from tests.shared import seeded
+from tests.shared import make_generator
 
 A, K, C, S, B, T = 4, 6, 3, 16, 5, 9
 
@@ -21,7 +21,7 @@ def engine_of():
 
 
 def experience_of(seed=0, segments=1):
-    draw = seeded(seed)
+    draw = make_generator(seed)
     codes = torch.randint(C, (2, B, T, S), generator=draw, dtype=torch.uint8)
     posterior = torch.rand(B, T, K, generator=draw).softmax(-1)
     action = torch.randint(A, (B, T), generator=draw)
@@ -77,50 +77,50 @@ class TestBelief(unittest.TestCase):
 class TestLoss(unittest.TestCase):
     def test_terms_are_named_and_reach_what_they_teach(self):
         engine, experience = engine_of(), experience_of()
-        transition = TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5)
-        losses, beliefs = engine.loss(experience, transition, seeded())
-        self.assertEqual(set(losses), {"filter", "hindsight", "reward", "termination"})
+        transition = TransitionModel(TransitionSettings(num_effects=K), C, (4, 4), 5)
+        losses, beliefs = engine.loss(experience, transition, make_generator())
+        self.assertEqual(set(losses), {"filter", "decoding", "reward", "termination"})
         self.assertFalse(beliefs.requires_grad)
         sum(losses.values()).backward()
         for parameter in [*engine.parameters(), *transition.contextual_parameters()]:
             self.assertIsNotNone(parameter.grad)
-        self.assertTrue(all(p.grad is None for p in transition.outcome_network.parameters()))
+        self.assertTrue(all(p.grad is None for p in transition.effects.parameters()))
 
     def test_the_filter_term_by_hand(self):
         engine, experience = engine_of(), experience_of()
-        transition = TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5)
+        transition = TransitionModel(TransitionSettings(num_effects=K), C, (4, 4), 5)
         context = engine.context(engine.sequence(experience))
         total = 0.0
         for row in range(B):
             for t in range(T):
                 log_prior = transition.log_prior(context[row : row + 1, t])[0, experience.action[row, t]]
                 total -= float((experience.posterior[row, t] * log_prior.detach()).sum())
-        losses, _ = engine.loss(experience, transition, seeded())
+        losses, _ = engine.loss(experience, transition, make_generator())
         self.assertAlmostEqual(losses["filter"].item(), total / (B * T), places=4)
 
     def test_targets_stay_within_their_segment(self):
         experience = experience_of(segments=3)
         row = torch.arange(B).repeat_interleave(T)
-        elsewhen, same = engine_of()._other_times(experience.segment, row, seeded())
+        elsewhen, same = engine_of()._other_times(experience.segment, row, make_generator())
         step = torch.arange(B * T) % T
         self.assertTrue(torch.equal(same.bool(), elsewhen // 3 == step // 3))
         self.assertTrue(same.bool().any() and not same.bool().all())
 
     def test_without_hindsight_every_target_is_at_its_own_time(self):
         engine, experience = engine_of(), experience_of(segments=3)
-        engine.settings = replace(engine.settings, hindsight_weight=0.0)
+        engine.settings = replace(engine.settings, decoding_weight=0.0)
         row, step = torch.arange(B).repeat_interleave(T), torch.arange(B * T) % T
         for asked in (None, step):
-            at, valid = engine._other_times(experience.segment, row, seeded(), asked)
+            at, valid = engine._other_times(experience.segment, row, make_generator(), asked)
             self.assertTrue(torch.equal(at, step) and bool(valid.all()))
-        losses, _ = engine.loss(experience, TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5), seeded())
-        self.assertEqual(float(losses["hindsight"].detach()), 0)
+        losses, _ = engine.loss(experience, TransitionModel(TransitionSettings(num_effects=K), C, (4, 4), 5), make_generator())
+        self.assertEqual(float(losses["decoding"].detach()), 0)
         self.assertGreater(float(losses["reward"].detach()), 0)
 
     def test_a_lifetime_without_events_has_a_loss(self):
         engine, experience = engine_of(), experience_of()
         quiet = experience._replace(reward=torch.zeros(B, T), terminated=torch.zeros(B, T, dtype=torch.bool))
-        losses, _ = engine.loss(quiet, TransitionModel(TransitionSettings(outcomes=K), C, (4, 4), 5), seeded())
+        losses, _ = engine.loss(quiet, TransitionModel(TransitionSettings(num_effects=K), C, (4, 4), 5), make_generator())
         self.assertTrue(torch.isfinite(sum(losses.values())))
 
 

@@ -14,8 +14,8 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import main
-from agent import Learner, RandomAgent, play, rewards_of
-from environment import GymWorlds, HiddenRulesWrapper, WorldError, WorldSettings, make_worlds, permutation_rank, permutation_split
+from agent import Learner, RandomAgent, rollout, infer_reward_bins
+from environment import ExternalWorlds, HiddenRulesWrapper, ExternalEnvError, WorldSettings, make_worlds, permutation_rank, permutation_split
 from main import Settings, build_system, evaluate, train, with_preset
 from memory import UserError, merge
 from tests.benchmarks import references, report
@@ -104,10 +104,10 @@ class TestWrapper(unittest.TestCase):
         self.assertGreater(len(np.unique(first)), 10)
         still, stayed = int(np.argmax(env.action_map == 4)), 0
         for _ in range(400):
-            before, age = env.unwrapped.place.copy(), env.unwrapped.age
+            before, age = env.unwrapped.place.copy(), env.unwrapped.episode_step
             env.step(still)
-            stayed += env.unwrapped.age == age + 1 and bool((env.unwrapped.place == before).all())
-        self.assertTrue(200 < stayed < 360)  # .5 did as told, and of the others a fifth or more stayed by chance
+            stayed += env.unwrapped.episode_step == age + 1 and bool((env.unwrapped.place == before).all())
+        self.assertTrue(200 < stayed < 360)  # .5 did as available_metrics, and of the others a fifth or more stayed by chance
 
     def test_worlds_of_another_kind_are_refused(self):
         class Continuous(Room):
@@ -139,19 +139,19 @@ class TestGymWorlds(unittest.TestCase):
     def test_one_seed_gives_one_luck_and_arrivals_come_before_restarts(self):
         lived = []
         for seed in (0, 0, 1):
-            worlds = GymWorlds(ROOM, 6, "train", seed)
+            worlds = ExternalWorlds(ROOM, 6, "train", seed)
             frames, seen = worlds.reset(), []
             self.assertEqual((frames.shape, frames.dtype), ((6, 12, 12, 3), torch.uint8))
             for step in range(25):
                 happened = worlds.step(torch.full((6,), step % 5))
                 ended = happened.ended
                 self.assertEqual(happened.reward.tolist(), (0.5 * happened.terminated).tolist())
-                self.assertTrue(torch.equal(happened.arrival[~ended], happened.frame[~ended]))
-                reached = happened.arrival[happened.terminated][:, 8:, 8:, 0]
+                self.assertTrue(torch.equal(happened.next_obs[~ended], happened.obs[~ended]))
+                reached = happened.next_obs[happened.terminated][:, 8:, 8:, 0]
                 self.assertTrue((reached == 250).all())  # the body stands in the corner
-                self.assertTrue((happened.frame[ended][:, 8:, 8:, 0] == 0).all())  # and no longer
-                seen.append(happened.frame)
-            self.assertIn("actions stand for", worlds.words(0))
+                self.assertTrue((happened.obs[ended][:, 8:, 8:, 0] == 0).all())  # and no longer
+                seen.append(happened.obs)
+            self.assertIn("actions stand for", worlds.describe_rule(0))
             lived.append((frames, torch.stack(seen), worlds.task))
         vector = worlds.vector
         del worlds
@@ -161,25 +161,25 @@ class TestGymWorlds(unittest.TestCase):
 
     def test_actions_that_are_not_shuffled_stay(self):
         worlds = make_worlds(replace(ROOM, shuffled=(0, 1, 2, 3)), 2, "test", 5)
-        play(worlds, RandomAgent(0, 5))
-        self.assertIn("4", worlds.words(1).split()[-1])
+        rollout(worlds, RandomAgent(0, 5))
+        self.assertIn("4", worlds.describe_rule(1).split()[-1])
 
     def test_a_world_that_fails_is_named(self):
         worlds = make_worlds(ROOM, 2, "test", 5)
         worlds.reset()
-        with self.assertRaisesRegex(WorldError, "Room-v0 failed"):
+        with self.assertRaisesRegex(ExternalEnvError, "Room-v0 failed"):
             worlds.step(torch.full((2,), 99))
 
     def test_reward_bins_are_found_in_the_data(self):
-        self.assertEqual(rewards_of(ROOM), (0.0, 0.5, 1.0))  # whoever learns may earn more than was seen
-        with mock.patch.object(Room, "step", lambda self, action: (self._draw(), -0.01, False, False, {})):
-            self.assertEqual(rewards_of(ROOM), (-0.01, 0.0, 1.0))
-        with mock.patch.object(Room, "step", lambda self, action: (self._draw(), 2.3456784, False, False, {})):
-            self.assertEqual(torch.tensor(rewards_of(ROOM)).tolist(), torch.tensor([0, 2.3456784]).tolist())  # nothing lies beyond
-        with mock.patch.object(Room, "step", lambda self, action: (self._draw(), 0.0, False, False, {})):
-            self.assertEqual(rewards_of(ROOM), (-1.0, 0.0, 1.0))
-        with mock.patch.object(Room, "step", lambda self, action: (self._draw(), float(np.random.uniform(-3, 0.4)), False, False, {})):
-            bins = rewards_of(ROOM)
+        self.assertEqual(infer_reward_bins(ROOM), (0.0, 0.5, 1.0))  # whoever learns may earn more than was seen
+        with mock.patch.object(Room, "step", lambda self, action: (self._sample(), -0.01, False, False, {})):
+            self.assertEqual(infer_reward_bins(ROOM), (-0.01, 0.0, 1.0))
+        with mock.patch.object(Room, "step", lambda self, action: (self._sample(), 2.3456784, False, False, {})):
+            self.assertEqual(torch.tensor(infer_reward_bins(ROOM)).tolist(), torch.tensor([0, 2.3456784]).tolist())  # nothing lies beyond
+        with mock.patch.object(Room, "step", lambda self, action: (self._sample(), 0.0, False, False, {})):
+            self.assertEqual(infer_reward_bins(ROOM), (-1.0, 0.0, 1.0))
+        with mock.patch.object(Room, "step", lambda self, action: (self._sample(), float(np.random.uniform(-3, 0.4)), False, False, {})):
+            bins = infer_reward_bins(ROOM)
         self.assertEqual(len(bins), 9)
         self.assertTrue(-3 <= bins[0] < -2.8 and bins[4] == 0 and bins[-1] == 1.0)
 
@@ -283,8 +283,8 @@ class TestTraining(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("minigrid"), "MiniGrid is not installed: pip install -r tests/requirements.txt")
     def test_minigrid_is_seen_whole(self):
         settings = replace(ROOM, gym_id="MiniGrid-Empty-Random-6x6-v0", cell=8)
-        self.assertEqual((settings.sizes.picture, settings.sizes.actions), ((48, 48, 3), 7))
-        worlds = GymWorlds(settings, 2, "test", 0)
+        self.assertEqual((settings.sizes.obs_shape, settings.sizes.actions), ((48, 48, 3), 7))
+        worlds = ExternalWorlds(settings, 2, "test", 0)
         frames = worlds.reset()
         tiles = frames.view(2, 6, 8, 6, 8, 3).transpose(2, 3).reshape(2, 36, -1)
         self.assertEqual([len(tile.unique(dim=0)) for tile in tiles], [4, 4])  # wall, floor, goal, agent

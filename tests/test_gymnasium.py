@@ -101,10 +101,10 @@ class TestFaces(unittest.TestCase):
             pictures, reward, terminated, truncated, info = env.step(np.full(5, step % 4))
             self.assertTrue(np.array_equal(info.get("_final_frame", np.zeros(5)), same.ended))
             if same.ended.any():
-                self.assertTrue(np.array_equal(info["final_frame"][same.ended], same.finals))
+                self.assertTrue(np.array_equal(info["final_frame"][same.ended], same.final_obs))
             self.assertTrue(np.array_equal(info["episode_terminated"], reward != 0))
             self.assertTrue((truncated == (step == 63)).all() and not terminated.any())
-        self.assertTrue(np.array_equal(info["final_obs"], same.frame))
+        self.assertTrue(np.array_equal(info["final_obs"], same.obs))
         self.assertFalse(np.array_equal(info["final_obs"], pictures))
         self.assertFalse(env.step(np.zeros(5, int))[3].any())
 

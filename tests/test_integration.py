@@ -54,7 +54,7 @@ class TestQuickRun(unittest.TestCase):
         dice = torch.Generator().manual_seed(0)
 
         def careless(plan):
-            return lambda codes, belief, again=True, modes=None: torch.rand(len(codes), 4, generator=dice)
+            return lambda codes, belief, again=True, predict=None: torch.rand(len(codes), 4, generator=dice)
 
         def frozen(step):
             return lambda belief, experience: belief
@@ -76,9 +76,9 @@ class TestQuickRun(unittest.TestCase):
         self.assertLessEqual(result["normalised"], 0.1)
 
     def test_the_belief_is_near_the_exact_filter(self):
-        self.assertLess(self.result["belief_nats"]["late_excess"], 0.5)
-        nats = self.result["belief_nats"]["agent"]
-        self.assertLess(sum(nats[16:]) / len(nats[16:]), nats[0] - 1)
+        self.assertLess(self.result["belief_nll"]["late_excess"], 0.5)
+        nll = self.result["belief_nll"]["agent"]
+        self.assertLess(sum(nll[16:]) / len(nll[16:]), nll[0] - 1)
 
     def test_outcome_labels_are_pure(self):
         """On a world whose true effects are known, one label means one effect (standing still at an edge aside)."""
@@ -86,13 +86,13 @@ class TestQuickRun(unittest.TestCase):
         world = HiddenRulesWorld(system.settings.world, 128, "validation", 5)
         agent = system.controller()
         agent.explore(1.0, torch.Generator().manual_seed(0))
-        agent.begin(world.reset())
+        agent.reset(world.reset())
         effects = []
         for _ in range(world.settings.lifetime):
             before, action = world.position[:, 0].clone(), agent.act()
             step = world.step(action)
             agent.observe(action, step)
-            moved = (world.arrived_at[:, 0] - before) @ torch.tensor([3, 1])  # -3, 3, -1, 1, or 0
+            moved = (world.next_position[:, 0] - before) @ torch.tensor([3, 1])  # -3, 3, -1, 1, or 0
             effects.append(torch.where(moved == 0, -1, world.rule.colours[:, 0] * 7 + moved + 3))
         effects, label = torch.stack(effects, 1), agent.memory.experience().posterior.float().argmax(-1)
         moving = effects >= 0
@@ -100,7 +100,7 @@ class TestQuickRun(unittest.TestCase):
         self.assertGreater(float(table.amax(0).sum() / table.sum()), 0.97)
 
     def test_the_evaluation_says_what_the_readme_lists(self):
-        for name in ("preset", "seed", "split", "lifetimes", "env_steps", "normalised", "of_thompson", "belief_nats"):
+        for name in ("preset", "seed", "split", "lifetimes", "env_steps", "normalised", "of_thompson", "belief_nll"):
             self.assertIn(name, self.result)
         for agent in ("agent", "random", "thompson", "known_rule"):
             self.assertEqual(len(self.result[agent]["by_step"]), WORLDS["quick"]["lifetime"])
@@ -130,12 +130,12 @@ class TestQuickRun(unittest.TestCase):
             done = command("watch", self.run_folder, "--seed", 8, "--fps", 100, folder=self.run_folder)
             self.assertEqual((done.returncode, "written" in done.stdout), (0, False), done.stderr)
             self.assertFalse((self.run_folder / "lifetime-8.gif").exists())
-            for name, code, words in (("film.mp4", 0, "written"), ("film.mp4", 2, "exists"), ("film.avi", 2, ".mp4")):
+            for name, code, words in (("animate_lifetime.mp4", 0, "written"), ("animate_lifetime.mp4", 2, "exists"), ("animate_lifetime.avi", 2, ".mp4")):
                 done = command("watch", self.run_folder, "--output", self.run_folder / name, folder=self.run_folder)
                 self.assertEqual(done.returncode, code, done.stderr)
                 self.assertIn(words, done.stdout + done.stderr)
-        self.assertGreater((self.run_folder / "film.mp4").stat().st_size, 10_000)
-        self.assertEqual((self.run_folder / "film.mp4").read_bytes()[4:8], b"ftyp")
+        self.assertGreater((self.run_folder / "animate_lifetime.mp4").stat().st_size, 10_000)
+        self.assertEqual((self.run_folder / "animate_lifetime.mp4").read_bytes()[4:8], b"ftyp")
 
     def test_robustness_of_a_run(self):
         with mock.patch.multiple(robustness, LIFETIMES=64, NOISES=(0.05, 0.4), SLIPS=(0.1,)):
@@ -150,7 +150,7 @@ class TestQuickRun(unittest.TestCase):
             ablations.main(ablations.Arguments(runs=(self.run_folder,), lifetimes=64))
         returns = {part: float(figure) for part, figure in re.findall(r"^\| ([a-z-]+) \| (-?[\d.]+) \[", printed.getvalue(), re.M)}
         self.assertEqual(set(returns), {"nothing", *get_args(ablations.Ablation)})
-        for part in ("belief", "prior", "consequences", "value"):
+        for part in ("belief", "prior", "reward_and_termination", "value"):
             self.assertLess(returns[part], returns["nothing"] - 0.5, part)
 
     def test_recovery_of_a_run(self):
@@ -185,7 +185,7 @@ class TestQuickRun(unittest.TestCase):
         returns, agent = [], load_system(self.run_folder)[0].controller()
         for seed in range(6):
             picture, info = env.reset(seed=seed)
-            agent.begin(picture)
+            agent.reset(picture)
             earned, truncated = 0.0, False
             while not truncated:
                 action = agent.act()
@@ -216,8 +216,8 @@ class TestBenchmarks(unittest.TestCase):
             ablations.main(dataclasses.replace(arguments, updates=25))
 
     def test_without_look_ahead_it_learns_values_of_actions(self):
-        """Watkins' targets of one lifetime by hand: cut where another action was better, the last step from its own arrival."""
-        learner = Learner(build_system(tiny(planner={"discount": 0.9, "trace": 0.8}), planner=ablations.ModelFree))
+        """Watkins' targets of one lifetime by hand: cut where another action was better, the last step from its own next_obs."""
+        learner = Learner(build_system(tiny(planner={"discount": 0.9, "lambda_": 0.8}), planner=ablations.ModelFree))
         train(learner, until=20)
         system, experience = learner.system, learner.store.experience.rows(slice(3))
         with torch.no_grad():
@@ -266,9 +266,9 @@ class TestBenchmarks(unittest.TestCase):
         self.assertGreater(figure.stat().st_size, 10_000)
 
     def test_speeds_are_ratios_and_a_part_half_as_fast_is_noticed(self):
-        rows = [speed.Row(name, "", ratio, "") for name, ratio in json.loads(speed.RATIOS.read_text()).items()]
+        rows = [speed.Row(name, "", ratio_of_means, "") for name, ratio_of_means in json.loads(speed.RATIOS.read_text()).items()]
         for share, code in ((0.6, 0), (0.4, 1)):
-            slower = [row._replace(ratio=row.ratio * share) for row in rows]
+            slower = [row._replace(ratio_of_means=row.ratio_of_means * share) for row in rows]
             with mock.patch.object(speed, "few_rows", lambda: slower):
                 self.assertEqual(self.returned_by(speed.compared), code)
         left, right = torch.randn(3, 5), torch.randn(5, 7, requires_grad=True)
@@ -287,7 +287,7 @@ class TestBenchmarks(unittest.TestCase):
         rows += speed.learning_rows(learner, "cpu") + speed.memory_rows(learner)
         self.assertEqual(len(rows), 5 + 1 + 1 + 4 + 2)
         for row in rows:
-            self.assertTrue(np.isfinite(row.ratio) and (row.ratio > 0 or "growth" in row.what), row)
+            self.assertTrue(np.isfinite(row.ratio_of_means) and (row.ratio_of_means > 0 or "growth" in row.what), row)
         self.assertGreater((output / "growth.png").stat().st_size, 5000)
 
     @staticmethod
@@ -298,8 +298,8 @@ class TestBenchmarks(unittest.TestCase):
     @unittest.skipUnless(importlib.util.find_spec("psutil"), "needs tests/requirements.txt")
     def test_a_long_training_watches_itself_and_stops(self):
         class Brief(endurance.Watched):  # its time is over after as many looks, however fast the machine is
-            def set_rates(self, phase, update):
-                super().set_rates(phase, update)
+            def set_learning_rates(self, phase, update):
+                super().set_learning_rates(phase, update)
                 if len(self.rows) >= 8:
                     self.end = 0
 
@@ -395,7 +395,7 @@ class TestReadme(unittest.TestCase):
         worlds, loop = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
         exec(compile(worlds, "README.md", "exec"), {})
         run = temporary_folder()
-        settings = merge(Settings(), {"transition": {"outcomes": 4}, "context": {"hidden": 8}})
+        settings = merge(Settings(), {"transition": {"num_effects": 4}, "context": {"hidden": 8}})
         learner = Learner(build_system(settings))
         learner.collect(exploration=1.0)
         write_json(dataclasses.asdict(settings), run / "config.json")

@@ -33,7 +33,7 @@ class TestSettings(unittest.TestCase):
             ({"world": 3}, "world. is 3.*object"),
             ([1], "object of settings"),
             ({"training": {"value_batch": 99}}, "training.value_batch is 99.*between 1 and 48"),
-            ({"training": {"random_lifetimes": 100}}, "multiple of training.worlds: choose 128"),
+            ({"training": {"random_lifetimes": 100}}, "multiple of training.envs: choose 128"),
             ({"memory": {"budget_mb": 1}}, "raise memory.budget_mb"),
             ({"planner": {"discount": float("nan")}}, "planner.discount is nan"),
             ({"transition": {"reward_bins": [None]}}, "transition.reward_bins is .None.*tuple"),
@@ -42,8 +42,8 @@ class TestSettings(unittest.TestCase):
                 merge(Settings(), changes)
 
     def test_integers_serve_as_floats_and_lists_as_tuples(self):
-        merged = merge(Settings(), {"world": {"noise": 0}, "transition": {"reward_bins": [-1, 0, 1, 2]}})
-        self.assertEqual((merged.world.noise, merged.transition.reward_bins), (0.0, (-1.0, 0.0, 1.0, 2.0)))
+        merge_equal = merge(Settings(), {"world": {"noise": 0}, "transition": {"reward_bins": [-1, 0, 1, 2]}})
+        self.assertEqual((merge_equal.world.noise, merge_equal.transition.reward_bins), (0.0, (-1.0, 0.0, 1.0, 2.0)))
 
     def test_presets_are_valid_and_complete_in_the_command_line(self):
         for name in PRESETS:
@@ -124,7 +124,7 @@ class TestCommandLine(unittest.TestCase):
 
     def test_more_lifetimes_than_the_exact_filter_has_room_for_are_refused_before_they_are_lived(self):
         system = build_system(merge(tiny(), {"world": {"walls": 2, "edges": "hidden", "wind": 0.4}}))
-        with mock.patch("main.play", side_effect=AssertionError), self.assertRaisesRegex(ValueError, "at most [0-9,]+ "):
+        with mock.patch("main.rollout", side_effect=AssertionError), self.assertRaisesRegex(ValueError, "at most [0-9,]+ "):
             evaluate(system, "test", 10**6)
 
     def test_help_explains_every_setting(self):
@@ -135,7 +135,7 @@ class TestCommandLine(unittest.TestCase):
 
     def test_reward_bins_follow_what_things_are_worth(self):
         for arguments, bins in (
-            (["--world.worths", "1", ".5", "-1"], [-1, 0, 0.5, 1]), (["--preset", "everything", "--world.worths", "2", "-1"], [-1, 0, 2]),
+            (["--world.reward_values", "1", ".5", "-1"], [-1, 0, 0.5, 1]), (["--preset", "everything", "--world.reward_values", "2", "-1"], [-1, 0, 2]),
         ):  # fmt: skip
             folder = temporary_folder()
             with mock.patch.object(main, "train_and_evaluate"):
@@ -171,10 +171,10 @@ class TestInitFrom(unittest.TestCase):
             for key, tensor in module.state_dict().items():
                 self.assertTrue(torch.equal(tensor, weights[name][key]), f"{name}.{key}")
         self.assertEqual(len(learner.store), 16)
-        frames, vision = learner.store.blocks[0].frames[:, 0], torch.zeros(8, 32)
-        before = learner.system.vae.encode(frames, vision)
+        frames, visual_context = learner.store.blocks[0].frames[:, 0], torch.zeros(8, 32)
+        before = learner.system.vae.encode(frames, visual_context)
         train(learner, until=learner.update + 1)  # adapts at once: what is seen keeps its name
-        self.assertTrue(torch.equal(learner.system.vae.encode(frames, vision), before))
+        self.assertTrue(torch.equal(learner.system.vae.encode(frames, visual_context), before))
         self.assertIn("context/filter", learner.metrics)
         self.assertIn("begun from", report.described(learner.settings))
         runs = sorted((folder / "runs").iterdir())
@@ -196,7 +196,7 @@ class TestLearner(unittest.TestCase):
     def test_gradients_do_not_cross(self):
         learner = Learner(build_system(tiny()))
         train(learner, until=20)
-        modules = {"vae": learner.system.vae, "outcomes": learner.system.transition.outcome_network, "value": learner.system.value}
+        modules = {"vae": learner.system.vae, "num_effects": learner.system.transition.effects, "value": learner.system.value}
         before = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
         rows = learner.store.sample(8, learner.sampler)
         learner.learn_context(learner.store.experience.rows(rows))
@@ -233,7 +233,7 @@ class TestLearner(unittest.TestCase):
 
     def test_a_planner_of_ones_own_takes_the_place_of_ours(self):
         class Still(Planner):
-            def action_values(self, codes, context, depth=2, modes=None):
+            def action_values(self, codes, context, depth=2, predict=None):
                 return torch.zeros(len(codes), context.shape[1] - 1)
 
             def loss(self, value, experience, context):
@@ -248,8 +248,8 @@ class TestLearner(unittest.TestCase):
         learner = Learner(build_system(tiny()))
         train(learner)
         self.assertGreater(min(learner.store.version), 0)
-        index = learner.store.stalest()
-        learner.renew(index)
+        index = learner.store.oldest()
+        learner.reencode(index)
         self.assertEqual(learner.store.version[index], learner.update)
 
 

@@ -7,8 +7,8 @@ from unittest import mock
 
 import torch
 
-from memory import EpisodicMemory, LifetimeStore, MemorySettings, Pictures, WorldStep, forget_blocks, save_atomically
-from tests.shared import seeded, temporary_folder
+from memory import EpisodicMemory, LifetimeStore, MemorySettings, FrameBlock, WorldStep, remove_stale_blocks, save_atomically
+from tests.shared import make_generator, temporary_folder
 
 T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends
 SEGMENT = torch.tensor([[0] * T, [0] * 3 + [1] * 3 + [300]])  # the second lifetime changes its rule
@@ -16,15 +16,15 @@ SEGMENT = torch.tensor([[0] * T, [0] * 3 + [1] * 3 + [300]])  # the second lifet
 
 def counted(lifetime: int = 0) -> EpisodicMemory:
     """A lifetime of a counting world: every picture is filled with its number, restarts begin at 100."""
-    memory = EpisodicMemory(BATCH, T, patches=4, outcomes=3, keep_pictures=True)
+    memory = EpisodicMemory(BATCH, T, patches=4, num_effects=3, keep_frames=True)
     now = torch.tensor([0, 50]) + lifetime
     picture = lambda numbers: numbers.to(torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)  # noqa: E731
     for step in range(T):
         ended = torch.tensor([(row, step) in ENDS for row in range(BATCH)])
-        arrival, frame = now + 1, torch.where(ended, 100 + now, now + 1)
+        next_obs, frame = now + 1, torch.where(ended, 100 + now, now + 1)
         none = torch.zeros(BATCH, dtype=torch.bool)
-        happened = WorldStep(picture(frame), arrival.float(), ended, none, picture(arrival[ended]))
-        codes = [picture(numbers)[:, 0, 0, :1].expand(-1, 4) for numbers in (now, arrival)]
+        happened = WorldStep(picture(frame), next_obs.float(), ended, none, picture(next_obs[ended]))
+        codes = [picture(numbers)[:, 0, 0, :1].expand(-1, 4) for numbers in (now, next_obs)]
         memory.append(*codes, torch.full((BATCH, 3), step / 8), torch.full((BATCH,), step), picture(now), happened)
         now = frame
     return memory
@@ -71,17 +71,17 @@ class TestStore(unittest.TestCase):
         return store
 
     def test_pictures_are_stored_once_and_arrivals_come_back(self):
-        block = Pictures.of(0, counted(), torch.zeros(BATCH, dtype=torch.int64))
+        block = FrameBlock.of(0, counted(), torch.zeros(BATCH, dtype=torch.int64))
         self.assertEqual(block.frames.shape[:2], (BATCH, T))
-        self.assertEqual(len(block.finals), len(ENDS | {(row, T - 1) for row in range(BATCH)}))
+        self.assertEqual(len(block.final_obs), len(ENDS | {(row, T - 1) for row in range(BATCH)}))
         codes = counted().experience().next_codes
-        self.assertTrue(torch.equal(block.arrivals()[..., 0, 0, 0], codes[..., 0]))
+        self.assertTrue(torch.equal(block.next_obs()[..., 0, 0, 0], codes[..., 0]))
 
     def test_only_whole_lifetimes_are_stored(self):
         memory = counted()
         memory.capacity += 1
         with self.assertRaisesRegex(ValueError, "7 of 8 steps"):
-            Pictures.of(0, memory, torch.zeros(BATCH, dtype=torch.int64))
+            FrameBlock.of(0, memory, torch.zeros(BATCH, dtype=torch.int64))
 
     def test_frames_at_finds_the_picture_of_every_row_and_step(self):
         store = self.store(3)
@@ -99,7 +99,7 @@ class TestStore(unittest.TestCase):
         self.assertEqual([block.number for block in store.blocks], [3, 4, 5])
         self.assertEqual(store.experience.codes[:, 0, 0].tolist(), [3, 53, 4, 54, 5, 55])
         self.assertEqual(store.blocks[0].task.tolist(), [3, 3])
-        self.assertEqual(int(store.sample(1000, seeded()).max()), 5)
+        self.assertEqual(int(store.sample(1000, make_generator()).max()), 5)
 
     def test_a_block_larger_than_the_budget_is_refused(self):
         store = LifetimeStore(MemorySettings(1.0))
@@ -109,9 +109,9 @@ class TestStore(unittest.TestCase):
 
     def test_renewal_replaces_what_the_models_made_and_dates_it(self):
         store = self.store(3)
-        self.assertEqual(store.stalest(), 0)
-        store.renew(0, torch.full((2, T, 4), 9), torch.full((2, T, 4), 8), torch.full((2, T, 3), 0.5), version=7)
-        self.assertEqual((store.stalest(), store.version), (1, [7, 1, 2]))
+        self.assertEqual(store.oldest(), 0)
+        store.reencode(0, torch.full((2, T, 4), 9), torch.full((2, T, 4), 8), torch.full((2, T, 3), 0.5), version=7)
+        self.assertEqual((store.oldest(), store.version), (1, [7, 1, 2]))
         self.assertEqual(store.experience.codes[:, 0, 0].tolist(), [9, 9, 1, 51, 2, 52])
 
     def test_state_comes_back_and_blocks_are_written_once(self):
@@ -125,11 +125,11 @@ class TestStore(unittest.TestCase):
             for path, when in written.items():
                 self.assertEqual((folder / path).stat().st_mtime_ns, when)
             (folder / "block-000009.pt").write_bytes(b"left by a crash before the checkpoint that would have named it")
-            forget_blocks(folder, [store.state_dict()])
+            remove_stale_blocks(folder, [store.state_dict()])
             self.assertFalse((folder / "block-000009.pt").exists())
             again.load_state_dict(store.state_dict(), folder)
             store.blocks = store.blocks[2:]
-            forget_blocks(folder, [store.state_dict()])
+            remove_stale_blocks(folder, [store.state_dict()])
             self.assertEqual(sorted(path.name for path in folder.iterdir()), ["block-000002.pt", "block-000003.pt"])
         self.assertEqual(len(again), 8)
         for one, other in zip(again.experience, store.experience):

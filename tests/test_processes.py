@@ -79,8 +79,8 @@ class TestProcesses(unittest.TestCase):
         sizes = {}
         for count in (1, 2):
             processes = Processes(0, count)
-            processes.average = processes.follow = lambda _: None  # nobody else is there
-            processes.joined = lambda tensor: tensor
+            processes.average = processes.broadcast = lambda _: None  # nobody else is there
+            processes.all_gather = lambda tensor: tensor
             learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
             with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
                 train(learner)
@@ -91,7 +91,7 @@ class TestProcesses(unittest.TestCase):
         folder = tiny_folder()
         (folder / "differ.py").write_text(
             "import torch\nfrom main import Learner, Processes\nfrom tests.shared import tiny\n"
-            "with Processes.of_torchrun() as processes:\n"
+            "with Processes.from_torchrun() as processes:\n"
             "    learner = Learner(build_system(tiny()), processes)\n"
             "    train(learner, until=learner.update + 1)\n    learner.state_dict()\n    print('equal')\n"
             "    next(learner.system.vae.parameters()).data[0] += processes.rank\n    learner.state_dict()\n"
@@ -102,7 +102,7 @@ class TestProcesses(unittest.TestCase):
         self.assertIn("the processes' weights differ at update 1", said)
 
     def test_the_same_command_goes_on_with_a_run_that_died_before_its_first_checkpoint(self):
-        folder, advance = tiny_folder(log_every=2, checkpoint_every=100), Learner.set_rates
+        folder, advance = tiny_folder(log_every=2, checkpoint_every=100), Learner.set_learning_rates
 
         def fail(learner: Learner) -> None:
             if learner.update == 9:
@@ -110,7 +110,7 @@ class TestProcesses(unittest.TestCase):
             advance(learner)
 
         line = ["--config", "tiny.json", "--run", "mine"]
-        with mock.patch.object(Learner, "set_rates", fail), self.assertRaises(RuntimeError):
+        with mock.patch.object(Learner, "set_learning_rates", fail), self.assertRaises(RuntimeError):
             in_process(line, folder)
         run = only_run(folder)
         self.assertEqual((run.name, len((run / "metrics.jsonl").read_text().splitlines())), ("mine", 4))

@@ -54,7 +54,7 @@ class TestResume(unittest.TestCase):
         self.assertIn("already past 5 updates", done.stderr)
 
     def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stays(self):
-        folder, advance = tiny_folder(), Learner.set_rates
+        folder, advance = tiny_folder(), Learner.set_learning_rates
 
         def interrupted(learner):
             if learner.update == 10:
@@ -63,7 +63,7 @@ class TestResume(unittest.TestCase):
                 self.fail("the update went on")
             advance(learner)
 
-        with mock.patch.object(Learner, "set_rates", interrupted):
+        with mock.patch.object(Learner, "set_learning_rates", interrupted):
             code, _ = in_process(["--config", "tiny.json"], folder)
         self.assertEqual(code, 130)
         self.assertEqual(RunFolder(only_run(folder)).load()[0]["counters"][0], 9)

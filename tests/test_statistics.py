@@ -1,19 +1,19 @@
-"""Scores: returns, intervals, probability of improvement, adaptation from episode to episode."""
+"""Scores: returns, intervals, probability of probability_of_improvement, adaptation from episode to episode."""
 
 import unittest
 
 import numpy as np
 import torch
 
-from agent import Lifetimes
-from main import by_episode, compare, improvement, interval, mean, ratio, statistics, summary
+from agent import Trajectories
+from main import by_episode, compare, probability_of_improvement, bootstrap_ci, mean, ratio_of_means, statistics, summary
 
 
-def lifetimes(reward: list[list[float]], truncated: list[list[bool]] | None = None) -> Lifetimes:
-    """Lifetimes whose episodes end with every reward."""
+def lifetimes(reward: list[list[float]], truncated: list[list[bool]] | None = None) -> Trajectories:
+    """Trajectories whose episodes end with every reward."""
     rewards = torch.tensor(reward, dtype=torch.float32)
     ended = torch.zeros_like(rewards).bool() if truncated is None else torch.tensor(truncated)
-    return Lifetimes(rewards, rewards != 0, ended, torch.zeros_like(rewards).long())
+    return Trajectories(rewards, rewards != 0, ended, torch.zeros_like(rewards).long())
 
 
 class TestSummary(unittest.TestCase):
@@ -22,7 +22,7 @@ class TestSummary(unittest.TestCase):
         reward[:, 1] = torch.tensor([1, 1, 1, 1, 1, 1, 1, -1.0])
         truncated = torch.zeros(8, 4, dtype=torch.bool)
         truncated[:2, 3] = True
-        result = summary(Lifetimes(reward, reward != 0, truncated, torch.zeros(8, 4, dtype=torch.int64)))
+        result = summary(Trajectories(reward, reward != 0, truncated, torch.zeros(8, 4, dtype=torch.int64)))
         self.assertEqual((result["return_mean"], result["return_iqm"]), (0.75, 1.0))
         self.assertEqual(result["by_step"], [0, 0.75, 0, 0])
         self.assertEqual((result["goals"], result["hazards"], result["timeouts"]), (0.875, 0.125, 0.25))
@@ -51,7 +51,7 @@ class TestIntervals(unittest.TestCase):
     def test_intervals_cover_as_often_as_they_say(self):
         draw, covered = np.random.default_rng(0), 0
         for _ in range(100):
-            low, high = interval(mean, draw.normal(3, 1, (1, 100)))
+            low, high = bootstrap_ci(mean, draw.normal(3, 1, (1, 100)))
             covered += low <= 3 <= high
         self.assertGreaterEqual(covered, 88)
         self.assertLessEqual(covered, 99)
@@ -59,26 +59,26 @@ class TestIntervals(unittest.TestCase):
     def test_pairing_narrows_the_interval_of_a_ratio(self):
         draw = np.random.default_rng(0)
         luck = draw.normal(10, 3, 200)
-        low, high = interval(ratio, np.stack([luck + draw.normal(0, 0.1, 200), luck]))
+        low, high = bootstrap_ci(ratio_of_means, np.stack([luck + draw.normal(0, 0.1, 200), luck]))
         self.assertLess(high - low, 0.01)
 
     def test_runs_are_strata(self):
         """Two runs that differ much, each without spread: resampling lifetimes leaves no doubt about their mean."""
-        self.assertEqual(interval(mean, np.full((1, 50), 3.0), np.full((1, 50), 9.0)), [6.0, 6.0])
+        self.assertEqual(bootstrap_ci(mean, np.full((1, 50), 3.0), np.full((1, 50), 9.0)), [6.0, 6.0])
 
     def test_luck_that_runs_share_counts_once(self):
         draw = np.random.default_rng(0)
         one, *others = (draw.normal(3, 1, (1, 400)) for _ in range(4))
-        width = lambda *strata: float(np.diff(interval(mean, *strata))[0])  # noqa: E731
+        width = lambda *strata: float(np.diff(bootstrap_ci(mean, *strata))[0])  # noqa: E731
         self.assertAlmostEqual(width(one, one, one, one) / width(one), 1)
         self.assertAlmostEqual(width(one, *others) / width(one), 0.5, delta=0.1)
 
     def test_a_ratio_to_nothing_has_no_number(self):
-        self.assertEqual(interval(ratio, np.stack([np.ones(10), np.zeros(10)])), [None, None])
+        self.assertEqual(bootstrap_ci(ratio_of_means, np.stack([np.ones(10), np.zeros(10)])), [None, None])
 
     def test_improvement_counts_ties_half(self):
-        self.assertEqual(float(improvement(np.array([1, 2, 3, 4.0]), np.array([1, 1, 4, 4.0]))), 0.5)
-        self.assertEqual(float(improvement(np.array([2.0, 1.0]), np.array([1.0, 1.0]))), 0.75)
+        self.assertEqual(float(probability_of_improvement(np.array([1, 2, 3, 4.0]), np.array([1, 1, 4, 4.0]))), 0.5)
+        self.assertEqual(float(probability_of_improvement(np.array([2.0, 1.0]), np.array([1.0, 1.0]))), 0.75)
 
 
 class TestComparison(unittest.TestCase):
@@ -96,14 +96,14 @@ class TestComparison(unittest.TestCase):
         self.assertAlmostEqual(result["normalised"], (returns["agent"].mean() - returns["random"].mean()) / scale)
         late = {name: one.reward[:, -2:].sum(1).mean() for name, one in self.lived.items()}
         self.assertAlmostEqual(result["late_of_known_rule"], float(late["agent"] / late["known_rule"]), places=5)
-        self.assertGreater(result["improvement"], 0.8)
+        self.assertGreater(result["probability_of_improvement"], 0.8)
         low, high = result["normalised_ci95"]
         self.assertTrue(low < result["normalised"] < high)
 
     def test_several_runs_are_said_together(self):
         one, other = compare(self.lived), compare(self.lived | {"agent": self.lived["known_rule"]})
         joined = statistics(one, other)
-        for name in ("return_mean", "of_thompson", "improvement", "normalised"):
+        for name in ("return_mean", "of_thompson", "probability_of_improvement", "normalised"):
             self.assertAlmostEqual(joined[name], (one[name] + other[name]) / 2)
         self.assertEqual(statistics(one)["return_iqm_ci95"], one["return_iqm_ci95"])
 

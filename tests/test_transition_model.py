@@ -1,50 +1,50 @@
-"""The transition model: outcomes, their labels, the prior of a lifetime, split moves, consequences."""
+"""The transition model: num_effects, their labels, the prior of a lifetime, split moves, reward_and_termination."""
 
 import unittest
 
 import torch
 
 from memory import empty_experience
-from transition_model import OutcomeNetwork, TransitionModel, TransitionSettings, entropy, pairs_present
-from tests.shared import seeded
+from transition_model import EffectNetwork, TransitionModel, TransitionSettings, entropy, contact_pairs
+from tests.shared import make_generator
 
 
 def model_of(codes=3, grid=(4, 4), **settings):
     torch.manual_seed(0)
-    return TransitionModel(TransitionSettings(**({"outcomes": 6} | settings)), codes, grid, context_dim=5)
+    return TransitionModel(TransitionSettings(**({"num_effects": 6} | settings)), codes, grid, context_dim=5)
 
 
 def random_codes(n, seed=0):
-    return torch.randint(3, (n, 16), generator=seeded(seed), dtype=torch.uint8)
+    return torch.randint(3, (n, 16), generator=make_generator(seed), dtype=torch.uint8)
 
 
 class TestOutcomes(unittest.TestCase):
     def test_likelihoods_are_of_a_distribution_over_grids(self):
         torch.manual_seed(0)
-        network = OutcomeNetwork(TransitionSettings(outcomes=2), codes=2, grid=(2, 2))
+        network = EffectNetwork(TransitionSettings(num_effects=2), codes=2, grid=(2, 2))
         everything = torch.cartesian_prod(*[torch.arange(2, dtype=torch.uint8)] * 4)  # all 16 grids
         total = network.log_likelihood(everything[5:6].expand(16, 4), everything).exp().sum(0)
         torch.testing.assert_close(total, torch.ones(2))
 
     def test_modes_are_the_likeliest_grids(self):
-        network, codes = model_of().outcome_network, random_codes(20)
+        network, codes = model_of().effects, random_codes(20)
         with torch.no_grad():
-            network.head.weight.normal_(0, 3, generator=seeded())
-        grids, _ = network.modes(codes)
+            network.head.weight.normal_(0, 3, generator=make_generator())
+        grids, _ = network.predict(codes)
         for k in range(6):
             best = network.log_likelihood(codes, grids[:, k])[:, k]
             for seed in range(5):
-                other = torch.where(torch.rand(20, 16, generator=seeded(seed)) < 0.2, random_codes(20, seed), grids[:, k])
+                other = torch.where(torch.rand(20, 16, generator=make_generator(seed)) < 0.2, random_codes(20, seed), grids[:, k])
                 self.assertTrue((network.log_likelihood(codes, other)[:, k] <= best + 1e-4).all())
 
     def test_outcomes_that_look_alike_are_merged_into_the_first(self):
-        network, codes = model_of().outcome_network, random_codes(4)
+        network, codes = model_of().effects, random_codes(4)
         with torch.no_grad():
-            network.head.weight.normal_(0, 3, generator=seeded())
+            network.head.weight.normal_(0, 3, generator=make_generator())
             rows = network.head.weight.view(6, 3, -1)
             rows[4] = rows[1]
             network.head.bias.view(6, 3)[4] = network.head.bias.view(6, 3)[1]
-        grids, first = network.modes(codes)
+        grids, first = network.predict(codes)
         for state in range(4):
             twins = (grids[state][:, None] == grids[state]).all(-1)
             self.assertEqual(first[state].tolist(), [row.tolist().index(True) for row in twins])
@@ -52,15 +52,15 @@ class TestOutcomes(unittest.TestCase):
 
     def test_an_untouched_grid_is_likeliest_to_stay(self):
         codes = random_codes(50)
-        grids, _ = model_of().outcome_network.modes(codes)
+        grids, _ = model_of().effects.predict(codes)
         self.assertGreater(float((grids == codes[:, None]).float().mean()), 0.9)
 
     def test_a_mixed_outcome_gets_a_twin_and_the_two_part(self):
         """A world of three effects that one name stands for; its copies are too rare to part from it by themselves."""
         torch.manual_seed(0)
-        network = OutcomeNetwork(TransitionSettings(outcomes=3), codes=2, grid=(3, 3))
-        generator = seeded()
-        optimiser = torch.optim.Adam(network.parameters(), 1e-2)
+        network = EffectNetwork(TransitionSettings(num_effects=3), codes=2, grid=(3, 3))
+        generator = make_generator()
+        optimizer = torch.optim.Adam(network.parameters(), 1e-2)
 
         def steps(n):
             before, after = torch.zeros(n, 9, dtype=torch.uint8), torch.zeros(n, 9, dtype=torch.uint8)
@@ -78,7 +78,7 @@ class TestOutcomes(unittest.TestCase):
         def learn(updates):
             for _ in range(updates):
                 loss = -(network.log_likelihood(*steps(64)) + network.marginal.log_softmax(0)).logsumexp(-1).mean()
-                optimiser.zero_grad(), loss.backward(), optimiser.step()
+                optimizer.zero_grad(), loss.backward(), optimizer.step()
             return float(loss.detach())
 
         self.assertGreater(learn(100), 1.7)
@@ -100,7 +100,7 @@ class TestLifetimeLabels(unittest.TestCase):
         return experience
 
     def test_the_prior_is_that_of_the_other_uses_of_the_same_action(self):
-        model = model_of(outcomes=2)
+        model = model_of(num_effects=2)
         likelihood = torch.full((1, 4, 2), -50.0)
         likelihood[0, torch.arange(4), torch.tensor([0, 0, 1, 1])] = 0  # what happened, beyond doubt
         prior = model._lifetime_prior(likelihood, self.experience([0, 0, 0, 1]), n_actions=2).exp()[0]
@@ -109,30 +109,30 @@ class TestLifetimeLabels(unittest.TestCase):
         torch.testing.assert_close(prior[3], torch.tensor([0.5, 0.5]))  # never used again: nothing known
 
     def test_counts_stay_within_a_segment(self):
-        model = model_of(outcomes=2)
+        model = model_of(num_effects=2)
         likelihood = torch.tensor([[[0.0, -50], [0, -50], [-50, 0]]])
         prior = model._lifetime_prior(likelihood, self.experience([0, 0, 0], [0, 0, 1]), n_actions=1).exp()[0]
         torch.testing.assert_close(prior[2], torch.tensor([0.5, 0.5]))
 
     def test_phases_follow_the_schedule(self):
-        settings = TransitionSettings(free_updates=10, tempered_updates=9, split_every=3)
-        self.assertEqual([settings.temper(u) for u in (0, 9, 10, 19, 500)], [0, 0, 0.1, 1, 1])
+        settings = TransitionSettings(warmup_updates=10, annealed_updates=9, split_every=3)
+        self.assertEqual([settings.likelihood_exponent(u) for u in (0, 9, 10, 19, 500)], [0, 0, 0.1, 1, 1])
         self.assertEqual([u for u in range(30) if settings.splits_at(u)], [3, 6, 9, 12, 15, 18])
         experience = self.experience([0, 1, 1, 0])
-        self.assertEqual(set(model_of().outcome_loss(experience, 2, 0)), {"free"})
-        self.assertEqual(set(model_of().outcome_loss(experience, 2, 0.5)), {"free", "consistent"})
+        self.assertEqual(set(model_of().effect_loss(experience, 2, 0)), {"marginal"})
+        self.assertEqual(set(model_of().effect_loss(experience, 2, 0.5)), {"marginal", "consistent"})
 
     def test_context_never_reaches_the_outcomes(self):
         model, experience = model_of(), self.experience([0, 1, 1, 0])
-        sum(model.outcome_loss(experience, 2, 1).values()).backward()
+        sum(model.effect_loss(experience, 2, 1).values()).backward()
         self.assertTrue(all(p.grad is None for p in model.contextual_parameters()))
-        self.assertTrue(all(p.grad is not None for p in model.outcome_network.parameters()))
+        self.assertTrue(all(p.grad is not None for p in model.effects.parameters()))
 
 
 class TestPredictions(unittest.TestCase):
     def test_pairs_present_lists_what_became_what(self):
         before, after = torch.tensor([[0, 1, 1, 2]], dtype=torch.uint8), torch.tensor([[0, 1, 2, 2]], dtype=torch.uint8)
-        self.assertEqual(pairs_present(before, after, 3)[0].nonzero()[:, 0].tolist(), [0, 4, 5, 8])
+        self.assertEqual(contact_pairs(before, after, 3)[0].nonzero()[:, 0].tolist(), [0, 4, 5, 8])
 
     def test_prior_and_consequences_follow_the_context(self):
         model = model_of()
@@ -140,21 +140,21 @@ class TestPredictions(unittest.TestCase):
         prior = model.log_prior(context).exp()
         torch.testing.assert_close(prior.sum(-1), torch.ones(2, 3))
         self.assertFalse(torch.allclose(prior[0], prior[1]))
-        present = pairs_present(random_codes(2), random_codes(2, 1), 3)
-        log_reward, end = model.consequences(present, context[:, -1])
+        present = contact_pairs(random_codes(2), random_codes(2, 1), 3)
+        log_reward, end = model.reward_and_termination(present, context[:, -1])
         torch.testing.assert_close(log_reward.exp().sum(-1), torch.ones(2))
         self.assertEqual((log_reward.shape, end.shape), ((2, 3), (2,)))
-        alone, row = model.consequences(present[1:], context[1:, -1])[0], torch.tensor([1, 0, 1])
+        alone, row = model.reward_and_termination(present[1:], context[1:, -1])[0], torch.tensor([1, 0, 1])
         torch.testing.assert_close(alone, log_reward[1:])  # whatever else occurs beside it
-        shared, _ = model.consequences(present[row], context[:, -1], row)
+        shared, _ = model.reward_and_termination(present[row], context[:, -1], row)
         torch.testing.assert_close(shared, log_reward[row])
-        self.assertEqual(model.consequences(present[:0], context[:, -1], row[:0])[0].shape, (0, 3))
+        self.assertEqual(model.reward_and_termination(present[:0], context[:, -1], row[:0])[0].shape, (0, 3))
 
     def test_surprise_is_the_mixture_under_the_chosen_action(self):
         model, context, action = model_of(), torch.randn(4, 3, 5), torch.tensor([0, 1, 1, 0])
-        likelihood = model.outcome_network.log_likelihood(random_codes(4), random_codes(4, 1))
+        likelihood = model.effects.log_likelihood(random_codes(4), random_codes(4, 1))
         by_hand = -(model.log_prior(context)[torch.arange(4), action].exp() * likelihood.exp()).sum(-1).log()
-        torch.testing.assert_close(model.surprise(likelihood, action, context), by_hand)
+        torch.testing.assert_close(model.nll(likelihood, action, context), by_hand)
 
     def test_rewards_fall_into_the_nearest_bin(self):
         weights = model_of(reward_bins=(-1.0, 0.0, 2.0)).two_hot(torch.tensor([-3.0, -1, 0, 0.5, 2, 7]))
@@ -168,7 +168,7 @@ class TestPredictions(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, words):
                 TransitionSettings(**wrong)
         with self.assertRaisesRegex(ValueError, "kernel is 11, but in a grid of 4x5 whose edges wrap it may be at most 9"):
-            OutcomeNetwork(TransitionSettings(kernel=11, padding="circular"), 6, (4, 5))
+            EffectNetwork(TransitionSettings(kernel=11, padding="circular"), 6, (4, 5))
 
 
 if __name__ == "__main__":

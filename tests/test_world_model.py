@@ -43,11 +43,11 @@ class TestVAE(unittest.TestCase):
         one, other = torch.randn(64, 5), torch.randn(64, 5)
         self.assertTrue(torch.equal(vae.logits(frames, one), vae.logits(frames, other)))
         sum(vae.loss(frames, one).values()).backward()
-        for film in (vae.encoder_film, vae.decoder_film):
-            self.assertGreater(film.generator.weight.grad.abs().sum(), 0)
+        for animate_lifetime in (vae.encoder_film, vae.decoder_film):
+            self.assertGreater(animate_lifetime.generator.weight.grad.abs().sum(), 0)
 
     def test_the_bound_is_the_sum_of_its_terms_by_hand(self):
-        vae, frames, context = vae_of(deviation=0.5), frames_of(), torch.zeros(64, 5)
+        vae, frames, context = vae_of(obs_std=0.5), frames_of(), torch.zeros(64, 5)
         q = vae.logits(frames, context).softmax(-1)
         by_hand = (q * (q / (1 / 6)).log()).sum((1, 2)).mean()  # the prior is uniform at the start
         loss = vae.loss(frames, context)
@@ -59,7 +59,7 @@ class TestVAE(unittest.TestCase):
         torch.testing.assert_close(vae.loss(frames, context)["reconstruction"], expected)
 
     def test_the_bound_sums_over_codes_by_hand(self):
-        vae, frames, context = vae_of(deviation=0.5), frames_of(batch=3), torch.randn(3, 5)
+        vae, frames, context = vae_of(obs_std=0.5), frames_of(batch=3), torch.randn(3, 5)
         torch.nn.init.normal_(vae.decoder_film.generator.weight)
         q, expected = vae.logits(frames, context).softmax(-1), 0.0
         for code in range(6):
@@ -75,7 +75,7 @@ class TestVAE(unittest.TestCase):
         for seed in range(5):
             torch.manual_seed(seed)
             vae, frames = VAE(VAESettings(patch=4), (24, 24, 3), 5), frames_of()
-            self.assertGreaterEqual(vae.seed_codes(frames, torch.zeros(64, 5)), 4)
+            self.assertGreaterEqual(vae.init_codes_kmeans(frames, torch.zeros(64, 5)), 4)
             codes = vae.encode(frames, torch.zeros(64, 5))
             clear = frames_of(noise=0).view(64, 6, 4, 6, 4, 3)[:, :, 0, :, 0].flatten(1, 2)  # (64, 36, 3), same places
             kinds = {tuple(colour): set(codes[(clear == colour).all(-1)].tolist()) for colour in clear.flatten(0, 1).unique(dim=0)}
@@ -83,8 +83,8 @@ class TestVAE(unittest.TestCase):
             self.assertEqual(len(set().union(*kinds.values())), sum(map(len, kinds.values())))
 
     def test_codes_that_can_be_exchanged_are_merged_and_no_others(self):
-        vae, frames, context = vae_of(deviation=0.1), frames_of(noise=0), torch.zeros(64, 5)
-        vae.seed_codes(frames, context)
+        vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
+        vae.init_codes_kmeans(frames, context)
         before = vae.encode(frames, context)
         used = before.unique().tolist()
         self.assertEqual(len(used), 4)
@@ -105,8 +105,8 @@ class TestVAE(unittest.TestCase):
         with mock.patch.object(vae, "_square_errors", lambda *_: torch.zeros(64, 36, 6)):
             self.assertEqual(vae.merge_codes(frames, context), 3)  # of four that are used
         self.assertEqual(len(vae.encode(frames, context).unique()), 1)
-        self.assertEqual(int(vae.meaning[third]), int(vae.meaning[first]))
-        again = vae_of(deviation=0.1)
+        self.assertEqual(int(vae.code_alias[third]), int(vae.code_alias[first]))
+        again = vae_of(obs_std=0.1)
         again.load_state_dict(vae.state_dict())
         self.assertTrue(torch.equal(again.encode(frames, context), vae.encode(frames, context)))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from main import shown
+from main import format_ci
 
 
 def named_runs(benchmark: str, several: bool = True) -> list[Path]:
@@ -20,7 +20,7 @@ def named_runs(benchmark: str, several: bool = True) -> list[Path]:
 
 def scores(said: dict[str, Any]) -> list[str]:
     """Return and normalised return of an evaluation, or of several joined, with their intervals: two cells of a table."""
-    return [shown(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3))]
+    return [format_ci(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3))]
 
 
 def collected(run: Path) -> np.ndarray:

@@ -29,19 +29,19 @@ from tyro.conf import Positional
 
 from agent import AgentController, Learner, Planner, System
 from film_layer import FiLMLayer
-from main import Settings, build_system, evaluate, interval, load_system, mean, shown, statistics, train
+from main import Settings, build_system, evaluate, bootstrap_ci, load_system, mean, format_ci, statistics, train
 from memory import Experience, WorldStep, merge, write_json
-from transition_model import ModeTable, Value
+from transition_model import EffectCache, Value
 from tests.benchmarks import scores
 
 BASE = Settings()
 TRAINED: dict[str, dict] = {  # what a variant does without: the settings that take it away
-    "hindsight decoding": {"context": {"hindsight_weight": 0.0}},
-    "labels consistent over the lifetime": {"transition": {"free_updates": 900}},  # of at most 684 outcome updates
+    "hindsight decoding": {"context": {"decoding_weight": 0.0}},
+    "labels consistent over the lifetime": {"transition": {"warmup_updates": 900}},  # of at most 684 outcome updates
     "initial scales": {"context": {"token_scale": 1.0, "context_scale": 1.0}, "transition": {"film_scale": 1.0}},
     "look-ahead": {},
 }
-Ablation = Literal["belief", "perception", "prior", "consequences", "value", "depth"]
+Ablation = Literal["belief", "perception", "prior", "reward_and_termination", "value", "depth"]
 """What an agent can do without at decision time: its belief stays initial; one of its parts is modulated by the initial context
 alone; the search has depth 1."""
 PEER = "everything: RecurrentPPO"
@@ -54,7 +54,7 @@ class FrozenBelief(AgentController):
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Remember, but infer nothing."""
         super().observe(action, step)
-        self.belief = self.engine.initial_belief(len(self.frame))
+        self.belief = self.engine.initial_belief(len(self.obs))
 
 
 def agent_without(system: System, part: Ablation) -> AgentController:
@@ -65,14 +65,14 @@ def agent_without(system: System, part: Ablation) -> AgentController:
         held = {
             "perception": (system.vae, system.appearance.unseen() if system.appearance else first[-1]),
             "prior": (system.transition.prior_film, first[0]),
-            "consequences": (system.transition.consequence_film, first[-1]),
-            "value": (system.slow_value, system.slow_value.pool(first[None])[0]),
+            "reward_and_termination": (system.transition.contact_film, first[-1]),
+            "value": (system.target_value, system.target_value.pool(first[None])[0]),
         }  # fmt: skip
     module, context = held.get(part, (None, None))
     for layer in module.modules() if module else ():
         if isinstance(layer, FiLMLayer):
             hold(layer, context)
-    return system.controller(FrozenBelief if part == "belief" else AgentController, look_again=part != "depth")
+    return system.controller(FrozenBelief if part == "belief" else AgentController, search_depth=1 if part == "depth" else 2)
 
 
 def hold(layer: FiLMLayer, context: Tensor) -> None:
@@ -86,7 +86,7 @@ class ModelFree(Planner):
     """No look-ahead: the same value network, reading the row of one action in the place of the mean over all of them, is
     Q(z, c, a), and learns by Watkins' Q(lambda) (1989) along the same stored lifetimes."""
 
-    def action_values(self, codes: Tensor, context: Tensor, depth: int = 1, modes: ModeTable | None = None) -> Tensor:
+    def action_values(self, codes: Tensor, context: Tensor, depth: int = 1, predict: EffectCache | None = None) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D), of the slow value."""
         with torch.no_grad():
             return self._values(self.value, codes, context)
@@ -97,13 +97,13 @@ class ModelFree(Planner):
         following_codes = torch.cat([experience.codes[:, 1:], experience.next_codes[:, -1:]], 1)
         now, after = context[:, :-1].flatten(0, 1), context[:, 1:].flatten(0, 1)
         choice = self.action_values(experience.codes.flatten(0, 1), now).view(B, T, -1).argmax(-1)
-        onward = self.action_values(following_codes.flatten(0, 1), after).view(B, T, -1).amax(-1)
-        target, following = torch.zeros_like(onward), onward[:, -1]
+        next_value = self.action_values(following_codes.flatten(0, 1), after).view(B, T, -1).amax(-1)
+        target, following = torch.zeros_like(next_value), next_value[:, -1]
         for t in reversed(range(T)):
-            boot = self.settings.trace * following + (1 - self.settings.trace) * onward[:, t]
+            boot = self.settings.lambda_ * following + (1 - self.settings.lambda_) * next_value[:, t]
             target[:, t] = experience.reward[:, t] + self.settings.discount * boot
             greedy = experience.action[:, t] == choice[:, t]
-            following = torch.where(greedy, target[:, t], onward[:, max(0, t - 1)])
+            following = torch.where(greedy, target[:, t], next_value[:, max(0, t - 1)])
         predicted = self._values(value, experience.codes.flatten(0, 1), now)
         predicted = predicted.gather(1, experience.action.flatten()[:, None]).view(B, T)
         return {"value": F.mse_loss(predicted, target)}
@@ -193,11 +193,11 @@ def main(arguments: Arguments) -> None:
     for name, results in found.items():
         said = statistics(*results)
         lost = [np.array([one["returns"]["agent"]]) - np.array([all_["returns"]["agent"]]) for one, all_ in zip(results, whole)]
-        difference = "" if name == "nothing" else shown(float(np.mean(lost)), interval(mean, *lost), 2)
+        difference = "" if name == "nothing" else format_ci(float(np.mean(lost)), bootstrap_ci(mean, *lost), 2)
         each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
         print("| " + " | ".join([name, *scores(said), difference, each]) + " |")
-    told = "as they are" if arguments.runs else f"of {arguments.updates} updates each"
-    print(f"\n{arguments.lifetimes} lifetimes on the test split, {len(whole)} runs {told}")
+    available_metrics = "as they are" if arguments.runs else f"of {arguments.updates} updates each"
+    print(f"\n{arguments.lifetimes} lifetimes on the test split, {len(whole)} runs {available_metrics}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The learnt belief beside exact Bayes: `python3 -m tests.benchmarks.belief RUN`.
 
-1. nats a step: how unexpected each step was to the agent and to the exact filter, on the same held-out lifetimes.
+1. nll a step: how unexpected each step was to the agent and to the exact filter, on the same held-out lifetimes.
 2. calibration: where the agent gave an effect the probability p, how often did it happen?
 3. a linear probe: how much of the exact posterior over rules can be read from the context vector by least squares, fitted
    on training tasks and scored (R^2, over all the posterior's components) on held-out ones, by step of the lifetime. The
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from agent import System
 from context_engine import ExactFilter
-from environment import DIRECTIONS, HiddenRulesWorld, WorldSettings, space_of
+from environment import DIRECTIONS, HiddenRulesWorld, WorldSettings, rule_space_of
 from main import EVALUATION_SEED, load_system
-from transition_model import merged
+from transition_model import merge_equal
 from tests.benchmarks import named_runs
 
 LIFETIMES = 2048
@@ -35,8 +35,8 @@ class Recorder:
         world = HiddenRulesWorld(system.settings.world, LIFETIMES, split, seed)
         agent, exact = system.controller(), ExactFilter(world)
         frames = world.reset()
-        agent.begin(frames)
-        exact.begin(frames)
+        agent.reset(frames)
+        exact.reset(frames)
         kept: list[tuple[Tensor, ...]] = []
         for _ in range(system.settings.world.lifetime):
             with torch.no_grad():
@@ -48,16 +48,16 @@ class Recorder:
             for listener in (agent, exact):
                 listener.observe(action, step)
             happened = agent.memory.latest().posterior[:, 0].float()
-            _, first = system.transition.outcome_network.modes(agent.codes)
+            _, first = system.transition.effects.predict(agent.codes)
             chosen = prior[torch.arange(LIFETIMES), action]
-            kept.append((context.flatten(1), posterior, *(merged(mass[:, None], first)[:, 0] for mass in (chosen, happened))))
+            kept.append((context.flatten(1), posterior, *(merge_equal(mass[:, None], first)[:, 0] for mass in (chosen, happened))))
         self.context, self.posterior, self.predicted, self.happened = (torch.stack(x) for x in zip(*kept))
-        self.nats = [torch.stack(one.nats).double().mean(1).numpy() for one in (agent, exact)]
+        self.nll = [torch.stack(one.nll).double().mean(1).numpy() for one in (agent, exact)]
 
 
 def marginals(posterior: Tensor) -> dict[str, Tensor]:
     """What a rule consists of, under posteriors (..., rules): which move each action makes, which map, which roles."""
-    space = space_of(WorldSettings())
+    space = rule_space_of(WorldSettings())
     joint = posterior.unflatten(-1, (len(space.action_maps), len(space.colours)))
     maps = joint.sum(-1)
     makes = torch.nn.functional.one_hot(space.action_maps, DIRECTIONS).float().flatten(1)  # (24, action * move)
@@ -82,8 +82,8 @@ def probe(fit: Recorder, score: Recorder) -> dict[str, list[float]]:
 def calibration(one: Recorder, low: int, high: int, bins: int = 10) -> tuple[np.ndarray, np.ndarray, float]:
     """Mean predicted probability and mean frequency by bin, and the expected calibration error, of all effects."""
     predicted, happened = (x[low:high].flatten().double().numpy() for x in (one.predicted, one.happened))
-    shown = predicted > 1e-3  # effects that nobody expects and that do not happen say nothing
-    predicted, happened = predicted[shown], happened[shown]
+    format_ci = predicted > 1e-3  # effects that nobody expects and that do not happen say nothing
+    predicted, happened = predicted[format_ci], happened[format_ci]
     which = np.minimum((predicted * bins).astype(int), bins - 1)
     count = np.bincount(which, minlength=bins)
     means = [np.bincount(which, x, minlength=bins) / np.maximum(count, 1) for x in (predicted, happened)]
@@ -95,17 +95,17 @@ def main(run: Path) -> None:
     system, _ = load_system(run)
     held_out, training = Recorder(system, "test", EVALUATION_SEED + 1), Recorder(system, "train", EVALUATION_SEED + 50)
     found = probe(training, held_out)
-    print("| steps | agent, nats a step | exact filter | calibration error |" + "".join(f" R^2 of {name} |" for name in found))
+    print("| steps | agent, nll a step | exact filter | calibration error |" + "".join(f" R^2 of {name} |" for name in found))
     print("|" + "---|" * (4 + len(found)))
     for number, (low, high) in enumerate(STEPS):
-        nats = [f"{one[low:high].mean():.3f}" for one in held_out.nats]
+        nll = [f"{one[low:high].mean():.3f}" for one in held_out.nll]
         scores = ["-" if number == 0 else f"{values[number - 1]:.3f}" for values in found.values()]
-        print("| " + " | ".join([f"{low} to {high - 1}", *nats, f"{calibration(held_out, low, high)[2]:.3f}", *scores]) + " |")
+        print("| " + " | ".join([f"{low} to {high - 1}", *nll, f"{calibration(held_out, low, high)[2]:.3f}", *scores]) + " |")
     figure = Figure(figsize=(10, 3), layout="constrained")
-    nats, calibrated, probed = figure.subplots(1, 3)
-    for values, label in zip(held_out.nats, ("agent", "exact filter")):
-        nats.plot(values, label=label)
-    nats.set(title="surprise", xlabel="step of the lifetime", ylabel="nats")
+    nll, calibrated, probed = figure.subplots(1, 3)
+    for values, label in zip(held_out.nll, ("agent", "exact filter")):
+        nll.plot(values, label=label)
+    nll.set(title="nll", xlabel="step of the lifetime", ylabel="nll")
     calibrated.plot([0, 1], [0, 1], "k:", linewidth=1)
     for low, high in STEPS[1:]:
         predicted, happened, _ = calibration(held_out, low, high)
@@ -114,7 +114,7 @@ def main(run: Path) -> None:
     for name, values in found.items():
         probed.plot([low for low, _ in STEPS[1:]], values, marker=".", label=name)
     probed.set(title="R^2 of a linear probe", xlabel="from step", ylabel="of the exact posterior", xscale="log", ylim=(0, 1))
-    for axes in (nats, calibrated, probed):
+    for axes in (nll, calibrated, probed):
         axes.legend(fontsize="x-small")
     figure.savefig(run / "belief.png", dpi=120)
     print(f"\n{LIFETIMES} lifetimes of each split; figure in {run / 'belief.png'}")

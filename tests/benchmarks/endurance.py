@@ -48,9 +48,9 @@ class Watched(Learner):
         self.process, self.rows, self.end = psutil.Process(os.getpid()), [], time.perf_counter() + 60 * minutes
         return self.rows
 
-    def set_rates(self, phase: str, update: int) -> None:
+    def set_learning_rates(self, phase: str, update: int) -> None:
         """An update begins: perhaps a look."""
-        super().set_rates(phase, update)
+        super().set_learning_rates(phase, update)
         if self.update and self.update % 20 == 0:
             megabytes = (self.process.memory_info().rss / 2**20, self.store.bytes / 2**20)
             self.rows.append((self.update, time.perf_counter(), time.process_time(), *megabytes))

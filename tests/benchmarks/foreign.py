@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from minigrid.core.constants import DIR_TO_VEC
 from torch import Tensor
 
-from agent import RandomAgent, play
-from environment import GymWorlds
-from main import EVALUATION_SEEDS, interval, load_system, mean, shown
+from agent import RandomAgent, rollout
+from environment import ExternalWorlds
+from main import EVALUATION_SEEDS, bootstrap_ci, load_system, mean, format_ci
 from memory import WorldStep
 from tests.benchmarks import named_runs
 
@@ -29,11 +29,11 @@ LEFT, RIGHT, FORWARD = range(3)
 class ShortestPathAgent:
     """Knows the hidden rule and the way: breadth-first search over places and directions. Privileged."""
 
-    def __init__(self, worlds: GymWorlds) -> None:
+    def __init__(self, worlds: ExternalWorlds) -> None:
         self.worlds = worlds
 
-    def begin(self, frames: Tensor) -> None:
-        """Nothing to forget."""
+    def reset(self, frames: Tensor) -> None:
+        """Nothing to remove_stale."""
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Nothing to learn."""
@@ -70,8 +70,8 @@ def main(runs: list[Path]) -> None:
     world, seed = systems[0].settings.world, EVALUATION_SEEDS["test"]
 
     def live(make) -> np.ndarray:
-        worlds = GymWorlds(world, LIFETIMES, "test", seed, systems[0].device)
-        return play(worlds, make(worlds)).reward.numpy()
+        worlds = ExternalWorlds(world, LIFETIMES, "test", seed, systems[0].device)
+        return rollout(worlds, make(worlds)).reward.numpy()
 
     found = {
         "agent": [live(lambda _, system=system: system.controller()) for system in systems],
@@ -85,7 +85,7 @@ def main(runs: list[Path]) -> None:
     for name, each in found.items():
         returns = [reward.sum(1)[None].astype(float) for reward in each]
         by_bin = np.concatenate(each)[:, : len(bins) * BIN].reshape(-1, len(bins), BIN).sum(2).mean(0)
-        print(f"| {name} | {shown(float(np.mean(returns)), interval(mean, *returns), 2)} | {' | '.join(f'{x:.2f}' for x in by_bin)} |")
+        print(f"| {name} | {format_ci(float(np.mean(returns)), bootstrap_ci(mean, *returns), 2)} | {' | '.join(f'{x:.2f}' for x in by_bin)} |")
         axes.plot(np.array(bins) + BIN / 2, by_bin / BIN, marker=".", label=name)
     axes.set(xlabel="step of the lifetime", ylabel="reward a step", title=world.gym_id)
     axes.set_ylim(bottom=0)

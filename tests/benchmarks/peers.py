@@ -25,9 +25,9 @@ from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
-from agent import play
+from agent import rollout
 from environment import WorldSettings, make_worlds
-from main import EVALUATION_SEEDS, Settings, compare, draw_curve, evaluate, interval, load_system, normalised, references, shown
+from main import EVALUATION_SEEDS, Settings, compare, plot_curve, evaluate, bootstrap_ci, load_system, normalised, references, format_ci
 from memory import WorldStep
 from tests.benchmarks import collected, named_runs, scores
 
@@ -114,7 +114,7 @@ class PeerAgent:
     def __init__(self, model: RecurrentPPO) -> None:
         self.model = model
 
-    def begin(self, frames: torch.Tensor) -> None:
+    def reset(self, frames: torch.Tensor) -> None:
         """A lifetime begins: the recurrent state with it."""
         self.state, self.starts = None, np.ones(len(frames), bool)
         previous = np.zeros((len(frames), *self.model.observation_space["previous"].shape), np.float32)
@@ -130,20 +130,20 @@ class PeerAgent:
     def observe(self, action: torch.Tensor, step: WorldStep) -> None:
         """What `PreviousStep` shows."""
         seen = (action.numpy(), step.reward.numpy(), step.ended.numpy())
-        self.seen = {"picture": step.frame.numpy(), "previous": previous_step(*seen, self.model.action_space.n)}
+        self.seen = {"picture": step.obs.numpy(), "previous": previous_step(*seen, self.model.action_space.n)}
 
 
 def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> dict[str, Any]:
     """As `main.evaluate`, with the same tasks, starts and slips, on pictures of its own size."""
     world = make_worlds(enlarged(settings.world), lifetimes, "test", EVALUATION_SEEDS["test"])
-    lived = {"agent": play(world, PeerAgent(model))} | references(settings.world, lifetimes, "test", torch.device("cpu"))
+    lived = {"agent": rollout(world, PeerAgent(model))} | references(settings.world, lifetimes, "test", torch.device("cpu"))
     weights = sum(parameter.numel() for parameter in model.policy.parameters())
     return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
 
 
 def draw(results: dict[str, dict[str, Any]], progress: dict[str, np.ndarray], path: Path) -> None:
     """As PNG: what training lifetimes return over its seconds, and reward by step of the held-out lifetime of every agent and of the
-    references, see `agent.draw_curve`."""
+    references, see `agent.plot_curve`."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     (learning, axes), first = figure.subplots(1, 2), next(iter(results.values()))
     for name, points in progress.items():
@@ -152,7 +152,7 @@ def draw(results: dict[str, dict[str, Any]], progress: dict[str, np.ndarray], pa
     curves = {name: result["agent"] for name, result in results.items()}
     curves |= {label: first[name] for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling")) if name in first}
     for name, curve in curves.items():
-        draw_curve(axes, curve["by_step"], curve["by_step_error"], name)
+        plot_curve(axes, curve["by_step"], curve["by_step_error"], name)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -183,7 +183,7 @@ def main(run: Path) -> None:
         theirs = np.array([result["returns"]["agent"]], float)
         less = lambda x, y, low, high: normalised(x, low, high) - normalised(y, low, high)  # noqa: E731
         strata = [np.stack([own[0], theirs[0], own[1], own[2]])]
-        gap = shown(float(less(*strata[0])), interval(less, *strata), 3) if budget else ""
+        gap = format_ci(float(less(*strata[0])), bootstrap_ci(less, *strata), 3) if budget else ""
         print(f"| {name} | {spent:.0f} | {frames:,} | {' | '.join(scores(result))} | {gap} |", flush=True)
         draw(results, progress, run / "peers.png")
     print(f"\n{LIFETIMES} lifetimes on the test split; figure in {run / 'peers.png'}")

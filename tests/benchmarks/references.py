@@ -18,10 +18,10 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
-from agent import play
+from agent import rollout
 from context_engine import ActionValues, KnownRuleAgent, ThompsonAgent
-from environment import HiddenRulesWorld, by_role, space_of
-from main import EVALUATION_SEEDS, Settings, references, shown, summary
+from environment import HiddenRulesWorld, order_by_role, rule_space_of
+from main import EVALUATION_SEEDS, Settings, references, format_ci, summary
 from memory import RunFolder, UserError, WorldStep, require, write_json
 
 
@@ -43,7 +43,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
     """Bayes-adaptive rollouts: tries every action in imagined lifetimes, each under a rule drawn from the exact
     posterior and continued by Thompson sampling, and takes the action with the best mean.
 
-    One step of policy improvement on Thompson sampling in the Bayes-adaptive decision process (Bertsekas and Castanon,
+    One step of policy probability_of_improvement on Thompson sampling in the Bayes-adaptive decision process (Bertsekas and Castanon,
     "Rollout Algorithms", 1999; root sampling as in Guez et al., "BAMCP", 2012): what it earns bounds the Bayes optimum
     from below. Where the posterior is certain nothing is imagined, because there is nothing to find out.
 
@@ -51,10 +51,10 @@ class BayesAdaptiveAgent(ThompsonAgent):
         world, q, seed: as in `ThompsonAgent`.
         rollouts: imagined lifetimes for each action, at least 1; all actions meet the same rules and the same luck.
         horizon: steps of each, at least 1; from there on counts what the drawn rule's own planner expects.
-        certain: nats of entropy below which the posterior counts as certain.
+        certain: nll of entropy below which the posterior counts as certain.
     """
 
-    AT_ONCE = 8192 * 144  # numbers in the posteriors of imagined lifetimes; bounds memory
+    CHUNK = 8192 * 144  # numbers in the posteriors of imagined lifetimes; bounds memory
 
     def __init__(
         self, world: HiddenRulesWorld, q: ActionValues, seed: int, rollouts: int = 64, horizon: int = 16, certain: float = 0.01
@@ -63,9 +63,9 @@ class BayesAdaptiveAgent(ThompsonAgent):
         self.rollouts, self.horizon, self.certain = rollouts, horizon, certain
         self.imagined = 0  # worlds so far, and so the seed of the next
 
-    def begin(self, frames: Tensor) -> None:
+    def reset(self, frames: Tensor) -> None:
         """Begin as Thompson sampling does."""
-        super().begin(frames)
+        super().reset(frames)
         self.left = self.world.settings.lifetime
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
@@ -77,7 +77,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
         """The actions (B,) int64 with the best mean; Thompson sampling's where the posterior is certain."""
         action = super().act()
         unsure = (torch.special.entr(self.filter.log_posterior.exp()).sum(1) > self.certain).nonzero()[:, 0]
-        some = max(1, self.AT_ONCE // (len(self.world.space) * self.rollouts))
+        some = max(1, self.CHUNK // (len(self.world.space) * self.rollouts))
         for rows in unsure.split(some) if len(unsure) else ():
             action[rows] = self._mean_returns(rows).argmax(1)
         return action
@@ -86,15 +86,15 @@ class BayesAdaptiveAgent(ThompsonAgent):
         """Means (n, A) over the imagined lifetimes of worlds `rows` (n,) that begin with each action."""
         each = rows.repeat_interleave(self.rollouts)
         log_posterior = self.filter.log_posterior[each]
-        task = self.draw_task(log_posterior)
-        position = by_role(self.world.by_colour(self.world.position)[each], self.world.space.rule(task))  # if that rule held
+        task = self.sample_task(log_posterior)
+        position = order_by_role(self.world.order_by_colour(self.world.position)[each], self.world.space.rule(task))  # if that rule held
         unseen = replace(self.world.settings, noise=0, switch=0, switch_step=0)  # rules last for as long as it imagines
         self.imagined += 1
         means = []
         walls = None if self.world.walls is None else self.world.walls[each]
         for action in range(self.world.settings.actions):
             world = HiddenRulesWorld(unseen, len(each), task, self.imagined, self.world.device)
-            world.place(task, position, self.world.age[each], walls)
+            world.set_state(task, position, self.world.episode_step[each], walls)
             returns = self._imagine(world, torch.full_like(task, action), log_posterior)
             means.append(returns.view(len(rows), self.rollouts).mean(1))
         return torch.stack(means, 1)
@@ -102,7 +102,7 @@ class BayesAdaptiveAgent(ThompsonAgent):
     def _imagine(self, world: HiddenRulesWorld, action: Tensor, log_posterior: Tensor) -> Tensor:
         """Returns (N,) of imagined worlds that begin with `action` (N,) under log posteriors (N, rules)."""
         agent = ThompsonAgent(world, self.q, self.imagined)
-        agent.begin(action)  # instead of pictures, of which it only counts the rows
+        agent.reset(action)  # instead of pictures, of which it only counts the rows
         agent.filter.log_posterior = log_posterior
         earned = torch.zeros(world.batch, device=world.device)
         for _ in range(min(self.horizon, self.left)):
@@ -122,8 +122,8 @@ def main(arguments: Arguments) -> None:
     world = RunFolder(run).settings(Settings()).world
     if world.gym_id:
         raise UserError(f"{world.gym_id} has no exact solution, so no references but the random agent, which evaluate shows.")
-    if rollouts and len(space_of(world)) > 1000:
-        raise UserError(f"rollouts over {len(space_of(world)):,} rules would take days: leave them out by --rollouts 0.")
+    if rollouts and len(rule_space_of(world)) > 1000:
+        raise UserError(f"rollouts over {len(rule_space_of(world)):,} rules would take days: leave them out by --rollouts 0.")
     asked = {"world": dataclasses.asdict(world), "split": split, "lifetimes": lifetimes, "rollouts": rollouts}
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     path = run.parent / "references" / f"{split}-{digest}.json"
@@ -131,11 +131,11 @@ def main(arguments: Arguments) -> None:
         lived = dict(references(world, lifetimes, split, torch.device("cpu")))
         if rollouts:
             worlds = HiddenRulesWorld(world, lifetimes, split, EVALUATION_SEEDS[split])
-            lived["bayes_adaptive"] = play(worlds, BayesAdaptiveAgent(worlds, ActionValues(world), EVALUATION_SEEDS[split], rollouts))
+            lived["bayes_adaptive"] = rollout(worlds, BayesAdaptiveAgent(worlds, ActionValues(world), EVALUATION_SEEDS[split], rollouts))
         path.parent.mkdir(exist_ok=True)
         write_json(asked | {"agents": {name: summary(one) for name, one in lived.items()}}, path)
     for name, one in json.loads(path.read_text())["agents"].items():
-        print(f"{name:18s} {shown(one['return_mean'], one['return_mean_ci95'], 2)}")
+        print(f"{name:18s} {format_ci(one['return_mean'], one['return_mean_ci95'], 2)}")
     print(f"in {path}")
 
 

@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 from tyro.conf import Positional
 
 from environment import WorldSettings
-from main import Settings, draw_adaptation, present, shown, statistics, told, with_preset
+from main import Settings, plot_adaptation, agents_present, format_ci, statistics, available_metrics, with_preset
 from memory import RunFolder, UserError, write_json
 
 HEADS = {
     "return_mean": "return", "return_iqm": "IQM", "normalised": "normalised", "of_thompson": "of Thompson",
-    "improvement": "above Thompson", "late_of_known_rule": "last eighth, of known rule",
+    "probability_of_improvement": "above Thompson", "late_of_known_rule": "last eighth, of known rule",
 }  # fmt: skip
 
 
@@ -42,22 +42,22 @@ class Arguments:
 
 def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:
     """Markdown: a line for each evaluation, one for all of them (`statistics`), and the references below."""
-    names = told(results[0])
-    heads = ["seed", *(HEADS[name] for name in names), "belief, nats over exact", "training"]
+    names = available_metrics(results[0])
+    heads = ["seed", *(HEADS[name] for name in names), "belief, nll over exact", "training"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for result in [*results, joined] if len(results) > 1 else results:
-        figures = [shown(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in names]
+        figures = [format_ci(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in names]
         one = result is not joined
-        excess = result["belief_nats"]["late_excess"] if one else None
+        excess = result["belief_nll"]["late_excess"] if one else None
         rest = ["-" if excess is None else f"{excess:+.3f}", f"{result['seconds']:.0f} s"] if one else ["", ""]
         lines.append("| " + " | ".join([str(result["seed"]) if one else f"all {len(results)}", *figures, *rest]) + " |")
     first, means = results[0], [result["return_mean"] for result in results]
-    bars = {name: label for name, label in present(results).items() if name != "agent"}
-    said = [f"{label} {shown(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
+    bars = {name: label for name, label in agents_present(results).items() if name != "agent"}
+    said = [f"{label} {format_ci(first[name]['return_mean'], first[name]['return_mean_ci95'], 2)}" for name, label in bars.items()]
     text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(said)}"
     if first["references"] and "bayes_adaptive" in first["references"]["agents"]:
         deep = first["references"]["agents"]["bayes_adaptive"]
-        text += f", Bayes-adaptive rollouts {shown(deep['return_mean'], deep['return_mean_ci95'], 2)} "
+        text += f", Bayes-adaptive rollouts {format_ci(deep['return_mean'], deep['return_mean_ci95'], 2)} "
         text += f"({first['references']['lifetimes']} lifetimes, {first['references']['rollouts']} rollouts an action)"
     if len(results) > 1:
         spread = scipy.stats.t.ppf(0.975, len(means) - 1) * scipy.stats.sem(means)
@@ -68,7 +68,7 @@ def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> s
 def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> str:
     """Markdown: how the first, second, ... episode of a lifetime ends, for every agent, averaged over evaluations."""
     lines = ["| agent | episode | goal | hazard | time-out | steps to the goal |", "|" + "---|" * 6]
-    for name, label in present(results).items():
+    for name, label in agents_present(results).items():
         curves = {kind: [result[name]["by_episode"][kind] for result in results] for kind in results[0][name]["by_episode"]}
         for number in numbers:
             if number <= min(map(len, curves["success"])):
@@ -78,11 +78,11 @@ def episode_table(results: Sequence[dict[str, Any]], numbers: Sequence[int] = (1
     return "\n".join(lines)
 
 
-def draw_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_episodes(results: Sequence[dict[str, Any]], path: Path) -> None:
     """How episodes end, and steps to the goal, by number of the episode, averaged over the evaluations, to `path` (PNG)."""
     figure = Figure(figsize=(10, 2.8), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 4), ("success", "hazard", "timeout", "steps_to_goal")):
-        for name, label in present(results).items():
+        for name, label in agents_present(results).items():
             curves = [result[name]["by_episode"][kind] for result in results]
             length = min(map(len, curves))
             axes.plot(range(1, length + 1), np.mean([curve[:length] for curve in curves], 0), marker=".", label=label)
@@ -127,7 +127,7 @@ def main(runs: tuple[Path, ...], output: Path | None = None) -> None:
         try:
             result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
             result |= {"seconds": timing["total"], "references": known_references(run, settings.world)}
-            result["said"] = {key: result[key] for name in told(result) for key in (name, f"{name}_ci95")}
+            result["said"] = {key: result[key] for name in available_metrics(result) for key in (name, f"{name}_ci95")}
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{run} has no final evaluation of this version: make it with python3 main.py resume {run}.") from error
         groups.setdefault(described(settings), []).append(result)
@@ -138,8 +138,8 @@ def main(runs: tuple[Path, ...], output: Path | None = None) -> None:
         joined[name] = statistics(*results) | {"seeds": [result["seed"] for result in results]}
         joined[name]["runs"] = [result["said"] for result in results]
         text.append(f"## {name}\n\n{result_table(results, joined[name])}\n\n{episode_table(results)}\n")
-        draw_adaptation(results, output / f"adaptation-{number}.png")
-        draw_episodes(results, output / f"episodes-{number}.png")
+        plot_adaptation(results, output / f"adaptation-{number}.png")
+        plot_episodes(results, output / f"episodes-{number}.png")
         text.append(f"![reward by step](adaptation-{number}.png)\n![by episode](episodes-{number}.png)\n")
     (output / "report.md").write_text("\n".join(text))
     write_json(joined, output / "report.json")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from main import evaluate, load_system, shown, statistics
+from main import evaluate, load_system, format_ci, statistics
 from tests.benchmarks import named_runs
 
 NOISES, SLIPS, LIFETIMES = (0.0, 0.1, 0.2, 0.3), (0.0, 0.15, 0.3), 512
@@ -37,7 +37,7 @@ def main(runs: list[Path]) -> None:
     cells = {(noise, slip): cell(systems, noise, slip) for slip in SLIPS for noise in NOISES}
     print("| slip | noise | agent | of Thompson | Thompson | known rule |\n|---|---|---|---|---|---|")
     for (noise, slip), (joined, first) in cells.items():
-        figures = (shown(joined[name], joined[f"{name}_ci95"], 2) for name in ("return_mean", "of_thompson"))
+        figures = (format_ci(joined[name], joined[f"{name}_ci95"], 2) for name in ("return_mean", "of_thompson"))
         bars = (f"{first[name]['return_mean']:.2f}" for name in ("thompson", "known_rule"))
         print("| " + " | ".join([f"{slip:g}", f"{noise:g}", *figures, *bars]) + " |")
     figure = Figure(figsize=(7, 3.2), layout="constrained")

@@ -1,6 +1,6 @@
 """How fast everything is, beside what it can be compared with: `python3 -m tests.benchmarks [RUN] [--output FOLDER]`.
 
-Every figure is a ratio, measured in one run beside a physical limit or somebody else's code: drawing worlds beside filling as
+Every figure is a ratio_of_means, measured in one run beside a physical limit or somebody else's code: drawing worlds beside filling as
 many bytes and beside MiniGrid, decisions and updates beside bare matrix products of as many floating-point operations, and the
 cost of each part as sizes double. RUN is a trained run: an untrained belief is vague and branches far more; without one, `quick`
 is trained first. Where there is a GPU, all is timed there too. `--recorded` times a few things for a minute and compares them
@@ -27,18 +27,18 @@ from torch.utils.flop_counter import flop_registry
 from tyro.conf import Positional
 
 from agent import Learner, System
-from environment import HiddenRulesWorld, WorldSettings, make_gym
+from environment import HiddenRulesWorld, WorldSettings, make_inner_env
 from main import Settings, build_system, load_system, train, with_preset
 from memory import UserError, merge, write_json
-from transition_model import ModeTable
+from transition_model import EffectCache
 
 RATIOS = Path(__file__).parent / "ratios.json"
 MINIGRID = "MiniGrid-Empty-8x8-v0"
 GROWTH: dict[str, tuple[dict, ...]] = {  # what doubles, and how
     "cells": tuple({"world": {"grid": n}} for n in (4, 6, 8, 11)),  # about twice as many each time
-    "outcomes": tuple({"transition": {"outcomes": n}} for n in (12, 24, 48)),
+    "num_effects": tuple({"transition": {"num_effects": n}} for n in (12, 24, 48)),
     "actions": tuple({"world": {"actions": n}} for n in (4, 8)),
-    "batch": tuple({"training": {"worlds": n, "batch": n, "value_batch": n // 4, "random_lifetimes": n}} for n in (32, 64, 128)),
+    "batch": tuple({"training": {"envs": n, "batch": n, "value_batch": n // 4, "random_lifetimes": n}} for n in (32, 64, 128)),
     "lifetime": tuple({"world": {"lifetime": n}} for n in (32, 64, 128)),
 }
 
@@ -64,12 +64,12 @@ class Row(NamedTuple):
 
     what: str
     figure: str
-    ratio: float
+    ratio_of_means: float
     beside: str
 
 
 def now() -> float:
-    """Seconds on a clock, once a GPU has done what it was told to."""
+    """Seconds on a clock, once a GPU has done what it was available_metrics to."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -152,7 +152,7 @@ def minigrid_rows(ours: float) -> list[Row]:
     for name, kind in kinds.items():
         best = 0.0
         for copies in (2, 8, 32):
-            worlds = kind([lambda: make_gym(MINIGRID, 3)] * copies)  # 8x8 tiles of 3 pixels: 24x24 as ours
+            worlds = kind([lambda: make_inner_env(MINIGRID, 3)] * copies)  # 8x8 tiles of 3 pixels: 24x24 as ours
             worlds.reset(seed=0)
             best = max(best, copies / seconds(lambda: worlds.step(np.full(copies, 2)))[0])
             worlds.close()
@@ -160,14 +160,14 @@ def minigrid_rows(ours: float) -> list[Row]:
     return rows
 
 
-def decision_row(system: System, batch: int, look_again: bool, device: str, lifetimes: int = 1) -> Row:
+def decision_row(system: System, batch: int, search_depth: int, device: str, lifetimes: int = 1) -> Row:
     """Plan and act, averaged over whole lifetimes, beside a bare matrix product of as many operations."""
     world = HiddenRulesWorld(system.settings.world, batch, "validation", 0, system.device)
-    agent = system.controller(look_again=look_again)
+    agent = system.controller(search_depth=search_depth)
     acted, observed, multiplied, count, steps = 0.0, 0.0, 0.0, 0, system.settings.world.lifetime
     for lifetime in range(lifetimes + 1):  # the first is the warm-up, in which operations are counted
         product = bare(count // steps, device)
-        agent.begin(world.reset())
+        agent.reset(world.reset())
         for _ in range(steps):
             if lifetime == 0:
                 found: list[torch.Tensor] = []
@@ -185,7 +185,7 @@ def decision_row(system: System, batch: int, look_again: bool, device: str, life
             product()
             multiplied += now() - start
     each = acted / (steps * lifetimes)
-    looks = "two looks" if look_again else "one look"
+    looks = f"depth {search_depth}"
     figure = f"{1e3 * each:.2f} ms, {batch / each:,.0f} a second; {1e3 * observed / (steps * lifetimes):.2f} ms to observe"
     return Row(f"decision, {looks}, {batch} worlds", figure, multiplied / acted, "bare matrix products")
 
@@ -193,7 +193,7 @@ def decision_row(system: System, batch: int, look_again: bool, device: str, life
 def prepared(settings: Settings, device: str, lifetimes: int = 0) -> Learner:
     """A learner with random lifetimes in its store, named by models that have not learnt."""
     learner = Learner(build_system(settings))
-    while len(learner.store) < max(lifetimes, settings.training.worlds):
+    while len(learner.store) < max(lifetimes, settings.training.envs):
         learner.collect(exploration=1.0)
     return learner
 
@@ -208,7 +208,7 @@ def updates(learner: Learner) -> dict[str, Callable[[], object]]:
         beliefs = learner.system.engine.sequence(few)
     return {
         "VAE": lambda: learner.learn_perception(rows),
-        "outcomes": lambda: learner.learn_outcomes(1),
+        "num_effects": lambda: learner.learn_effects(1),
         "context": lambda: learner.learn_context(experience),
         "value": lambda: learner.learn_value(few, beliefs),
     }
@@ -217,7 +217,7 @@ def updates(learner: Learner) -> dict[str, Callable[[], object]]:
 def learning_rows(learner: Learner, device: str) -> list[Row]:
     """Updates a second of each part, beside a bare matrix product of as many operations; how often each part is due."""
     t = learner.training
-    due = {"VAE": 1 / t.perception_every, "outcomes": 1 / t.outcome_every, "context": 1.0, "value": 1.0}
+    due = {"VAE": 1 / t.perception_every, "num_effects": 1 / t.effect_every, "context": 1.0, "value": 1.0}
     learner.update = 1
     calls = updates(learner)
     counted = {part: operations(call) for part, call in calls.items()}
@@ -236,7 +236,7 @@ def memory_rows(learner: Learner) -> list[Row]:
 
     settings, store = learner.settings, learner.store
     each = store.bytes / (len(store) * settings.world.lifetime)
-    picture = float(np.prod(settings.world.sizes.picture))
+    picture = float(np.prod(settings.world.sizes.obs_shape))
     resident = psutil.Process().memory_info().rss / 2**20
     return [
         Row("a stored step", f"{each:,.0f} bytes", picture / each, "its picture alone"),
@@ -245,10 +245,10 @@ def memory_rows(learner: Learner) -> list[Row]:
 
 
 def sharpen(system: System) -> None:
-    """Let models that have not learnt expect one outcome and one reward each, about as trained ones do: vague ones would branch by
+    """Let models that have not learnt expect one outcome and one reward each, about as trained ones do: vague ones would top_p_filter by
     chance, and the more by one size the less by another."""
     with torch.no_grad():
-        for layer in (system.transition.prior_out[-1], system.transition.consequence_out):
+        for layer in (system.transition.prior_out[-1], system.transition.contact_out):
             layer.weight.mul_(1000)
 
 
@@ -264,14 +264,14 @@ def growth(base: Settings, device: str, path: Path) -> list[Row]:
             settings = merge(base, change)
             learner = prepared(settings, device)
             sharpen(learner.system)
-            world, agent = HiddenRulesWorld(settings.world, settings.training.worlds, "train", 0, device), learner.system.controller()
-            agent.begin(world.reset())
+            world, agent = HiddenRulesWorld(settings.world, settings.training.envs, "train", 0, device), learner.system.controller()
+            agent.reset(world.reset())
             action = agent.act()
             calls = updates(learner)
-            experience = learner.store.experience.rows(slice(settings.training.worlds))
+            experience = learner.store.experience.rows(slice(settings.training.envs))
 
             def plan():
-                agent.modes = ModeTable(learner.system.transition.outcome_network)  # or the same states would be looked up
+                agent.effect_cache = EffectCache(learner.system.transition.effects)  # or the same states would be looked up
                 agent.act()
 
             timed = {
@@ -304,7 +304,7 @@ def growth(base: Settings, device: str, path: Path) -> list[Row]:
 def few_rows() -> list[Row]:
     """What is compared with ratios.json: one thread, weights that have not learnt, the same for everybody."""
     with threads(1):
-        learner = prepared(merge(Settings(), {"training": {"worlds": 48, "random_lifetimes": 48}}), "cpu")
+        learner = prepared(merge(Settings(), {"training": {"envs": 48, "random_lifetimes": 48}}), "cpu")
         rows = world_rows("cpu", (64, 1024)) + [decision_row(learner.system, 16, False, "cpu")]
         return rows + learning_rows(learner, "cpu") + memory_rows(learner)[:1]
 
@@ -314,8 +314,8 @@ def compared() -> int:
     recorded, best = json.loads(RATIOS.read_text()), {}
     for _ in range(3):  # a machine has bad moments
         for row in few_rows():
-            best[row.what] = max(best.get(row.what, 0.0), row.ratio / recorded[row.what])
-            print(f"{row.what}: {row.ratio:.4f} of {row.beside}, recorded {recorded[row.what]:.4f}: {row.ratio / recorded[row.what]:.2f}")
+            best[row.what] = max(best.get(row.what, 0.0), row.ratio_of_means / recorded[row.what])
+            print(f"{row.what}: {row.ratio_of_means:.4f} of {row.beside}, recorded {recorded[row.what]:.4f}: {row.ratio_of_means / recorded[row.what]:.2f}")
         if min(best.values()) >= 0.5:
             return 0
     return 1
@@ -338,7 +338,7 @@ def every_row(arguments: Arguments) -> list[Row]:
         print("MiniGrid is left out: pip install -r tests/requirements.txt")
     learner = prepared(Settings(), "cpu", lifetimes=512)
     rows += learning_rows(learner, "cpu") + memory_rows(learner)
-    rows += growth(merge(Settings(), {"training": {"worlds": 32, "batch": 32, "value_batch": 8, "random_lifetimes": 32}}), "cpu", arguments.output / "growth.png")
+    rows += growth(merge(Settings(), {"training": {"envs": 32, "batch": 32, "value_batch": 8, "random_lifetimes": 32}}), "cpu", arguments.output / "growth.png")
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         gpu = load_system(arguments.run, "cuda")[0] if arguments.run else System(settings, torch.device("cuda"))
@@ -363,13 +363,13 @@ def main(arguments: Arguments) -> int:
         raise UserError("--peers needs the RUN that RecurrentPPO shall be compared with.")
     if arguments.record:
         trials = [few_rows() for _ in range(5)]  # a machine has bad moments, and good ones
-        write_json({rows[0].what: round(float(np.median([row.ratio for row in rows])), 4) for rows in zip(*trials)}, RATIOS)
+        write_json({rows[0].what: round(float(np.median([row.ratio_of_means for row in rows])), 4) for rows in zip(*trials)}, RATIOS)
     if arguments.record or arguments.recorded:
         return compared()
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = every_row(arguments)
-    lines = ["| what | figure | ratio | to |", "|---|---|---|---|"]
-    lines += [f"| {row.what} | {row.figure} | {row.ratio:.3g} | {row.beside} |" for row in rows]
+    lines = ["| what | figure | ratio_of_means | to |", "|---|---|---|---|"]
+    lines += [f"| {row.what} | {row.figure} | {row.ratio_of_means:.3g} | {row.beside} |" for row in rows]
     (arguments.output / "speed.md").write_text("\n".join(lines) + "\n")
     write_json([row._asdict() for row in rows], arguments.output / "speed.json")
     print("\n".join(lines) + f"\n\nin {arguments.output}")

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from agent import play
+from agent import rollout
 from context_engine import ActionValues, KnownRuleAgent, ThompsonAgent
 from environment import make_worlds
-from main import EVALUATION_SEEDS, interval, load_system, mean, shown
+from main import EVALUATION_SEEDS, bootstrap_ci, load_system, mean, format_ci
 from tests.benchmarks import named_runs
 
 LIFETIMES, WINDOW, FLOOR = 2048, 8, 1e-3
@@ -35,7 +35,7 @@ def rewards(systems: list) -> dict[str, list[np.ndarray]]:
 
     def live(make) -> np.ndarray:
         there = make_worlds(world, LIFETIMES, "test", seed)
-        return play(there, make(there)).reward.numpy()
+        return rollout(there, make(there)).reward.numpy()
 
     return {
         "agent": [live(lambda _, system=system: system.controller()) for system in systems],
@@ -69,7 +69,7 @@ def main(runs: list[Path]) -> None:
         joined = np.concatenate(each)
         spans = [(-16, 0), (0, 8), (8, 16), (16, 32), (middle - 16, middle)]
         figures = [f"{joined[:, middle + low : middle + high].mean():.3f}" for low, high in spans]
-        print("| " + " | ".join([name, shown(float(np.mean(returns)), interval(mean, *returns), 2), *figures,
+        print("| " + " | ".join([name, format_ci(float(np.mean(returns)), bootstrap_ci(mean, *returns), 2), *figures,
                                  ", ".join(f"{recovery(reward):.0f}" for reward in each)]) + " |")  # fmt: skip
         axes.plot(np.arange(0, 2 * middle, WINDOW) + WINDOW / 2, joined.mean(0).reshape(-1, WINDOW).mean(1), marker=".", label=name)
     axes.axvline(middle, color="k", linestyle=":")

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from agent import System, play
+from agent import System, rollout
 from environment import HiddenRulesWorld, make_worlds
 from main import EVALUATION_SEEDS, evaluate, load_system, statistics
 from memory import WorldStep
@@ -32,19 +32,19 @@ class Eye:
         self.world, self.agent, self.system = world, agent, system
         self.colours, self.codes, self.errors, self.pictures = [], [], [], []
 
-    def begin(self, frames: Tensor) -> None:
+    def reset(self, frames: Tensor) -> None:
         """See where everything begins."""
-        self.frame, self.colour = frames, self._colours()
+        self.obs, self.colour = frames, self._colours()
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
         """Note what the agent saw before its action."""
         self.colours.append(self.colour)
         self.codes.append(self.agent.codes.long())
         with torch.no_grad():
-            rebuilt = self.system.vae.decode(self.agent.codes, self.agent.vision)
-        self.errors.append((rebuilt - self.frame / 255).square().mean((1, 2, 3)))
-        self.pictures.append((self.frame[:6], rebuilt[:6]))
-        self.frame, self.colour = step.frame, self._colours()
+            rebuilt = self.system.vae.decode(self.agent.codes, self.agent.visual_context)
+        self.errors.append((rebuilt - self.obs / 255).square().mean((1, 2, 3)))
+        self.pictures.append((self.obs[:6], rebuilt[:6]))
+        self.obs, self.colour = step.obs, self._colours()
 
     def _colours(self) -> Tensor:
         """(B, S) int64: the colour on each patch, what is drawn last on top."""
@@ -75,8 +75,8 @@ def measure(system: System) -> dict:
     world = make_worlds(settings.world, LIFETIMES, "test", EVALUATION_SEEDS["test"], system.device)
     agent = system.controller()
     eye = Eye(world, agent, system)
-    play(world, agent, [eye])
-    patches, pictures = code_accuracy(torch.stack(eye.codes, 1), torch.stack(eye.colours, 1), settings.vae.codes)
+    rollout(world, agent, [eye])
+    patches, pictures = code_accuracy(torch.stack(eye.codes, 1), torch.stack(eye.colours, 1), settings.vae.num_codes)
     error = float(torch.stack(eye.errors).mean().sqrt())
     result = evaluate(system, "test", LIFETIMES)
     return {"error": error, "patches": patches, "pictures": pictures, "result": result, "seen": eye.pictures[0]}

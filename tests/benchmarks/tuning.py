@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from main import interval, mean, shown, statistics
+from main import bootstrap_ci, mean, format_ci, statistics
 from tests.benchmarks import scores
 
 
@@ -39,7 +39,7 @@ def main(arguments: Arguments) -> None:
         difference = ""
         if name == "tuned":
             paired = (earned["tuned"] - earned["baseline"])[:, None]  # (runs, 1, lifetimes)
-            difference = shown(float(paired.mean()), interval(mean, *paired), 2)
+            difference = format_ci(float(paired.mean()), bootstrap_ci(mean, *paired), 2)
         each = ", ".join(f"{returns.mean():.2f}" for returns in earned[name])
         print(f"| {name} | {' | '.join(scores(statistics(*results)))} | {difference} | {each} |")
 
