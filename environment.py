@@ -26,7 +26,9 @@ from memory import WorldStep, require, require_all, make_generator
 MOVES = torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1], [0, 0]])  # (move, (row, column)); the last one moves nothing
 MOVE_NAMES = ("up", "down", "left", "right", "nothing")
 DIRECTIONS, NOTHING = 4, 4
-PALETTE = torch.tensor([[220, 60, 60], [60, 200, 80], [70, 110, 230], [230, 210, 70], [200, 80, 220]], dtype=torch.uint8)
+PALETTE = torch.tensor(
+    [[220, 60, 60], [60, 200, 80], [70, 110, 230], [230, 210, 70], [200, 80, 220]], dtype=torch.uint8
+)
 PALETTE_NAMES = ("red", "green", "blue", "yellow", "magenta")
 WALL, BACKGROUND = 128, 20
 WIND_STRENGTHS = {"train": (1, 3, 5), "validation": (2,), "test": (4,)}  # fifths of the strongest
@@ -38,7 +40,12 @@ WORLDS: dict[str, dict[str, Any]] = {  # what presets change in the world
     "tinted": {"tint": 0.8},
     "large": {"grid": 8, "episode_limit": 24},
     "everything": {
-        "lifetime": 96, "walls": 4, "edges": "hidden", "wind": 0.4, "actions": 5, "reward_values": (1.0, 0.5, -1.0),
+        "lifetime": 96,
+        "walls": 4,
+        "edges": "hidden",
+        "wind": 0.4,
+        "actions": 5,
+        "reward_values": (1.0, 0.5, -1.0),
     },
     "quick": {"grid": 4, "lifetime": 48, "episode_limit": 10, "noise": 0.05, "slip": 0.1},
 }
@@ -104,24 +111,39 @@ class WorldSettings:
             raise ValueError(f"world.holdout is {self.holdout!r}: choose combinations or permutations.")
         for worth in self.reward_values:
             require("world.reward_values", worth, -1000, 1000)
-        different = len(set(self.reward_values)) == len(self.reward_values)  # equal ones would make one rule of two tasks
-        if not 1 <= len(self.reward_values) < len(PALETTE) or 0 in self.reward_values or max(self.reward_values) <= 0 or not different:
+        different = len(set(self.reward_values)) == len(
+            self.reward_values
+        )  # equal ones would make one rule of two tasks
+        if (
+            not 1 <= len(self.reward_values) < len(PALETTE)
+            or 0 in self.reward_values
+            or max(self.reward_values) <= 0
+            or not different
+        ):
             raise ValueError(
                 f"world.reward_values is {self.reward_values}, but must be 1 to 4 different numbers that are not 0, one above 0: such as 1 -1."
             )
         if self.switch_step and not self.switch:
-            raise ValueError(f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01.")
+            raise ValueError(
+                f"world.switch_step is {self.switch_step} and world.switch 0: give world.switch, such as 0.01."
+            )
         house = ("switch", "tint", "reward_values", "actions", "walls", "edges", "wind")
         own = [name for name in house if self.gym_id and getattr(self, name) != getattr(WorldSettings, name)]
         if own:
             raise ValueError(f"world.{own[0]} is not for a world of other people's: leave it out with {self.gym_id}.")
         if self.shuffled and not self.gym_id:
-            raise ValueError(f"world.shuffled is {self.shuffled}, but is for a world of other people's: give world.gym_id.")
+            raise ValueError(
+                f"world.shuffled is {self.shuffled}, but is for a world of other people's: give world.gym_id."
+            )
 
     @property
     def sizes(self) -> Sizes:
         """Of pictures and actions; ValueError where there is no such world, or none to live in."""
-        return external_sizes(self.gym_id, self.cell, self.shuffled) if self.gym_id else Sizes((self.pixels, self.pixels, 3), self.actions)
+        return (
+            external_sizes(self.gym_id, self.cell, self.shuffled)
+            if self.gym_id
+            else Sizes((self.pixels, self.pixels, 3), self.actions)
+        )
 
     @property
     def pixels(self) -> int:
@@ -195,7 +217,11 @@ class RuleSpace:
         parts = (self.action_maps, self.colours, self.wraps, self.wind, self.strength)
         maps, colours, edges, winds, strengths = (part.to(task.device) for part in parts)
         return Rule(
-            maps[pair // len(self.colours)], colours[pair % len(self.colours)], edges[wraps], winds[wind], strengths[wind]
+            maps[pair // len(self.colours)],
+            colours[pair % len(self.colours)],
+            edges[wraps],
+            winds[wind],
+            strengths[wind],
         )
 
 
@@ -230,7 +256,10 @@ def task_split(settings: WorldSettings, split: str) -> Tensor:
     map and every assignment of roles occurs in training; `permutations` holds out every pair of a quarter of the maps. Where
     wind blows, each split has strengths of its own besides.
     """
-    space, fixed = rule_space_of(settings), torch.Generator().manual_seed(7)  # for ever: what is held out is part of the benchmark
+    space, fixed = (
+        rule_space_of(settings),
+        torch.Generator().manual_seed(7),
+    )  # for ever: what is held out is part of the benchmark
     pairs, maps, validation = space.pairs, len(space.action_maps), space.pairs * 16 // 144
     if settings.holdout == "combinations":
         order = torch.randperm(pairs, generator=fixed)
@@ -242,7 +271,9 @@ def task_split(settings: WorldSettings, split: str) -> Tensor:
         rest = rest[torch.randperm(len(rest), generator=fixed)]
     pair = {"train": rest[validation:], "validation": rest[:validation], "test": test}[checked(split)].sort().values
     fifth = torch.arange(len(space.wind)) % 5 + 1
-    blows = torch.isin(fifth, torch.tensor(WIND_STRENGTHS[split])).nonzero() if settings.wind else torch.zeros(1, 1).long()
+    blows = (
+        torch.isin(fifth, torch.tensor(WIND_STRENGTHS[split])).nonzero() if settings.wind else torch.zeros(1, 1).long()
+    )
     weather = (blows * len(space.wraps) + torch.arange(len(space.wraps))).view(-1, 1)
     return (weather * pairs + pair).flatten()
 
@@ -285,7 +316,9 @@ class HiddenRulesWorld:
         ValueError: no world or no task is asked for; at a step, actions for another number of worlds.
     """
 
-    NOISE = 1 << 20  # samples kept (int16); pictures read random windows of them, which is 20 times cheaper than new noise
+    NOISE = (
+        1 << 20
+    )  # samples kept (int16); pictures read random windows of them, which is 20 times cheaper than new noise
     PATCHES = 4096  # of noise, for single cells, at most
 
     def __init__(
@@ -322,9 +355,13 @@ class HiddenRulesWorld:
         long = math.gcd(3 * settings.cell, 8)
         self._words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[long]
         at = torch.arange(size // long, device=self.device).view(settings.grid, settings.cell, settings.grid, -1)
-        self._at = at.transpose(1, 2).reshape(settings.grid**2, -1)  # (cell, word): where in a picture the words of a cell lie
+        self._at = at.transpose(1, 2).reshape(
+            settings.grid**2, -1
+        )  # (cell, word): where in a picture the words of a cell lie
         self._noise: Tensor | None = None  # for empty worlds, which are windows of it
-        self._noisy = torch.zeros((1, inside), dtype=torch.int16, device=self.device)  # (patches, numbers), for what is in a cell
+        self._noisy = torch.zeros(
+            (1, inside), dtype=torch.int16, device=self.device
+        )  # (patches, numbers), for what is in a cell
         if settings.noise:
             samples = torch.randn(self.NOISE + size, generator=self.noise_generator, device=self.device)
             self._noise = samples.mul_(255 * settings.noise).round_().to(torch.int16)
@@ -357,7 +394,10 @@ class HiddenRulesWorld:
         """Instead of `reset`: go on from tasks (B,), positions (B, role, 2) and steps of the episode (B,), all int64, and walls
         (B, grid, grid) bool where there are any."""
         self.task, self.rule, self.walls = task, self.space.rule(task), walls
-        self.position, self.episode_step = position.clone(), age.clone()  # (B, role, (row, column)); steps of the present episode
+        self.position, self.episode_step = (
+            position.clone(),
+            age.clone(),
+        )  # (B, role, (row, column)); steps of the present episode
         self.segment, self.steps = torch.zeros_like(age), 0  # number of the present rule; steps of the lifetime
 
     def step(self, action: Tensor) -> WorldStep:
@@ -398,7 +438,12 @@ class HiddenRulesWorld:
         terminated = reached.any(1)
         # Of the step, before any restart or switch, for the exact filter and for training; agents never see them.
         self.next_position, self.step_segment, self.step_rule = self.position.clone(), self.segment, self.rule
-        return reached.float() @ self.reward_values, terminated, (self.episode_step >= s.episode_limit) & ~terminated, starts
+        return (
+            reached.float() @ self.reward_values,
+            terminated,
+            (self.episode_step >= s.episode_limit) & ~terminated,
+            starts,
+        )
 
     def _restart(self, ended: Tensor, starts: Tensor) -> None:
         self.position = torch.where(ended[:, None, None], starts, self.position)
@@ -439,8 +484,12 @@ class HiddenRulesWorld:
                 empty += self._noise.unfold(0, size, 1).index_select(0, start)
             picture = empty.clamp_(0, 255).to(torch.uint8)
 
-        place, colour = (x.index_select(0, rows) for x in (self.position, self.rule.colours))  # (n, things, 2), (n, things)
-        colour = torch.where((place == place[:, :1]).all(-1), colour[:, :1], colour)  # the body covers what it stands on
+        place, colour = (
+            x.index_select(0, rows) for x in (self.position, self.rule.colours)
+        )  # (n, things, 2), (n, things)
+        colour = torch.where(
+            (place == place[:, :1]).all(-1), colour[:, :1], colour
+        )  # the body covers what it stands on
         if self.walls is not None:
             walls = self.walls[rows].nonzero()[:, 1:].view(n, -1, 2)
             wall = torch.full(walls.shape[:2], len(self._plain) - 2, device=self.device)
@@ -511,7 +560,9 @@ def destination(place: Tensor, move: Tensor, wraps: Tensor, grid: int, walls: Te
 def with_slips(settings: WorldSettings, by_move: Tensor) -> Tensor:
     """What to expect of the action that makes a move, which may slip, if the move itself leads to `by_move` (..., MOVES) float."""
     still = by_move[..., NOTHING:]
-    anything = (by_move[..., :DIRECTIONS].sum(-1, keepdim=True) + (settings.actions - DIRECTIONS) * still) / settings.actions
+    anything = (
+        by_move[..., :DIRECTIONS].sum(-1, keepdim=True) + (settings.actions - DIRECTIONS) * still
+    ) / settings.actions
     slipped = settings.slip_random * anything + (1 - settings.slip_random) * still
     return (1 - settings.slip) * by_move + settings.slip * slipped
 
@@ -618,15 +669,26 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         if not isinstance(env.action_space, gymnasium.spaces.Discrete) or env.action_space.start != 0:
             raise ValueError(f"actions are {env.action_space}, but must be Discrete, from 0 on: discretise them first.")
         seen = env.observation_space
-        if not isinstance(seen, gymnasium.spaces.Box) or seen.dtype != np.uint8 or len(seen.shape) != 3 or seen.shape[2] != 3:
+        if (
+            not isinstance(seen, gymnasium.spaces.Box)
+            or seen.dtype != np.uint8
+            or len(seen.shape) != 3
+            or seen.shape[2] != 3
+        ):
             raise ValueError(
                 f"observations are {seen}, but must be pictures, Box (height, width, 3) uint8: wrap the world in one of "
                 "gymnasium.wrappers, such as AddRenderObservation, first."
             )
         self.shuffled = np.array(shuffled or range(env.action_space.n))
-        known = len(set(self.shuffled)) == len(self.shuffled) and np.isin(self.shuffled, range(env.action_space.n)).all()
-        if not known or not 4 <= len(self.shuffled) <= 20:  # the number of a permutation of 20 is the last to fit 64 bits
-            raise ValueError(f"shuffled is {shuffled or 'all'}, but must be 4 to 20 different actions of {env.action_space}.")
+        known = (
+            len(set(self.shuffled)) == len(self.shuffled) and np.isin(self.shuffled, range(env.action_space.n)).all()
+        )
+        if (
+            not known or not 4 <= len(self.shuffled) <= 20
+        ):  # the number of a permutation of 20 is the last to fit 64 bits
+            raise ValueError(
+                f"shuffled is {shuffled or 'all'}, but must be 4 to 20 different actions of {env.action_space}."
+            )
         require("lifetime", lifetime, 2, 10_000), require("slip", slip, 0, 1), require("noise", noise, 0, 10)
         self.lifetime, self.split, self.slip, self.noise = lifetime, checked(split), slip, noise
         self._random: np.random.Generator | None = None
@@ -654,7 +716,10 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         picture, reward, terminated, truncated, _ = self.env.step(taken)
         if not math.isfinite(reward):
             raise ValueError(f"the world {self.env} gave the reward {reward}, which is no number.")
-        info: dict[str, Any] = {"episode_terminated": bool(terminated), "episode_truncated": bool(truncated and not terminated)}
+        info: dict[str, Any] = {
+            "episode_terminated": bool(terminated),
+            "episode_truncated": bool(truncated and not terminated),
+        }
         if terminated or truncated:
             info["final_frame"] = self._noisy(picture)
             picture, _ = self.env.reset()
@@ -734,7 +799,9 @@ class ExternalWorlds:
         ExternalEnvError: at a reset or a step, whatever the world raised.
     """
 
-    def __init__(self, settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, settings: WorldSettings, batch: int, split: Split, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.settings, self.batch, self.device, self.seed = settings, batch, torch.device(device), seed
         self.vector = gymnasium.vector.SyncVectorEnv([functools.partial(make_external_env, settings, split)] * batch)
 
@@ -767,7 +834,9 @@ class ExternalWorlds:
         try:
             return call(*arguments, **options)
         except Exception as error:  # whatever it was: it was not ours
-            raise ExternalEnvError(f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}") from error
+            raise ExternalEnvError(
+                f"the world {self.settings.gym_id} failed: {type(error).__name__}: {error}"
+            ) from error
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array.copy()).to(self.device)
@@ -813,7 +882,9 @@ class PixelVectorEnv(gymnasium.vector.VectorEnv):
         if self.world is None:
             raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
         if not self.action_space.contains(np.asarray(actions)):
-            raise ValueError(f"actions must be {self.num_envs} integers from 0 to {self.settings.actions - 1}, not {actions!r}.")
+            raise ValueError(
+                f"actions must be {self.num_envs} integers from 0 to {self.settings.actions - 1}, not {actions!r}."
+            )
         step = self.world.step(torch.as_tensor(np.asarray(actions)))
         frame, reward, terminated, truncated, final_obs = step
         self.steps += 1

@@ -1,4 +1,4 @@
-"""Feature-wise linear modulation: the one place where the context touches a model.
+"""FiLM, feature-wise linear modulation: the one way in which the context modulates a model.
 
 Source: Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018.
 """
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 class FiLMLayer(nn.Module):
     """Scale and shift features by a linear function of the context: `(1 + gamma(c)) * x + beta(c)`.
 
-    The weights of the modulated model stay as they are: only gamma and beta follow the context. With `scale=0` the
-    layer begins as the identity for every context.
+    Only gamma and beta depend on the context; the weights of the modulated model are shared by all contexts. With
+    `scale=0` the layer is initially the identity for every context.
 
     Args:
         context_dim: size D of the context, at least 1.
         feature_dim: number F of features, at least 1.
-        scale: factor on PyTorch's initial generator weights, at least 0; the bias begins at 0.
+        scale: factor on PyTorch's initial weights of the generator, at least 0; its bias is initially 0.
 
     Raises:
-        ValueError: a size below 1 or a negative scale; at a call, shapes that do not fit.
+        ValueError: a size below 1 or a negative scale; in a call, shapes that do not fit.
     """
 
     def __init__(self, context_dim: int, feature_dim: int, scale: float = 1.0) -> None:
@@ -38,24 +38,22 @@ class FiLMLayer(nn.Module):
             self.generator.bias.zero_()
 
     def forward(self, features: Tensor, context: Tensor, row: Tensor | None = None) -> Tensor:
-        """Modulate features (B, F), (B, N, F) or (B, F, H, W), float, by context (B, D), or (B, N, D) for (B, N, F).
+        """Modulate features (B, F), (B, N, F) or (B, F, H, W), float, by contexts (B, D), or (B, N, D) for (B, N, F).
 
-        With `row` (B,) int64 contexts may be fewer: features i are modulated by context[row[i]], and gamma and beta of each are
-        computed once. Returns the modulated features in the shape of `features`.
+        With `row` (B,) int64, features[i] are modulated by context[row[i]], so that gamma and beta of shared contexts
+        are computed once. Returns a tensor of the shape of `features`.
         """
         modulation = self.generator(context)
         if row is not None:
             modulation = modulation.index_select(0, row)
         gamma, beta = modulation.chunk(2, -1)
+        channels = features.shape[1] if features.ndim == 4 else features.shape[-1]
         if features.ndim == 4:
-            channels, gamma, beta = features.shape[1], gamma[:, :, None, None], beta[:, :, None, None]
-        else:
-            channels = features.shape[-1]
-            if features.ndim == 3 and context.ndim == 2:
-                gamma, beta = gamma[:, None], beta[:, None]
+            gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
+        elif features.ndim == 3 and context.ndim == 2:
+            gamma, beta = gamma[:, None], beta[:, None]
         if channels != self.feature_dim or gamma.ndim != features.ndim:
-            raise ValueError(
-                f"FiLMLayer modulates (B, {self.feature_dim}), (B, N, {self.feature_dim}) or (B, {self.feature_dim}, H, W) "
-                f"by (B, D), not {tuple(features.shape)} by {tuple(context.shape)}."
-            )
+            F = self.feature_dim
+            expected = f"features (B, {F}), (B, N, {F}) or (B, {F}, H, W) and contexts (B, D)"
+            raise ValueError(f"FiLMLayer needs {expected}, not {tuple(features.shape)} and {tuple(context.shape)}.")
         return torch.addcmul(beta, features, 1 + gamma)

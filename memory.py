@@ -1,13 +1,13 @@
-"""Memory: the experience of the present lifetime, the store of past lifetimes, and the folder that keeps a run.
+"""Memory: the experience of the present lifetime, the store of past lifetimes, and the run that keeps them on disk.
 
-Words used everywhere. A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes*
-follow each other inside it. Time is aligned so: `frame[t]` is what the agent sees when it chooses `action[t]`;
-`next_obs[t]` is the picture that the action led to, and `reward[t]` came with it. When an episode ends at step t
-(`terminated[t]` by a goal or hazard, `truncated[t]` by its time limit), `frame[t + 1]` is the first picture of the next
-episode, and `next_obs[t]` the final one of the old; otherwise both are the same.
+A *task* is one hidden rule. A *lifetime* is a fixed number of steps in one task; *episodes* follow each other in it.
 
-Step t holds the codes seen before action t, the action, the reward that followed, and the codes of the next_obs. Both codes of a step
-are made under the belief held *before* the action, so a pair differs by what happened and not by what was inferred meanwhile.
+Time alignment, for every module of this project: `obs[t]` is what the agent sees when it chooses `action[t]`;
+`reward[t]` follows that action, and `next_obs[t]` is what the action led to. When an episode ends at step t
+(`terminated[t]` by the rules, `truncated[t]` by its time limit), `next_obs[t]` is the final observation of the old
+episode and `obs[t + 1]` the first one of the next; otherwise both are the same. Codes are aligned likewise: `codes[t]`
+before the action, `next_codes[t]` after it. Both are encoded under the context held *before* the action, so a pair
+differs by what happened and not by what was inferred meanwhile.
 """
 
 from __future__ import annotations
@@ -30,31 +30,23 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+Device = torch.device | str
+
 
 class UserError(Exception):
-    """Something the user can mend; format_ci as one sentence, exit code 2."""
+    """An error that the user can fix; shown as one sentence, exit code 2."""
 
 
 def require(name: str, value: float, low: float, high: float) -> None:
-    """Raise ValueError, naming the setting and the mend, unless `low <= value <= high` (NaN is refused)."""
+    """Raise ValueError, naming the setting and the fix, unless `low <= value <= high` (NaN is refused)."""
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, but must lie between {low} and {high}: choose a value in that range.")
 
 
 def require_all(section: str, settings: Any, **limits: tuple[float, float]) -> None:
-    """`require` of the named values of a section of settings, each between its lowest and its highest."""
+    """`require` for the named fields of a section of settings, each between its lowest and highest value."""
     for name, (low, high) in limits.items():
         require(f"{section}.{name}", getattr(settings, name), low, high)
-
-
-def make_generator(seed: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for each pair of a seed (any integer from 0 on) and a stream.
-
-    Seeds are hashed, because generators that merely begin at equal or neighbouring numbers can draw the same luck: an
-    agent make_generator like its world would choose its first action by the hidden task.
-    """
-    hashed = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)
-    return torch.Generator(device).manual_seed(int(hashed[0]))
 
 
 def merge(settings: Any, changes: Any, where: str = "") -> Any:
@@ -65,9 +57,9 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
     """
     if not isinstance(changes, dict):
         raise ValueError(f"{where or 'the configuration'} is {changes!r}, but must be a JSON object of settings.")
-    new = {}
+    known, new = [f.name for f in dataclasses.fields(settings)], {}
     for name, value in changes.items():
-        if name not in (known := [f.name for f in dataclasses.fields(settings)]):
+        if name not in known:
             raise ValueError(f"unknown setting {where}{name}: the names here are {', '.join(known)}.")
         old = getattr(settings, name)
         if dataclasses.is_dataclass(old):
@@ -85,78 +77,64 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
     return dataclasses.replace(settings, **new)
 
 
-@dataclass(frozen=True)
-class MemorySettings:
-    """The store of past lifetimes."""
+def make_generator(seed: int, stream: int, device: Device = "cpu") -> torch.Generator:
+    """A random generator for each pair of a seed and a stream, integers from 0 on.
 
-    budget_mb: float = 256.0
-    """Megabytes (2**20 bytes) that pictures, codes and posteriors of past lifetimes may take, at least 1."""
-
-    def __post_init__(self) -> None:
-        require("memory.budget_mb", self.budget_mb, 1, 10**7)
+    Pairs are hashed, because generators seeded with equal or neighbouring numbers can produce the same sequence: an
+    agent that shares its environment's seed would choose its first action by the hidden task.
+    """
+    hashed = np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)
+    return torch.Generator(device).manual_seed(int(hashed[0]))
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """An array as a tensor, without a copy where that can be: some worlds hand out pictures upside down, as views that torch refuses."""
+    """An array as a tensor, copied only if it must be: torch refuses views with negative strides, such as flips."""
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
 class WorldStep(NamedTuple):
-    """What one step gives; B worlds, pictures (B, H, W, 3) uint8."""
+    """What one step of B environments returns; observations are (B, H, W, 3) uint8."""
 
-    obs: Tensor
-    """The picture that the next action is chosen on: what the action led to, or a new episode's first picture."""
-    reward: Tensor
-    """(B,) float32: what the thing that was reached is worth, else 0."""
-    terminated: Tensor
-    """(B,) bool: the episode ended on a thing."""
-    truncated: Tensor
-    """(B,) bool: the episode ended by its time limit."""
-    final_obs: Tensor
-    """(n, H, W, 3) uint8: the final pictures of the n episodes that ended, in the order of their rows."""
+    obs: Tensor  # what the next action is chosen on: what this one led to, or the first observation of a new episode
+    reward: Tensor  # (B,) float32
+    terminated: Tensor  # (B,) bool: the episode ended by the rules
+    truncated: Tensor  # (B,) bool: the episode ended by its time limit
+    final_obs: Tensor  # (n, H, W, 3) uint8: the final observations of the n episodes that ended, in the order of rows
 
     @property
     def ended(self) -> Tensor:
-        """(B,) bool: the episode ended, in whichever way."""
+        """(B,) bool: the episode ended, either way."""
         return self.terminated | self.truncated
 
     @property
     def next_obs(self) -> Tensor:
-        """The picture that the action led to; a copy where an episode ended, so ask once."""
+        """What the action led to, (B, H, W, 3) uint8; a copy where an episode ended, so ask once."""
         return self.obs.index_put((self.ended,), self.final_obs) if len(self.final_obs) else self.obs
 
     @classmethod
-    def of(cls, picture: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
-        """One step of one Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
-        frame = as_tensor(picture)[None]
-        final_obs = as_tensor(info["final_frame"])[None] if "final_frame" in info else frame[:0]
+    def of(cls, obs: np.ndarray, reward: float, info: dict[str, Any]) -> WorldStep:
+        """One step of a single Gymnasium environment with the infos of `PixelEnv`, as a batch of one."""
+        obs = as_tensor(obs)[None]
+        final_obs = as_tensor(info["final_frame"])[None] if "final_frame" in info else obs[:0]
         ended = (torch.tensor([bool(info[name])]) for name in ("episode_terminated", "episode_truncated"))
-        return cls(frame, torch.tensor([reward], dtype=torch.float32), *ended, final_obs)
+        return cls(obs, torch.tensor([reward], dtype=torch.float32), *ended, final_obs)
 
 
 class Experience(NamedTuple):
-    """Steps of B lifetimes, T each; what the context engine reads and the losses are made of."""
+    """T steps of B lifetimes: what the context engine reads and the losses are computed on."""
 
-    codes: Tensor
-    """(B, T, S) uint8: the grid of codes before the action."""
-    next_codes: Tensor
-    """(B, T, S) uint8: the grid of codes that the action led to, before any restart."""
-    posterior: Tensor
-    """(B, T, K) float: q(k|z, z'), which outcome happened."""
-    action: Tensor
-    """(B, T) int64."""
-    reward: Tensor
-    """(B, T) float32."""
-    terminated: Tensor
-    """(B, T) bool: the episode ended by the rules."""
-    truncated: Tensor
-    """(B, T) bool: the episode ended by its time limit."""
-    segment: Tensor
-    """(B, T) uint8: number of the stretch under one rule. Known in training alone; 0 for whoever lives it."""
+    codes: Tensor  # (B, T, S) uint8: the grid of codes before the action
+    next_codes: Tensor  # (B, T, S) uint8: the grid of codes that the action led to, before any reset
+    posterior: Tensor  # (B, T, K) float: q(k|z, z'), which effect happened
+    action: Tensor  # (B, T) int64
+    reward: Tensor  # (B, T) float32
+    terminated: Tensor  # (B, T) bool
+    truncated: Tensor  # (B, T) bool
+    segment: Tensor  # (B, T) uint8: index of the stretch under one rule; known in training only, 0 in acting
 
     @property
     def ended(self) -> Tensor:
-        """(B, T) bool: the episode ended with the step, in whichever way."""
+        """(B, T) bool: the episode ended with the step, either way."""
         return self.terminated | self.truncated
 
     def rows(self, index: Tensor | slice) -> Experience:
@@ -164,32 +142,35 @@ class Experience(NamedTuple):
         return Experience(*(part[index] for part in self))
 
 
-def empty_experience(batch: int, steps: int, patches: int, num_effects: int, device: torch.device | str) -> Experience:
+def empty_experience(batch: int, steps: int, patches: int, num_effects: int, device: Device) -> Experience:
     """Zeros in the shapes of `Experience`; posteriors as float16, to save memory."""
-    kinds = ((patches, torch.uint8), (patches, torch.uint8), (num_effects, torch.float16), (0, torch.int64)) + (
-        (0, torch.float32), (0, torch.bool), (0, torch.bool), (0, torch.uint8),
-    )  # fmt: skip
-    return Experience(
-        *(torch.zeros((batch, steps, n) if n else (batch, steps), dtype=kind, device=device) for n, kind in kinds)
-    )
+    grid, effects = (patches, torch.uint8), (num_effects, torch.float16)
+    number, real, flag, index = ((None, dtype) for dtype in (torch.int64, torch.float32, torch.bool, torch.uint8))
+    kinds = (grid, grid, effects, number, real, flag, flag, index)
+    shape = (batch, steps)
+    parts = (torch.zeros((*shape, n) if n else shape, dtype=dtype, device=device) for n, dtype in kinds)
+    return Experience(*parts)
 
 
 class EpisodicMemory:
-    """The experience of the present lifetime of B worlds; cleared when the task ends.
+    """The experience of the present lifetime in B environments; cleared when the task ends.
 
     The context engine consumes it: `engine(memory)` is the belief after everything in it.
 
     Args:
-        batch: B.
-        capacity: steps of a lifetime.
-        patches, num_effects: S and K.
-        device: where the tensors live.
-        keep_frames: keep the pictures too, for the store of past lifetimes.
+        batch, patches, num_effects: B, S and K; capacity: steps of a lifetime.
+        keep_frames: keep the observations too, for the store of past lifetimes.
     """
 
     def __init__(
-        self, batch: int, capacity: int, patches: int, num_effects: int, device: torch.device | str = "cpu", keep_frames: bool = False
-    ) -> None:  # fmt: skip
+        self,
+        batch: int,
+        capacity: int,
+        patches: int,
+        num_effects: int,
+        device: Device = "cpu",
+        keep_frames: bool = False,
+    ) -> None:
         self.capacity, self.keep_frames = capacity, keep_frames
         self._all = empty_experience(batch, capacity, patches, num_effects, device)
         self.clear()
@@ -198,32 +179,33 @@ class EpisodicMemory:
         return self.steps
 
     def clear(self) -> None:
-        """Forget everything: a new task begins, and nothing of the old one says anything about it."""
+        """Forget everything: a new task begins, and nothing that happened under the old one says anything about it."""
         self.steps = 0
         self.frames: list[Tensor] = []
         self.final_obs: list[Tensor] = []
 
     def append(
-        self, codes: Tensor, next_codes: Tensor, posterior: Tensor, action: Tensor, frame: Tensor, step: WorldStep
-    ) -> None:  # fmt: skip
+        self, codes: Tensor, next_codes: Tensor, posterior: Tensor, action: Tensor, obs: Tensor, step: WorldStep
+    ) -> None:
         """Remember one step.
 
         Args:
-            codes, next_codes: (B, S) uint8 before and after; posterior: (B, K).
-            action: (B,) int64; frame: (B, H, W, 3) uint8, what it was chosen on; step: what the world answered.
+            codes, next_codes: (B, S) uint8, before and after; posterior: (B, K) float.
+            action: (B,) int64; obs: (B, H, W, 3) uint8, what it was chosen on; step: what the environment returned.
 
         Raises:
             IndexError: the lifetime is already full.
         """
         if self.steps >= self.capacity:
-            raise IndexError(f"the memory holds a lifetime of {self.capacity} steps and is full: clear() begins the next.")
+            raise IndexError(f"the memory holds a lifetime of {self.capacity} steps and is full: call clear() first.")
         now = (codes, next_codes, posterior, action, step.reward, step.terminated, step.truncated)
-        for kept, value in zip(self._all, now):  # the segment stays 0: the agent does not know it
+        for kept, value in zip(self._all, now, strict=False):  # the segment stays 0: the agent does not know it
             kept[:, self.steps] = value
         self.steps += 1
         if self.keep_frames:
-            self.frames.append(frame)
-            self.final_obs.append(step.final_obs if self.steps < self.capacity else step.next_obs)  # the lifetime's end ends all
+            self.frames.append(obs)
+            # The end of the lifetime ends every episode, so all observations of its last step are final.
+            self.final_obs.append(step.final_obs if self.steps < self.capacity else step.next_obs)
 
     def latest(self) -> Experience:
         """The last step, (B, 1, ...); views."""
@@ -234,42 +216,51 @@ class EpisodicMemory:
         return Experience(*(part[:, : self.steps] for part in self._all))
 
 
+@dataclass(frozen=True)
+class MemorySettings:
+    """The store of past lifetimes."""
+
+    budget_mb: float = 256.0  # megabytes (2**20 bytes) for frames, codes and posteriors of past lifetimes, at least 1
+
+    def __post_init__(self) -> None:
+        require("memory.budget_mb", self.budget_mb, 1, 10**7)
+
+
 @dataclass
 class FrameBlock:
-    """The pictures of n finished lifetimes, each stored once; never changed after it was made.
-
-    `frames` (n, T, H, W, 3) uint8 are what actions were chosen on. The next_obs of step t is `frames[:, t + 1]`, except
-    where an episode or the lifetime ended: those are in `final_obs` (m, H, W, 3), at `final_index` (n, T) int32 (else -1).
-    """
+    """The observations of n finished lifetimes, each stored once; a block never changes. What step t led to is
+    `frames[:, t + 1]`, except where an episode or the lifetime ended: there it is row `final_index` of `final_obs`."""
 
     number: int
-    frames: Tensor
-    final_obs: Tensor
-    final_index: Tensor
-    task: Tensor
-    """(n,) int64, the hidden tasks: for audits of what was trained on; no model ever reads it."""
+    frames: Tensor  # (n, T, H, W, 3) uint8
+    final_obs: Tensor  # (m, H, W, 3) uint8
+    final_index: Tensor  # (n, T) int32: row of final_obs, or -1
+    task: Tensor  # (n,) int64: the hidden tasks, to audit what was trained on; no model ever reads them
 
     @classmethod
     def of(cls, number: int, memory: EpisodicMemory, task: Tensor) -> FrameBlock:
-        """Those of a finished lifetime in `memory`, on the CPU; ValueError if it is not finished."""
+        """The block of the lifetimes in `memory`, on the CPU; ValueError if they are not finished."""
         if len(memory) < memory.capacity:
-            raise ValueError(f"the lifetime has seen {len(memory)} of {memory.capacity} steps: only whole ones are stored.")
+            raise ValueError(
+                f"the lifetime has {len(memory)} of {memory.capacity} steps: only finished ones are stored."
+            )
         ended = memory.experience().ended.cpu()
         ended[:, -1] = True
         final_index = torch.full(ended.shape, -1, dtype=torch.int32)
-        final_index.T[ended.T] = torch.arange(int(ended.sum()), dtype=torch.int32)  # step by step, as they came
-        return cls(number, torch.stack(memory.frames, 1).cpu(), torch.cat(memory.final_obs).cpu(), final_index, task.cpu().clone())
+        final_index.T[ended.T] = torch.arange(int(ended.sum()), dtype=torch.int32)  # step by step, as they were added
+        frames, final_obs = torch.stack(memory.frames, 1).cpu(), torch.cat(memory.final_obs).cpu()
+        return cls(number, frames, final_obs, final_index, task.cpu().clone())
 
     def __len__(self) -> int:
         return len(self.frames)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the pictures."""
-        return sum(part.nbytes for part in (self.frames, self.final_obs, self.final_index, self.task))
+        """Bytes of the frames."""
+        return self.frames.nbytes + self.final_obs.nbytes + self.final_index.nbytes + self.task.nbytes
 
     def next_obs(self) -> Tensor:
-        """The pictures that every step led to, (n, T, H, W, 3) uint8."""
+        """What every step led to, (n, T, H, W, 3) uint8."""
         following = torch.cat([self.frames[:, 1:], self.frames[:, -1:]], 1)
         ended = self.final_index >= 0
         following[ended] = self.final_obs[self.final_index[ended].long()]
@@ -277,50 +268,47 @@ class FrameBlock:
 
 
 def block_name(number: int) -> str:
-    """File name of a block of pictures."""
+    """File name of a block."""
     return f"block-{number:06d}.pt"
 
 
 class LifetimeStore:
     """Past lifetimes in blocks, oldest first, within a budget of bytes.
 
-    FrameBlock are immutable blocks; what the models made of them (codes, effect posteriors) and the actions and rewards
-    lie beside them in one `Experience` over all lifetimes, so that sampling is one index. Both live and die together.
-    `version` says for each block which version of the models made its codes; see `oldest`.
+    Frames are immutable blocks. What the models made of them (codes, effect posteriors), actions and rewards are one
+    `Experience` over all lifetimes, so that sampling is a single index. Both are dropped together. `version` says for
+    each block at which update its codes were made; see `oldest`.
 
     Args:
         settings: see `MemorySettings`.
-        device: where `experience` lives; pictures stay in main memory.
-        shard, shards: which of how many stores this is, each of a process of its own, that share budget and numbers.
+        device: where `experience` lives; frames stay in main memory.
+        shard, shards: which of how many stores this is, one for each process; they share budget and block numbers.
     """
 
-    def __init__(
-        self, settings: MemorySettings, device: torch.device | str = "cpu", shard: int = 0, shards: int = 1
-    ) -> None:  # fmt: skip
+    def __init__(self, settings: MemorySettings, device: Device = "cpu", shard: int = 0, shards: int = 1) -> None:
         self.budget, self.device = int(settings.budget_mb * 2**20) // shards, torch.device(device)
         self.shard, self.shards = shard, shards
         self.blocks: list[FrameBlock] = []
         self.version: list[int] = []
         self.experience: Experience | None = None
-        self.next = shard  # the next block's number
+        self.next = shard  # number of the next block
 
     def __len__(self) -> int:
         return sum(map(len, self.blocks))
 
     @property
     def bytes(self) -> int:
-        """Bytes held: pictures and everything cached beside them."""
-        cached = sum(part.nbytes for part in self.experience) if self.experience else 0
-        return cached + sum(block.bytes for block in self.blocks)
+        """Bytes held: frames and everything cached beside them."""
+        return self._bytes_from(0)
 
     def add(self, memory: EpisodicMemory, task: Tensor, segment: Tensor, version: int) -> None:
         """Store the finished lifetimes of `memory`; the oldest blocks leave until the budget holds.
 
         Args:
-            memory: with its pictures.
-            task: (B,) int64, tasks at the end.
-            segment: (B, T) int64, under which rule each step was lived; from the 256th on they count as one.
-            version: of the models that made the codes.
+            memory: with its frames.
+            task: (B,) int64, the tasks at the end.
+            segment: (B, T) int64, index of the rule of each step; from the 256th on they count as one.
+            version: update at which the models made the codes.
 
         Raises:
             ValueError: this block alone is larger than the budget.
@@ -334,20 +322,21 @@ class LifetimeStore:
                 "raise memory.budget_mb or lower training.envs."
             )
         drop = 0
-        while self.bytes - sum(b.bytes for b in self.blocks[:drop]) - self._cached_bytes(drop) + size > self.budget:
+        while self._bytes_from(drop) + size > self.budget:
             drop += 1
         gone = sum(map(len, self.blocks[:drop]))
         parts = [new] if self.experience is None else [self.experience.rows(slice(gone, None)), new]
-        self.experience = Experience(*(torch.cat([p.to(self.device) for p in pair]) for pair in zip(*parts)))
-        self.blocks, self.version = self.blocks[drop:] + [block], self.version[drop:] + [version]
+        joined = (torch.cat([p.to(self.device) for p in pair]) for pair in zip(*parts, strict=True))
+        self.experience = Experience(*joined)
+        self.blocks, self.version = [*self.blocks[drop:], block], [*self.version[drop:], version]
         self.next += self.shards
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Row numbers (n,) int64 of lifetimes drawn with equal probability, on the CPU."""
+        """Row numbers (n,) int64, on the CPU, of lifetimes sampled with equal probability."""
         return torch.randint(len(self), (n,), generator=generator)
 
     def frames_at(self, row: Tensor, step: Tensor) -> Tensor:
-        """FrameBlock (n, H, W, 3) uint8 that the actions of `step` (n,) in lifetimes `row` (n,) were chosen on."""
+        """Frames (n, H, W, 3) uint8 that the actions of `step` (n,) in lifetimes `row` (n,) were chosen on."""
         sizes = torch.tensor([len(block) for block in self.blocks])
         start = sizes.cumsum(0) - sizes
         owner = torch.searchsorted(start, row, right=True) - 1
@@ -358,7 +347,7 @@ class LifetimeStore:
         return found
 
     def rows_of(self, index: int) -> slice:
-        """Where block number `index` of `blocks` lies in `experience`."""
+        """The rows of `experience` that belong to `blocks[index]`."""
         start = sum(map(len, self.blocks[:index]))
         return slice(start, start + len(self.blocks[index]))
 
@@ -367,13 +356,11 @@ class LifetimeStore:
         return min(range(len(self.blocks)), key=self.version.__getitem__)
 
     def reencode(self, index: int, codes: Tensor, next_codes: Tensor, posterior: Tensor, version: int) -> None:
-        """Replace what the models made of a block: codes (n, T, S) uint8 and posteriors (n, T, K) of `version`."""
+        """Replace what the models made of a block: codes (n, T, S) uint8 and posteriors (n, T, K), by `version`."""
         rows = self.rows_of(index)
-        for kept, value in zip(self.experience, (codes, next_codes, posterior)):
+        for kept, value in zip(self.experience, (codes, next_codes, posterior), strict=False):
             kept[rows] = value
         self.version[index] = version
-
-    # ------------------------------------------------------------------------------------------ checkpoint
 
     def save_blocks(self, folder: Path) -> None:
         """Write the blocks that `folder` lacks, each under its number; a block never changes, so never twice."""
@@ -384,30 +371,27 @@ class LifetimeStore:
                 save_atomically(vars(block), path)
 
     def state_dict(self) -> dict:
-        """Everything but the pictures, which `save_blocks` writes."""
+        """Everything but the frames, which `save_blocks` writes."""
         numbers = [block.number for block in self.blocks]
         return {"numbers": numbers, "version": self.version, "next": self.next, "experience": tuple(self.experience)}
 
     def load_state_dict(self, state: dict, folder: Path) -> None:
-        """Restore from a `state_dict` and the blocks in `folder`.
-
-        Raises:
-            OSError, RuntimeError: a block is missing or cannot be read.
-        """
-        self.blocks = [FrameBlock(**torch.load(folder / block_name(number), weights_only=True)) for number in state["numbers"]]
+        """Restore from a `state_dict` and `folder`; OSError, RuntimeError if a block is missing or cannot be read."""
+        paths = (folder / block_name(number) for number in state["numbers"])
+        self.blocks = [FrameBlock(**torch.load(path, weights_only=True)) for path in paths]
         self.version, self.next = list(state["version"]), state["next"]
         self.experience = Experience(*(part.to(self.device) for part in state["experience"]))
 
-    def _cached_bytes(self, blocks: int) -> int:
-        if not self.experience:
-            return 0
-        gone = sum(map(len, self.blocks[:blocks]))
-        return sum(part[:gone].nbytes for part in self.experience)
+    def _bytes_from(self, first: int) -> int:
+        """Bytes that blocks from `first` on hold, with what is cached beside them."""
+        gone = sum(map(len, self.blocks[:first]))
+        cached = sum(part[gone:].nbytes for part in self.experience) if self.experience else 0
+        return cached + sum(block.bytes for block in self.blocks[first:])
 
 
 def remove_stale_blocks(folder: Path, states: list[dict]) -> None:
-    """Delete from `folder` what no store with one of these `state_dict`s holds: blocks that have left, once the checkpoint is on
-    disk, and those that a crash left unnamed, or the next one of that number would be taken for written."""
+    """Delete the blocks in `folder` that no store with one of these `state_dict`s holds: they have left it, or a crash
+    left them, and the next block of that number would be taken for written."""
     kept = {block_name(number) for state in states for number in state["numbers"]}
     for path in folder.glob("block-*"):
         if path.name not in kept:
@@ -415,11 +399,7 @@ def remove_stale_blocks(folder: Path, states: list[dict]) -> None:
 
 
 def save_atomically(content: dict, path: Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, also after a crash or on a full disk.
-
-    Raises:
-        OSError: the file could not be written; the old one is untouched.
-    """
+    """`torch.save` that leaves either the old file or the whole new one, also after a crash; OSError on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -427,9 +407,11 @@ def save_atomically(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # the latter is torch.save's word for a full disk
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(f"could not write {path} with {free:.1f} MB of disk left; the last checkpoint is whole ({error})") from error
+        raise OSError(
+            f"could not write {path} with {free:.1f} MB free; the last checkpoint is whole ({error})"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -444,17 +426,17 @@ def write_json(content: Any, path: Path) -> None:
 
 
 class RunFolder:
-    """A run's folder: configuration, metrics, checkpoint, and the lock that keeps two processes apart.
+    """The folder of a run: settings, metrics, checkpoint, and the lock that keeps two trainings apart.
 
-    `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoint.pt` and `store/` (the pictures, each block written once),
-    `evaluation.json`, `timing.json`, `adaptation.png`, `lifetime.gif`.
+    It holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoint.pt` and `store/` (the frames, each block
+    written once), and in the end `evaluation.json`, `timing.json`, `adaptation.png` and `lifetime.gif`.
     """
 
-    FORMAT = 3  # of checkpoints; raised when they change
+    FORMAT = 4  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.config = folder, folder / "config.json"
-        self.checkpoint, self.blocks, self.metrics = folder / "checkpoint.pt", folder / "store", folder / "metrics.jsonl"
+        self.folder, self.config, self.metrics = folder, folder / "config.json", folder / "metrics.jsonl"
+        self.checkpoint, self.blocks = folder / "checkpoint.pt", folder / "store"
 
     @classmethod
     def new(cls, settings: Any) -> RunFolder:
@@ -468,11 +450,33 @@ class RunFolder:
                 continue
             return cls(folder)
 
-    def settings(self, default: Any, **changes: Any) -> Any:
-        """The run's configuration in a copy of the settings dataclass `default`, with `changes` on top.
+    @classmethod
+    def named(cls, name: str, settings: Any) -> RunFolder:
+        """The folder runs/`name`: of a new run, or of one that goes on with the same settings.
 
         Raises:
-            UserError: not a run folder, or its configuration cannot be read.
+            UserError: the name is not that of a folder, or the run was started with other settings.
+        """
+        if Path(name).name != name or name in (".", ".."):
+            raise UserError(f"run is {name!r}, but must be the name of a folder in runs/, without a slash.")
+        run = cls(Path("runs") / name)
+        if run.config.exists():
+            started, given = flatten(run.settings(settings)), flatten(settings)
+            other = [
+                f"{key} is {value} there and {given[key]} here" for key, value in started.items() if value != given[key]
+            ]
+            if other:
+                raise UserError(
+                    f"{run.folder} was started with other settings ({'; '.join(other)}): "
+                    "give the same ones, or another --run."
+                )
+        return run
+
+    def settings(self, default: Any, **changes: Any) -> Any:
+        """The run's settings, in a copy of the settings dataclass `default`, with `changes` on top.
+
+        Raises:
+            UserError: not the folder of a run, or its settings cannot be read.
         """
         try:
             return merge(merge(default, json.loads(self.config.read_text())), changes)
@@ -480,42 +484,42 @@ class RunFolder:
             raise UserError(f"{self.folder} is not a run that can be read: {error}") from error
 
     @contextmanager
-    def begun(self, settings: Any) -> Iterator[None]:
-        """Hold the folder alone, made and with the configuration of a settings dataclass if it is new; UserError as `locked`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.locked():
-            if not self.config.exists():
-                write_json(dataclasses.asdict(settings), self.config)
-            yield
+    def locked(self, settings: Any = None) -> Iterator[None]:
+        """Hold the run alone; the lock ends with its process. A new run is made, and its settings are written.
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run alone; UserError if another process trains it. The lock ends with the process, however it ends."""
+        Raises:
+            UserError: another process trains it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.folder / ".lock", timeout=0):
+                if not self.config.exists():
+                    write_json(dataclasses.asdict(settings), self.config)
                 yield
         except filelock.Timeout:
             raise UserError(f"{self.folder} is being trained by another process: wait for it or stop it.") from None
 
     def save(self, learner: Any) -> None:
-        """Write the checkpoint of a learner (with a `store` and a `state_dict`): the blocks first, then the file that
-        names them, so that a crash at any moment leaves a whole one. Of several processes that learn together all call
-        this; each writes its blocks, the first one the rest."""
+        """Write the checkpoint of a learner (with a `store`, `processes` and a `state_dict`).
+
+        Blocks first, then the file that names them, so that a crash at any moment leaves a whole checkpoint. All
+        processes call this: each writes its blocks, the main one the rest.
+        """
         learner.store.save_blocks(self.blocks)
         state = learner.state_dict()  # waits for the blocks of all processes
         if learner.processes.is_main:
             logged = self.metrics.stat().st_size if self.metrics.exists() else 0
             save_atomically({"format": self.FORMAT, "logged": logged, "learner": state}, self.checkpoint)
             remove_stale_blocks(self.blocks, [shard["store"] for shard in state["shards"]])
-        learner.processes.barrier()  # or another one would already write blocks that are not named yet
+        learner.processes.any_rank(False)  # wait, or another process would already write blocks that are not named yet
 
     def remove_stale(self) -> None:
-        """Delete what a training has left that died before its first checkpoint."""
+        """Delete what a training left that died before its first checkpoint."""
         self.metrics.unlink(missing_ok=True)
         remove_stale_blocks(self.blocks, [])
 
     def load(self) -> tuple[dict, int]:
-        """The learner's state and how many bytes of metrics were logged by then.
+        """The learner's state, and how many bytes of metrics were logged by then.
 
         Raises:
             UserError: there is no checkpoint, or it cannot be read.
@@ -532,71 +536,64 @@ class RunFolder:
             raise UserError(f"{self.checkpoint} cannot be read ({reason}): it is damaged or foreign.") from error
 
 
+def flatten(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as a mapping of dotted names to values."""
+    flat = {}
+    for name, value in dataclasses.asdict(settings).items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
 class Processes:
-    """The processes that train one agent together, as torchrun starts them; without it there is one, and all this does nothing.
+    """The processes that train one agent together, as torchrun starts them; without torchrun there is one.
 
-    Each lives its share of the lifetimes, keeps them in a store of its own, and has its share of every batch. The gradients'
-    mean is taken over all, so that the weights stay the same everywhere (data parallelism; Li et al., "PyTorch Distributed",
-    2020). All of them make the same calls in the same order, or they would wait for each other for ever.
-
-    Args:
-        rank, count: which of how many; the first one writes.
+    Each rolls out its share of the lifetimes, keeps them in a store of its own and has its share of every batch.
+    Gradients are averaged, so weights stay the same everywhere (data parallelism; Li et al., "PyTorch Distributed",
+    2020). All processes must make the same calls in the same order, or they wait for each other forever.
     """
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
-        self.rank, self.count, self.is_main = rank, count, rank == 0
+        self.rank, self.count, self.is_main = rank, count, rank == 0  # the main process writes the run
 
     @classmethod
-    @contextmanager
-    def from_torchrun(cls) -> Iterator[Processes]:
-        """Join those that torchrun has started, if it has: by gloo, and for GPUs by nccl."""
+    def from_torchrun(cls) -> Processes:
+        """Join the processes that torchrun has started, if it has: by gloo on CPUs and nccl on GPUs."""
         if not distributed.is_torchelastic_launched():
-            yield cls()
-            return
+            return cls()
         store, rank, count = next(distributed.rendezvous("env://"))
-        # torchrun keeps one store over its restarts, and in it the addresses of processes that are dead.
+        # torchrun keeps one store over its restarts, which still holds the addresses of dead processes.
         store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
-        yield cls(rank, count)  # the group ends with its processes: see `main`
+        return cls(rank, count)
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Let each tensor be its mean over all processes; all at once, as one long vector."""
+        """Replace each tensor by its mean over all processes, in one message."""
         if self.count > 1:
             flat = torch.cat([x.flatten() for x in tensors])
             distributed.all_reduce(flat)
-            for x, mean in zip(tensors, (flat / self.count).split([x.numel() for x in tensors])):
+            for x, mean in zip(tensors, (flat / self.count).split([x.numel() for x in tensors]), strict=True):
                 x.copy_(mean.view_as(x))
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, one after the other along the first dimension."""
-        if self.count == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.count)]
-        distributed.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-
-    def broadcast(self, module: nn.Module) -> None:
-        """Take over the first process's weights of a module."""
+        """The tensors of all processes, concatenated along the first dimension."""
+        parts = [torch.empty_like(tensor) for _ in range(self.count)] if self.count > 1 else [tensor]
         if self.count > 1:
-            for tensor in module.state_dict().values():
-                distributed.broadcast(tensor, src=0)
+            distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
 
     def all_gather_object(self, content: Any) -> list:
         """What each process has, in the order of their ranks."""
-        found = [content]
+        found = [content] * self.count
         if self.count > 1:
-            found *= self.count
             distributed.all_gather_object(found, content)
         return found
 
-    def any_rank(self, happened: bool) -> bool:
-        """Whether it has happened in any process."""
-        flag = torch.tensor(int(happened))
-        if self.count > 1:
-            distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-        return bool(flag)
+    def broadcast(self, module: nn.Module) -> None:
+        """Take over the main process's weights of a module."""
+        for tensor in module.state_dict().values() if self.count > 1 else ():
+            distributed.broadcast(tensor, src=0)
 
-    def barrier(self) -> None:
-        """Until all processes are here."""
-        self.any_rank(False)
+    def any_rank(self, happened: bool) -> bool:
+        """Whether it happened in any process; waits for all of them."""
+        return any(self.all_gather_object(happened))

@@ -148,25 +148,38 @@ def read_space(path: Path | None, base: Settings) -> dict[str, Range | list]:
     if path is not None:
         try:
             asked = json.loads(path.read_text())
-            space = {n: usual[n] if what is None else what if isinstance(what, list) else Range(**what) for n, what in asked.items()}
+            space = {
+                n: usual[n] if what is None else what if isinstance(what, list) else Range(**what)
+                for n, what in asked.items()
+            }
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is no search space ({type(error).__name__}: {error}): see --help for an example.") from error
+            raise UserError(
+                f"{path} is no search space ({type(error).__name__}: {error}): see --help for an example."
+            ) from error
     for name, what in space.items():
         check_range(name, what, base)
     hanging = {name: what.when for name, what in space.items() if isinstance(what, Range) and what.when}
     for name, when in hanging.items():
         if not isinstance(value_of(base, when), (int, float)) or hanging.get(when) in space:
-            raise UserError(f"{name} is searched when {when} is above 0, which must be a number that is always searched.")
+            raise UserError(
+                f"{name} is searched when {when} is above 0, which must be a number that is always searched."
+            )
         if when not in space:
             space = space | {name: dataclasses.replace(space[name], when="")}
-    return dict(sorted(space.items(), key=lambda item: bool(getattr(item[1], "when", ""))))  # what hangs on others comes last
+    return dict(
+        sorted(space.items(), key=lambda item: bool(getattr(item[1], "when", "")))
+    )  # what hangs on others comes last
 
 
 def check_range(name: str, what: Range | list, base: Settings) -> None:
     """UserError unless every value of the range fits the setting, which scores may be compared by, and `base` lies inside."""
     own = value_of(base, name)
-    if name.startswith("world.") or name in (f"training.{field}" for field in ("updates", "evaluation_lifetimes", *SCHEDULE)):
-        raise UserError(f"{name} is not to be searched: scores in different worlds, or after more training, do not compare.")
+    if name.startswith("world.") or name in (
+        f"training.{field}" for field in ("updates", "evaluation_lifetimes", *SCHEDULE)
+    ):
+        raise UserError(
+            f"{name} is not to be searched: scores in different worlds, or after more training, do not compare."
+        )
     if isinstance(what, Range) and (isinstance(own, bool) or not isinstance(own, (int, float))):
         raise UserError(f"{name} is no number: give a list of choices for it.")
     try:
@@ -216,7 +229,9 @@ def objective(trial: optuna.Trial, space: dict, base: Settings, arguments: TuneA
                 if learner.update % settings.training.log_every == 0 or learner.update == learner.total:
                     write_metrics(run, learner)
                     if not_finite(learner):
-                        raise FloatingPointError(f"seed {seed} diverged: {not_finite(learner)[0]} is not finite at update {learner.update}")
+                        raise FloatingPointError(
+                            f"seed {seed} diverged: {not_finite(learner)[0]} is not finite at update {learner.update}"
+                        )
             result = evaluate(learner.system, "validation", arguments.lifetimes)
             score = result.get("normalised", result["return_mean"])
             trial.report(score, seed * LOOKS + look - 1)
@@ -241,7 +256,10 @@ def open_study(arguments: TuneArguments, folder: Path, worker: int = 0, tries: i
         elif arguments.storage:
             again = RetryHeartbeatStaleTrialCallback(max_retry=3)
             storage = RDBStorage(
-                arguments.storage, heartbeat_interval=HEARTBEAT, grace_period=SILENCE, heartbeat_stale_trial_callback=again
+                arguments.storage,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=SILENCE,
+                heartbeat_stale_trial_callback=again,
             )
         else:
             path = str(folder / "journal.log")
@@ -257,10 +275,14 @@ def open_study(arguments: TuneArguments, folder: Path, worker: int = 0, tries: i
             time.sleep(1)
             return open_study(arguments, folder, worker, tries - 1)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the study's storage {arguments.storage or folder / 'journal.log'} cannot be used: {reason}") from error
+        raise UserError(
+            f"the study's storage {arguments.storage or folder / 'journal.log'} cannot be used: {reason}"
+        ) from error
     # A study that goes on does not repeat itself, and neither do two workers; who works alone can be repeated.
     alone = not arguments.storage and not study.get_trials(states=(TrialState.RUNNING,))
-    study.sampler = optuna.samplers.TPESampler(seed=1000 * len(study.trials) + worker if alone else None, constant_liar=True)
+    study.sampler = optuna.samplers.TPESampler(
+        seed=1000 * len(study.trials) + worker if alone else None, constant_liar=True
+    )
     return study
 
 
@@ -276,7 +298,11 @@ def mend_journal(path: Path, lock: JournalFileOpenLock | JournalFileSymlinkLock)
 
 def left(study: optuna.Study, trials: int) -> int:
     """How many of so many trials have neither ended, for good or with a reason, nor begun."""
-    counted = [t for t in study.get_trials(deepcopy=False) if t.state in (*ENDED, TrialState.RUNNING) or "reason" in t.user_attrs]
+    counted = [
+        t
+        for t in study.get_trials(deepcopy=False)
+        if t.state in (*ENDED, TrialState.RUNNING) or "reason" in t.user_attrs
+    ]
     return max(0, trials - len(counted))
 
 
@@ -405,7 +431,11 @@ def save_figures(study: optuna.Study, folder: Path) -> list[str]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
-    kinds = {"history": draw.plot_optimization_history, "slices": draw.plot_slice, "curves": draw.plot_intermediate_values}
+    kinds = {
+        "history": draw.plot_optimization_history,
+        "slices": draw.plot_slice,
+        "curves": draw.plot_intermediate_values,
+    }
     if len(ranked(study)) >= 4:
         kinds["importances"] = lambda study: draw.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     with warnings.catch_warnings(action="ignore"):
@@ -430,11 +460,15 @@ def conclude(study: optuna.Study, base: Settings, changed: dict[str, Any], folde
     tuned = merge(base, nested(best[0].params))
     content: dict[str, Any] = {**changed, "preset": base.preset}
     for section, fields in nested(best[0].params).items():
-        content[section] = {**changed.get(section, {}), **{name: value_of(tuned, f"{section}.{name}") for name in fields}}
+        content[section] = {
+            **changed.get(section, {}),
+            **{name: value_of(tuned, f"{section}.{name}") for name in fields},
+        }
     path = folder / "best.json"
     write_json(content, path)
     rows = [
-        {"number": t.number, "state": t.state.name, "score": t.value, "params": t.params, **t.user_attrs} for t in study.get_trials()
+        {"number": t.number, "state": t.state.name, "score": t.value, "params": t.params, **t.user_attrs}
+        for t in study.get_trials()
     ]
     first = next((t for t in best if all(value == value_of(base, name) for name, value in t.params.items())), None)
     write_json({"baseline": first and first.number, "trials": rows}, folder / "trials.json")
@@ -509,7 +543,9 @@ def tune(arguments: TuneArguments) -> Path:
                 worker.join()
         ended = [worker.exitcode for worker in workers if worker.exitcode]
         if ended:
-            print(f"{len(ended)} of {len(workers)} workers ended early, with exit code {ended[0]}: the same command goes on.")
+            print(
+                f"{len(ended)} of {len(workers)} workers ended early, with exit code {ended[0]}: the same command goes on."
+            )
     return conclude(study, base, said, folder)
 
 
@@ -517,16 +553,25 @@ def begin(study: optuna.Study, arguments: TuneArguments, base: Settings, space: 
     """Queue the first trial in a new study; refuse one that searches something else."""
     ranges = {name: what if isinstance(what, list) else dataclasses.asdict(what) for name, what in space.items()}
     settings = {**dataclasses.asdict(base), "device": ""}
-    begun = json.loads(json.dumps({"seeds": arguments.seeds, "lifetimes": arguments.lifetimes, "space": ranges, "settings": settings}))
+    begun = json.loads(
+        json.dumps({"seeds": arguments.seeds, "lifetimes": arguments.lifetimes, "space": ranges, "settings": settings})
+    )
     with filelock.FileLock(folder / ".ask.lock"):
-        home, kept = folder / ".storage", hashlib.sha256(arguments.storage.encode()).hexdigest()  # it may hold a password
+        home, kept = (
+            folder / ".storage",
+            hashlib.sha256(arguments.storage.encode()).hexdigest(),
+        )  # it may hold a password
         if home.exists() and home.read_text() != kept:
-            raise UserError(f"{folder} belongs to a study in another storage: give the same --storage, or another --study.")
+            raise UserError(
+                f"{folder} belongs to a study in another storage: give the same --storage, or another --study."
+            )
         home.write_text(kept)
         known = study.user_attrs.get("begun", begun)
         if known != begun:
             other = [name for name in begun if known.get(name) != begun[name]]
-            raise UserError(f"{folder} was begun with other {', '.join(other)}: give the same ones, or another --study.")
+            raise UserError(
+                f"{folder} was begun with other {', '.join(other)}: give the same ones, or another --study."
+            )
         study.set_user_attr("begun", begun)
         first = {name: value_of(base, name) for name in space}
         if not study.get_trials(deepcopy=False):

@@ -1,14 +1,21 @@
-"""Perception: a variational autoencoder that turns pictures into grids of categorical codes and back, modulated by the context.
+"""The VAE: turns observations into grids of categorical codes and back, modulated by the context.
 
-Each patch of the picture becomes one categorical code, so that all later inference and planning work on small integer
-grids. Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014.
+Each patch of a frame becomes one categorical code, so that inference and planning work on grids of small integers.
+Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,182 +28,442 @@ from memory import require_all
 class VAESettings:
     """Perception."""
 
-    patch: int = 0
-    """Pixels along each side of a patch, which must divide the picture; 0 stands for a cell of the world."""
-    num_codes: int = 6
-    """Number of categories of a patch, 2 to 255."""
-    width: int = 32
-    """Hidden features of encoder and decoder, at least 1."""
+    patch: int = 0  # side of a patch in pixels, which must divide the frame; 0 for the size of a cell
+    num_codes: int = 6  # categories of a patch, 2 to 255
+    width: int = 32  # hidden features of encoder and decoder, at least 1
+    # patches within this share, in [0, 1], of the largest distance initially share a code: they differ by noise only
     cluster_radius: float = 0.5
-    """Patches nearer than this share of the largest distance begin with one code, in [0, 1]: what noise is taken to do."""
-    obs_std: float = 0.1
-    """Standard obs_std of a pixel around its reconstruction, as a share of the range, above 0."""
-    decoder_lr: float = 1e-2
-    """Adam's learning rate of the decoder while perception is learnt alone."""
+    obs_std: float = 0.1  # standard deviation of a pixel around its reconstruction, as a share of the range, above 0
+    decoder_lr: float = 1e-2  # Adam's learning rate of the decoder while perception is trained alone, in [0, 1]
+    # Adam's learning rate of the encoder in that phase, in [0, 1]: low, or an untrained decoder would merge its codes
     encoder_lr: float = 2e-4
-    """That of the encoder: slow, because an untrained decoder would pull its well-begun codes together."""
-    final_lr_scale: float = 1.0
-    """Meanwhile these rates fall evenly to this share of their beginning, in [0, 1]."""
-    late_lr: float = 3e-5
-    """Adam's learning rate of both from then on."""
+    final_lr_scale: float = 1.0  # during that phase both rates fall linearly to this share of their start, in [0, 1]
+    late_lr: float = 3e-5  # Adam's learning rate of encoder and decoder after that phase, in [0, 1]
 
     def __post_init__(self) -> None:
-        require_all(
-            "vae", self, patch=(0, 64), num_codes=(2, 255), width=(1, 4096), cluster_radius=(0, 1), obs_std=(1e-3, 10),
-            decoder_lr=(0, 1), encoder_lr=(0, 1), final_lr_scale=(0, 1), late_lr=(0, 1),
-        )  # fmt: skip
+        require_all("vae", self, patch=(0, 64), num_codes=(2, 255), width=(1, 4096), cluster_radius=(0, 1))
+        require_all("vae", self, obs_std=(1e-3, 10), decoder_lr=(0, 1), encoder_lr=(0, 1), late_lr=(0, 1))
+        require_all("vae", self, final_lr_scale=(0, 1))
 
 
 class VAE(nn.Module):
-    """A variational autoencoder with one categorical code for each patch; encoder and decoder are FiLM-modulated.
+    """A variational autoencoder with one categorical code per patch; encoder and decoder are FiLM-modulated.
+
+    In the shapes below, a frame (H, W, channels) has S patches of P = patch * patch * channels numbers.
 
     Args:
-        settings: see `VAESettings`.
-        obs_shape: (height, width, channels) of the pictures.
-        context_dim: size D of the context vector that modulates it.
+        settings: see `VAESettings`; `patch` must not be 0 here.
+        obs_shape: (H, W, channels) of the frames.
+        context_dim: size D of the context vector.
 
     Raises:
-        ValueError: the patch does not divide the picture.
+        ValueError: the patch is 0 or does not divide the frame.
     """
 
     def __init__(self, settings: VAESettings, obs_shape: tuple[int, int, int], context_dim: int) -> None:
         super().__init__()
         height, width, channels = obs_shape
-        patch, hidden = settings.patch, settings.width
+        patch, hidden, num_codes = settings.patch, settings.width, settings.num_codes
         if patch < 1:
-            raise ValueError("vae.patch is 0, so the size of a cell must be put in its place before a VAE is built.")
+            raise ValueError("vae.patch is 0, but a VAE needs the size in pixels: set it, for example to world.cell.")
         if height % patch or width % patch:
             raise ValueError(
-                f"vae.patch is {patch}, which does not divide a picture of {height}x{width}: "
+                f"vae.patch is {patch}, which does not divide a frame of {height}x{width}: "
                 f"choose a common divisor, such as {math.gcd(height, width)}."
             )
         self.settings, self.obs_shape, self.grid = settings, obs_shape, (height // patch, width // patch)
-        pixels = patch * patch * channels
-        self.encoder_in = nn.Linear(pixels, hidden)
+        self.encoder_in = nn.Linear(patch * patch * channels, hidden)
         self.encoder_film = FiLMLayer(context_dim, hidden, scale=0)
-        self.encoder_out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, settings.num_codes))
-        self.decoder_in = nn.Linear(settings.num_codes, hidden)
+        self.encoder_out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, num_codes))
+        self.decoder_in = nn.Linear(num_codes, hidden)
         self.decoder_film = FiLMLayer(context_dim, hidden, scale=0)
-        self.decoder_out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, pixels))
-        self.code_prior = nn.Parameter(torch.zeros(settings.num_codes))  # uniform at the start
-        self.register_buffer("code_alias", torch.arange(settings.num_codes, dtype=torch.uint8))  # see `merge_codes`
+        self.decoder_out = nn.Sequential(
+            nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, patch * patch * channels)
+        )
+        self.code_prior = nn.Parameter(torch.zeros(num_codes))  # logits, initially uniform
+        self.register_buffer("code_alias", torch.arange(num_codes, dtype=torch.uint8))  # see `merge_codes`
 
     def patches(self, frames: Tensor) -> Tensor:
-        """The patches (B, S, pixels * channels) float32, range -0.5..0.5, of pictures (B, H, W, channels) uint8; ValueError for
-        pictures of another shape or kind."""
+        """The patches (B, S, P) float32, in -0.5..0.5, of frames (B, H, W, channels) uint8.
+
+        Raises:
+            ValueError: frames of another shape or dtype.
+        """
         if frames.shape[1:] != self.obs_shape or frames.dtype != torch.uint8:
-            raise ValueError(f"pictures must be (B, {self.obs_shape}) uint8, not {tuple(frames.shape)} {frames.dtype}.")
+            expected = ", ".join(map(str, self.obs_shape))
+            raise ValueError(f"frames must be (B, {expected}) uint8, not {tuple(frames.shape)} {frames.dtype}.")
         (rows, columns), patch, channels = self.grid, self.settings.patch, self.obs_shape[2]
         patches = frames.view(-1, rows, patch, columns, patch, channels).transpose(2, 3)  # (B, rows, columns, p, p, ch)
-        return patches.reshape(len(frames), rows * columns, -1).float().mul_(1 / 255).sub_(0.5)
+        return patches.reshape(len(frames), rows * columns, -1).float().mul_(1 / 255).sub_(0.5)  # (B, S, P)
 
     def logits(self, frames: Tensor, context: Tensor) -> Tensor:
-        """Code logits (B, S, codes) of pictures (B, H, W, channels) uint8 under contexts (B, D); S patches."""
-        x = self.patches(frames)
-        return self.encoder_out(self.encoder_film(self.encoder_in(x), context))
+        """Code logits (B, S, num_codes) of frames (B, H, W, channels) uint8 under contexts (B, D)."""
+        return self.encoder_out(self.encoder_film(self.encoder_in(self.patches(frames)), context))
 
     @torch.no_grad()
     def encode(self, frames: Tensor, context: Tensor) -> Tensor:
-        """The likeliest codes (B, S) uint8 of pictures (B, H, W, channels) uint8 under contexts (B, D)."""
+        """The most likely codes (B, S) uint8 of frames (B, H, W, channels) uint8 under contexts (B, D)."""
         return self.code_alias[self.logits(frames, context).argmax(-1)]
 
     def decode(self, codes: Tensor, context: Tensor) -> Tensor:
-        """FrameBlock (B, H, W, channels) float32, range 0..1, of codes (B, S) uint8 under contexts (B, D)."""
+        """Frames (B, H, W, channels) float32, approximately in 0..1, of codes (B, S) uint8 under contexts (B, D)."""
         one_hot = F.one_hot(codes.long(), self.settings.num_codes).float()
         patches = self._decode_patches(one_hot, context) + 0.5
         (rows, columns), patch, channels = self.grid, self.settings.patch, self.obs_shape[2]
-        patches = patches.view(-1, rows, columns, patch, patch, channels).transpose(2, 3)  # (B, rows, p, columns, p, ch)
-        return patches.reshape(-1, *self.obs_shape)
+        patches = patches.view(-1, rows, columns, patch, patch, channels).transpose(2, 3)
+        return patches.reshape(-1, *self.obs_shape)  # from (B, rows, p, columns, p, channels)
 
     def loss(self, frames: Tensor, context: Tensor) -> dict[str, Tensor]:
-        """The negative evidence lower bound, in nll a picture, mean over the batch.
+        """The negative evidence lower bound in nats per frame, mean over the batch.
 
-            E_{z ~ q(z|x, c)} -log p(x|z, c) + KL(q(z|x, c) || p(z))
+            L = E_{z ~ q(z|x, c)} -log p(x|z, c) + KL(q(z|x, c) || p(z))
 
-        with p(x|z, c) Gaussian of fixed obs_std (its constant left out), summed over pixels, and the KL summed over
-        patches. A patch has few codes, so the expectation is an exact sum over them: no sample is drawn, no gradient estimated,
-        and the decoder works once a code instead of once a patch. p(z) is one categorical for all patches: uniform at the start
-        and learnt, because under a uniform prior the bound gains by spreading the background over several codes that mean the same.
+        p(x|z, c) is Gaussian with the fixed deviation `obs_std` (its constant is left out) and summed over pixels; the
+        KL is summed over patches. The expectation is an exact sum over the few codes of a patch: nothing is sampled, no
+        gradient is estimated, and the decoder runs once per code instead of once per patch. p(z) is one categorical for
+        all patches, initially uniform and learned: under a uniform prior the bound would improve by spreading the
+        background over several codes of the same meaning.
 
         Args:
             frames: (B, H, W, channels) uint8.
-            context: (B, D) float32; whatever made it learns along unless it is detached.
+            context: (B, D) float32; gradients reach whatever made it, unless it is detached.
 
         Returns:
-            scalars by name: reconstruction, kl; their sum is the bound.
+            Scalars by name, reconstruction and kl, whose sum is L.
         """
-        log_q = self.logits(frames, context).log_softmax(-1)  # (B, S, codes)
+        log_q = self.logits(frames, context).log_softmax(-1)  # (B, S, num_codes)
         q = log_q.exp()
-        square = (q * self._square_errors(frames, context)).sum((1, 2))
-        divergence = (q * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
-        return {"reconstruction": square.mean() / (2 * self.settings.obs_std**2), "kl": divergence.mean()}
+        square_error = (q * self._square_errors(frames, context)).sum((1, 2))
+        kl = (q * (log_q - self.code_prior.log_softmax(-1))).sum((1, 2))
+        return {"reconstruction": square_error.mean() / (2 * self.settings.obs_std**2), "kl": kl.mean()}
 
     @torch.no_grad()
     def init_codes_kmeans(self, frames: Tensor, context: Tensor) -> int:
-        """Give each clearly different kind of patch a code of its own before training; returns how many were found.
+        """Before training, give each clearly different kind of patch its own code.
 
-        Training alone often merges two kinds of patch into one code and stays there. So the encoder's
-        last layer begins as the posterior of a mixture of Gaussians around centres found by farthest-first traversal
-        and k-means in its random features (the remedy for codebook collapse in vector quantisation: k-means seeding,
-        Arthur & Vassilvitskii 2007). Codes without a centre begin improbable everywhere.
+        Training alone often merges two kinds of patch into one code and stays there. Therefore the last layer of the
+        encoder is initialized as the posterior of a mixture of Gaussians. Its centres are found by farthest-first
+        traversal and k-means in the encoder's random features. k-means seeding (Arthur & Vassilvitskii, 2007) is also
+        the remedy for codebook collapse in vector quantization. Codes without a centre are initially improbable
+        everywhere.
 
         Args:
-            frames: (B, H, W, channels) uint8, a sample of what will be seen; context: (B, D).
+            frames: (B, H, W, channels) uint8, a representative sample.
+            context: (B, D).
+
+        Returns:
+            The number of centres found.
         """
-        hidden = self.encoder_out[:-1](self.encoder_film(self.encoder_in(self.patches(frames)), context)).flatten(0, 1)
-        centres = hidden.mean(0, keepdim=True)
-        reach = torch.cdist(hidden, centres).amax()
-        for _ in range(self.settings.num_codes):
-            distance, farthest = torch.cdist(hidden, centres).amin(1).max(0)
-            if len(centres) == self.settings.num_codes or distance <= reach * self.settings.cluster_radius:
+        num_codes = self.settings.num_codes
+        features = self.encoder_out[:-1](self.encoder_film(self.encoder_in(self.patches(frames)), context))
+        features = features.flatten(0, 1)  # (B * S, width)
+
+        # Farthest-first traversal: the next centre is the patch farthest from all centres so far.
+        centres = features.mean(0, keepdim=True)
+        largest = torch.cdist(features, centres).amax()
+        while len(centres) < num_codes:
+            distance, farthest = torch.cdist(features, centres).amin(1).max(0)
+            if distance <= largest * self.settings.cluster_radius:
                 break
-            centres = torch.cat([centres, hidden[farthest][None]])
-        for _ in range(10):
-            member = F.one_hot(torch.cdist(hidden, centres).argmin(1), len(centres)).float()
-            share = member.mean(0)
-            centres = torch.where(share[:, None] > 0, member.T @ hidden / member.sum(0).clamp_min(1)[:, None], centres)
+            centres = torch.cat([centres, features[farthest][None]])
+
+        # k-means; an empty cluster keeps its centre.
         found = len(centres)
-        spread = torch.pdist(centres).amin() ** 2 / 16 if found > 1 else torch.ones((), device=hidden.device)
+        for _ in range(10):
+            member = F.one_hot(torch.cdist(features, centres).argmin(1), found).float()  # (B * S, found)
+            share = member.mean(0)
+            means = member.T @ features / member.sum(0).clamp_min(1)[:, None]
+            centres = torch.where(share[:, None] > 0, means, centres)
+
+        # The logits of a Gaussian mixture are linear in the features: (c . x - |c|^2 / 2) / variance + log share.
+        # The variance puts the two closest centres four standard deviations apart.
+        variance = torch.pdist(centres).amin() ** 2 / 16 if found > 1 else torch.ones((), device=features.device)
+        centres = torch.cat([centres, centres.mean(0).expand(num_codes - found, -1)])
         last = self.encoder_out[-1]
-        middle = centres.mean(0).expand(self.settings.num_codes - found, -1)
-        everywhere = torch.cat([centres, middle])
-        last.weight.copy_(everywhere / spread)
-        last.bias.copy_(-everywhere.square().sum(1) / (2 * spread))
+        last.weight.copy_(centres / variance)
+        last.bias.copy_(-centres.square().sum(1) / (2 * variance))
         last.bias[:found] += share.clamp_min(1e-4).log()
         last.bias[found:] -= 10
         return found
 
     @torch.no_grad()
     def merge_codes(self, frames: Tensor, context: Tensor, tolerance: float = 0.5) -> int:
-        """Let codes that stand for the same kind of patch count as one from now on; returns how many have gone.
+        """Merge codes that stand for the same kind of patch; `encode` returns only the merged codes from then on.
 
-        Where worlds look different, one kind of patch may have one code under some contexts and another under others, and
-        flicker between them in the middle. Such codes are known by their decoder: the patches of the rarer one can be
-        rebuilt by the other, under their own contexts, almost as well. Each goes to the most frequent such code.
+        Where environments differ in appearance, one kind of patch may have one code under some contexts and another
+        under others, and alternate between the two in between. The decoder identifies such codes: the patches of the
+        rarer code can be reconstructed from the other, under their own contexts, almost as well. A code is replaced by
+        the most frequent code that reconstructs its patches.
 
         Args:
-            frames: (B, H, W, channels) uint8, a sample of what will be seen; context: (B, D).
-            tolerance: nll that an exchange may cost, for each number in a patch.
+            frames: (B, H, W, channels) uint8, a representative sample.
+            context: (B, D).
+            tolerance: largest increase of the negative log-likelihood, in nats per number in a patch.
+
+        Returns:
+            How many codes have been merged into others.
         """
         codes = self.logits(frames, context).argmax(-1)
-        cost = self._square_errors(frames, context) / (2 * self.settings.obs_std**2)
-        cost = cost - cost.gather(2, codes[..., None])  # (B, S, codes): of calling a patch by another code
-        member = F.one_hot(codes, self.settings.num_codes).float().flatten(0, 1)
+        nll = self._square_errors(frames, context) / (2 * self.settings.obs_std**2)
+        increase = nll - nll.gather(2, codes[..., None])  # (B, S, num_codes): if the patch had another code
+        member = F.one_hot(codes, self.settings.num_codes).float().flatten(0, 1)  # (B * S, num_codes)
         count = member.sum(0)
-        exchange = member.T @ cost.flatten(0, 1) / count.clamp_min(1)[:, None]  # (codes, codes)
-        alike = (exchange < tolerance * self.encoder_in.in_features) & (count >= count[:, None])  # the rarer goes
-        meaning = torch.where(alike, count, -1).argmax(1).where(count > 0, self.code_alias.long())
-        for _ in range(len(count)):  # a code whose better name has a better name itself
-            meaning = meaning[meaning]
-        self.code_alias.copy_(meaning)
-        return len(count) - len(meaning.unique())
+        mean_increase = member.T @ increase.flatten(0, 1) / count.clamp_min(1)[:, None]  # (code, replacement)
+        replaceable = mean_increase < tolerance * self.encoder_in.in_features
+        replaceable &= count >= count[:, None]  # the rarer code is replaced
+        alias = torch.where(replaceable, count, -1).argmax(1).where(count > 0, self.code_alias.long())
+        for _ in range(len(count)):  # a replacement may itself have been replaced
+            alias = alias[alias]
+        self.code_alias.copy_(alias)
+        return len(count) - len(alias.unique())
 
     def _square_errors(self, frames: Tensor, context: Tensor) -> Tensor:
-        """Squared errors (B, S, codes), summed over a patch, if patches were rebuilt from each of the codes."""
-        patches, every = self.patches(frames), torch.eye(self.settings.num_codes, device=frames.device)
-        rebuilt = self._decode_patches(every.expand(len(frames), -1, -1), context)  # (B, codes, P)
+        """Squared errors (B, S, num_codes), summed over a patch, of reconstructing each patch from each code."""
+        patches = self.patches(frames)
+        every_code = torch.eye(self.settings.num_codes, device=frames.device).expand(len(frames), -1, -1)
+        rebuilt = self._decode_patches(every_code, context)  # (B, num_codes, P)
         cross = patches @ rebuilt.transpose(1, 2)
         return patches.square().sum(-1, keepdim=True) - 2 * cross + rebuilt.square().sum(-1)[:, None]
 
     def _decode_patches(self, one_hot: Tensor, context: Tensor) -> Tensor:
-        return self.decoder_out(self.decoder_film(self.decoder_in(one_hot), context))  # (B, S, pixels of a patch)
+        """Patches (B, S, P) in -0.5..0.5 of one-hot codes (B, S, num_codes)."""
+        return self.decoder_out(self.decoder_film(self.decoder_in(one_hot), context))
+
+
+class Trajectories(NamedTuple):
+    """What happened in B lifetimes of T steps, on the CPU."""
+
+    reward: Tensor  # (B, T) float32
+    terminated: Tensor  # (B, T) bool
+    truncated: Tensor  # (B, T) bool
+    segment: Tensor  # (B, T) int64: index of the rule of the step
+
+
+def bootstrap_ci(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
+    """95% percentile bootstrap interval, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
+
+    Runs are evaluated in the same environments, so lifetimes are resampled once for all strata and quantities: common
+    random numbers must not count as evidence as many times as there are runs.
+
+    Args:
+        statistic: reduces the last axis of k arrays (..., runs * n).
+        strata: (k, n) for each run: k quantities of n lifetimes.
+
+    Returns:
+        low and high; None where the statistic is not finite, such as a ratio to nothing.
+    """
+    together = np.stack(strata, 1)  # (k, runs, n)
+
+    def of_rows(rows: np.ndarray, axis: int) -> np.ndarray:
+        sample = np.moveaxis(together[:, :, rows], 1, -2)  # (k, ..., runs, n)
+        return statistic(*sample.reshape(*sample.shape[:-2], -1))
+
+    options = dict(n_resamples=2000, batch=100, method="percentile", vectorized=True, rng=np.random.default_rng(0))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
+        found = scipy.stats.bootstrap([np.arange(together.shape[-1])], of_rows, **options).confidence_interval
+    return [float(end) if np.isfinite(end) else None for end in (found.low, found.high)]
+
+
+def mean(x: np.ndarray) -> np.ndarray:
+    """Mean over the last axis."""
+    return x.mean(-1)
+
+
+def interquartile_mean(x: np.ndarray) -> np.ndarray:
+    """IQM over the last axis: the mean of the middle half."""
+    return scipy.stats.trim_mean(x, 0.25, axis=-1)
+
+
+def ratio_of_means(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Ratio of two means over the last axis."""
+    return x.mean(-1) / y.mean(-1)
+
+
+def normalised(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Where the mean of x lies between those of low (0) and high (1)."""
+    return (x.mean(-1) - low.mean(-1)) / (high.mean(-1) - low.mean(-1))
+
+
+def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Probability that x is above y in the same lifetime, a tie counting half."""
+    return (x > y).mean(-1) + 0.5 * (x == y).mean(-1)
+
+
+STATISTICS: dict[str, tuple[Callable[..., np.ndarray], str, tuple[str, ...]]] = {
+    "return_mean": (mean, "returns", ("agent",)),
+    "return_iqm": (interquartile_mean, "returns", ("agent",)),
+    "normalised": (normalised, "returns", ("agent", "random", "known_rule")),
+    "of_thompson": (ratio_of_means, "returns", ("agent", "thompson")),
+    "probability_of_improvement": (probability_of_improvement, "returns", ("agent", "thompson")),
+    "late_of_known_rule": (ratio_of_means, "late_returns", ("agent", "known_rule")),
+}
+"""How an agent compares with the references: the statistic, of which quantity of a lifetime, and of whom."""
+
+
+def available_metrics(result: dict[str, Any]) -> list[str]:
+    """Those of STATISTICS whose agents are in an evaluation; external environments have no exact solution."""
+    return [name for name, (_, quantity, whose) in STATISTICS.items() if set(whose) <= set(result[quantity])]
+
+
+def statistics(*results: dict[str, Any]) -> dict[str, Any]:
+    """STATISTICS with their intervals, of one evaluation or of several runs' in the same environments together."""
+    stats = {}
+    for name in available_metrics(results[0]):
+        statistic, quantity, whose = STATISTICS[name]
+        strata = [np.array([result[quantity][agent] for agent in whose], float) for result in results]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(statistic(*np.concatenate(strata, -1)))
+        stats[name], stats[f"{name}_ci95"] = value if np.isfinite(value) else None, bootstrap_ci(statistic, *strata)
+    return stats
+
+
+def summary(trajectories: Trajectories) -> dict[str, Any]:
+    """Mean and interquartile mean of the returns with intervals, mean reward by step with its standard error, and mean
+    counts of goals, hazards and time-outs in a lifetime."""
+    reward = trajectories.reward.double()
+    returns, per_lifetime = reward.sum(1).numpy(), lambda happened: float(happened.double().sum(1).mean())
+    return {
+        "return_mean": float(returns.mean()),
+        "return_iqm": float(interquartile_mean(returns)),
+        "return_mean_ci95": bootstrap_ci(mean, returns[None]),
+        "return_iqm_ci95": bootstrap_ci(interquartile_mean, returns[None]),
+        "by_step": reward.mean(0).tolist(),
+        "by_step_error": (reward.std(0) / len(returns) ** 0.5).tolist(),
+        "goals": per_lifetime(reward > 0),
+        "hazards": per_lifetime(reward < 0),
+        "timeouts": per_lifetime(trajectories.truncated),
+    }
+
+
+def belief_nll(agent: list[Tensor], exact: list[Tensor] | None, late: int = 16) -> dict[str, Any]:
+    """The mean negative log-likelihood (nats) of each step, from those in every lifetime (B,), to the agent and to the
+    exact filter; and the agent's `late_excess` from step `late` on (None without a filter)."""
+    nll = {"agent": agent} | ({} if exact is None else {"exact": exact})
+    nll = {name: torch.stack(steps).double().mean(1).tolist() for name, steps in nll.items()}
+    late = min(late, len(agent) // 2)
+    excess = None if exact is None else float(np.mean(nll["agent"][late:]) - np.mean(nll["exact"][late:]))
+    return {**nll, "late": late, "late_excess": excess}
+
+
+def compare(rollouts: dict[str, Trajectories]) -> dict[str, Any]:
+    """Agents in the same lifetimes: a `summary` of each, `returns` and `late_returns` (of the last eighth of the steps)
+    of every lifetime, and the agent's `statistics`."""
+    late = -max(1, rollouts["agent"].reward.shape[1] // 8)
+    result = {name: summary(one) for name, one in rollouts.items()} | {
+        "returns": {name: one.reward.sum(1).tolist() for name, one in rollouts.items()},
+        "late_returns": {name: one.reward[:, late:].sum(1).tolist() for name, one in rollouts.items()},
+    }
+    return result | statistics(result)
+
+
+AGENTS = {"agent": "agent", "thompson": "Thompson sampling", "known_rule": "known rule", "random": "random"}
+
+
+def format_ci(value: float | None, ends: Sequence[float | None], digits: int) -> str:
+    """A figure with its 95% interval; a dash where there is none."""
+    if None in (value, *ends):
+        return "-" if value is None else f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+
+
+def report(result: dict[str, Any]) -> str:
+    """An evaluation in a few lines."""
+    lines = [f"{result['lifetimes']} lifetimes on the {result['split']} split, return per lifetime [95% interval]:"]
+    for name in (name for name in AGENTS if name in result):
+        lines.append(f"  {name:18s} {format_ci(result[name]['return_mean'], result[name]['return_mean_ci95'], 2)}")
+    for name in (name for name in available_metrics(result) if not name.startswith("return")):
+        lines.append(f"  {name:18s} {format_ci(result[name], result[f'{name}_ci95'], 3)}")
+    belief = result["belief_nll"]
+    if belief["late_excess"] is not None:
+        text = f"{belief['late_excess']:+.3f} nats a step over the exact filter from step {belief['late']} on"
+        lines.append(f"  belief: {text}")
+    return "\n".join(lines)
+
+
+def plot_adaptation(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Reward by step of the lifetime for every agent, averaged over evaluations, to `path` (PNG); see `plot_curve`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, first = figure.subplots(), results[0]
+    for name, label in AGENTS.items():
+        if name in first:
+            by_step = np.mean([result[name]["by_step"] for result in results], 0)
+            error = np.sqrt(np.square([result[name]["by_step_error"] for result in results]).sum(0)) / len(results)
+            returns = np.mean([result[name]["return_mean"] for result in results])
+            plot_curve(axes, by_step, error, f"{label}: {returns:.2f}")
+    runs = f", {len(results)} runs" if len(results) > 1 else ""
+    axes.set_title(f"{first['lifetimes']} lifetimes, {first['split']} tasks{runs}")
+    axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_curve(axes: Any, by_step: Sequence[float], error: Sequence[float], label: str, bin_steps: int = 4) -> None:
+    """Plot the reward by step, averaged over `bin_steps`, with the 95% interval that standard errors `error` give."""
+    steps = len(by_step) // bin_steps * bin_steps
+    binned = np.reshape(by_step[:steps], (-1, bin_steps)).mean(1)
+    width = 1.96 * np.sqrt(np.square(error[:steps]).reshape(-1, bin_steps).sum(1)) / bin_steps
+    middle = (np.arange(len(binned)) + 0.5) * bin_steps
+    (line,) = axes.plot(middle, binned, label=label)
+    axes.fill_between(middle, binned - width, binned + width, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="step of the lifetime", ylabel="reward a step")
+
+
+LifetimeFrame = tuple[np.ndarray, np.ndarray, np.ndarray, str]
+"""Of one step: observation and reconstruction (H, W, 3), belief (action, effect) as probabilities, a heading."""
+
+
+@torch.no_grad()
+def animate_lifetime(agent: Any, world: Any, path: Path, fps: int) -> None:
+    """Roll out a lifetime of an `AgentController` in a single environment and animate it, see `save_animation`."""
+    frames, earned = [], 0.0
+    agent.reset(world.reset())
+    for step in range(world.settings.lifetime):
+        action = agent.act()
+        decoded = agent.vae.decode(agent.codes, agent.visual_context)[0].clamp(0, 1)
+        belief = agent.transition.log_prior(agent.engine.context(agent.belief)[:, :-1])[0].exp()
+        images = (x.cpu().numpy() for x in (agent.obs[0], decoded, belief))
+        frames.append((*images, f"step {step}   action {int(action)}   return {earned:+g}"))
+        happened = world.step(action)
+        agent.observe(action, happened)
+        earned += float(happened.reward)
+    save_animation(frames, "hidden rule: " + world.describe_rule(0).replace("\n", "; "), path, fps)
+
+
+def save_animation(frames: Sequence[LifetimeFrame], caption: str, path: Path, fps: int) -> None:
+    """Write an animation, .gif or .mp4, atomically; ValueError for another ending, or where ffmpeg is missing."""
+    import matplotlib
+    from matplotlib import animation
+    from matplotlib.figure import Figure
+
+    if path.suffix not in (".gif", ".mp4"):
+        raise ValueError(f"{path} ends neither in .gif nor in .mp4: choose one of them.")
+    if path.suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg"):  # an optional package with an ffmpeg
+        import imageio_ffmpeg
+
+        matplotlib.rcParams["animation.ffmpeg_path"] = imageio_ffmpeg.get_ffmpeg_exe()
+    if path.suffix == ".mp4" and not animation.FFMpegWriter.isAvailable():
+        raise ValueError("an MP4 needs ffmpeg: pip install imageio-ffmpeg, or name a file that ends in .gif.")
+    figure = Figure(figsize=(6, 5.6), dpi=70)
+    parts = figure.subplot_mosaic([["obs", "decoded"], ["belief", "belief"]], height_ratios=[3, 1.5])
+    figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
+    titles = {"obs": "observation", "decoded": "reconstruction", "belief": "belief: which effect each action has"}
+    for name, title in titles.items():
+        parts[name].set(title=title, xticks=[], yticks=[])
+    obs, decoded, belief, heading = frames[0]
+    parts["belief"].set(ylabel="action", yticks=range(len(belief)))
+    images = [parts["obs"].imshow(obs), parts["decoded"].imshow(decoded)]
+    images.append(parts["belief"].imshow(belief, vmin=0, vmax=1, aspect="auto", cmap="magma"))
+    title = figure.suptitle(heading)
+    figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
+
+    def show(frame: LifetimeFrame) -> None:
+        for image, content in zip(images, frame[:3], strict=True):
+            image.set_data(content)
+        title.set_text(frame[3])
+
+    film = animation.FuncAnimation(figure, show, frames, init_func=lambda: None, cache_frame_data=False)
+    writer = animation.FFMpegWriter(fps=fps) if path.suffix == ".mp4" else animation.PillowWriter(fps=fps)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    film.save(temporary, writer=writer)
+    temporary.replace(path)

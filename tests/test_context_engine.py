@@ -16,7 +16,7 @@ A, K, C, S, B, T = 4, 6, 3, 16, 5, 9
 def engine_of():
     torch.manual_seed(0)
     engine = ContextInferenceEngine(ContextSettings(hidden=8, context=5), A, K, C)
-    torch.nn.init.normal_(engine.first)
+    torch.nn.init.normal_(engine.initial)
     return engine
 
 
