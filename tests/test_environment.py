@@ -1,22 +1,27 @@
-"""The world: rules, alignment in time, splits, noise, pairing and the exact solution."""
+"""The environment: rules, splits, steps, rendering, Gymnasium interfaces, and external environments."""
 
-import dataclasses
+import importlib.util
+import itertools
 import unittest
-import unittest.mock
+import warnings
 from dataclasses import replace
+from unittest import mock
 
+import gymnasium
+import numpy as np
 import torch
+from gymnasium.utils.env_checker import check_env
 
 import environment
-from agent import Learner, RandomAgent
-from context_engine import ActionValues, ExactFilter, likelihood_by_case, spread_over_rules, reward_consistent
-from environment import HiddenRulesWorld, MOVES, PALETTE, PixelEnv, WorldSettings, rule_space_of, task_split
-from main import Settings, build_system, references, train
-from memory import merge, make_generator
-from tests.shared import tiny
+from context_engine import RandomAgent, infer_reward_bins, rollout
+from environment import MOVES, PALETTE, SPLITS, WORLDS, HiddenRulesWorld, HiddenRulesWrapper, PixelEnv, WorldSettings
+from memory import make_generator
+from tests.benchmarks.peers import PreviousStep
+from tests.shared import Room, temporary_folder
 
 CLEAR = WorldSettings(noise=0, slip=0)
-EVERYTHING = WorldSettings(**environment.WORLDS["everything"] | {"noise": 0})
+ROOM = WorldSettings(gym_id="Room-v0", lifetime=25, cell=4, slip=0, noise=0)
+gymnasium.register("OtherRoom-v0", entry_point=Room)  # a second one of the same kind
 
 
 def world_of(settings=CLEAR, batch=64, split="train", seed=0):
@@ -24,72 +29,122 @@ def world_of(settings=CLEAR, batch=64, split="train", seed=0):
     return world, world.reset()
 
 
+def expected_frames(world):
+    """The frames of `world` without noise, one by one."""
+    frames, s = [], world.settings
+    for row in range(world.batch):
+        frame = torch.full((s.grid, s.grid, 3), environment.BACKGROUND)
+        if world.walls is not None:
+            frame[world.walls[row]] = environment.WALL
+        for role in reversed(range(1 + len(s.reward_values))):  # the body last, on top of the objects
+            frame[tuple(world.position[row, role])] = PALETTE[world.rule.colours[row, role]].long()
+        if s.tint:
+            frame = (frame * world.gains[row] + world.brightness[row]).round().clamp(0, 255)
+        frames.append(frame.repeat_interleave(s.cell, 0).repeat_interleave(s.cell, 1).byte())
+    return torch.stack(frames)
+
+
 class TestRules(unittest.TestCase):
-    def test_splits_are_disjoint_and_complete(self):
+    def test_splits_are_fixed_disjoint_and_complete(self):
         for holdout, sizes in (("combinations", (100, 16, 28)), ("permutations", (92, 16, 36))):
-            parts = [task_split(WorldSettings(holdout=holdout), split).tolist() for split in ("train", "validation", "test")]
+            parts = [environment.task_split(WorldSettings(holdout=holdout), split) for split in SPLITS]
             self.assertEqual(tuple(map(len, parts)), sizes)
-            self.assertEqual(sorted(sum(parts, [])), list(range(144)))
+            self.assertEqual(torch.cat(parts).sort().values.tolist(), list(range(144)))
+            if holdout == "combinations":
+                expected = torch.randperm(144, generator=torch.Generator().manual_seed(7))[:28]
+                self.assertTrue(torch.equal(parts[2], expected.sort().values))
+            else:  # no action map of the test tasks is in another split
+                maps = [set((part // 6).tolist()) for part in parts]
+                self.assertEqual(len(maps[2]), 6)
+                self.assertFalse(maps[2] & (maps[0] | maps[1]))
 
-    def test_held_out_permutations_never_occur_in_training(self):
-        maps = {split: set((task_split(WorldSettings(holdout="permutations"), split) // 6).tolist()) for split in ("train", "validation", "test")}
-        self.assertEqual(len(maps["test"]), 6)
-        self.assertFalse(maps["test"] & (maps["train"] | maps["validation"]))
-
-    def test_the_test_split_is_that_of_the_benchmark(self):
-        expected = torch.randperm(144, generator=torch.Generator().manual_seed(7))[:28].sort().values
-        self.assertTrue(torch.equal(task_split(WorldSettings(), "test"), expected))
-
-    def test_every_task_is_another_rule(self):
-        for settings in (WorldSettings(), WorldSettings(**environment.WORLDS["everything"])):
-            space = rule_space_of(settings)
+    def test_every_task_has_a_different_rule(self):
+        for settings, size in ((WorldSettings(), 144), (WorldSettings(**WORLDS["everything"]), 120 * 24 * 2 * 20)):
+            space = environment.rule_space_of(settings)
             rule = space.rule(torch.arange(len(space)))
             digits = torch.cat([rule.action_map, rule.colours, *(part[:, None] for part in rule[2:])], 1)
-            self.assertEqual(len(digits.unique(dim=0)), len(space))
-        self.assertEqual(len(space), 120 * 24 * 2 * 20)
+            self.assertEqual(len(digits.unique(dim=0)), size)
+            self.assertEqual(len(space), size)
 
-    def test_unknown_names_are_refused(self):
+    def test_no_wall_layout_is_in_two_splits(self):
+        for walls, sizes in ((4, [300, 100, 100]), (1, [22, 7, 7])):  # with one wall there are only 36 layouts
+            by_split = environment.layouts(6, walls)
+            self.assertEqual([len(layouts) for layouts in by_split.values()], sizes)
+            sets = [{tuple(layout.flatten().tolist()) for layout in layouts} for layouts in by_split.values()]
+            self.assertEqual(len(set.union(*sets)), sum(sizes))
+            world, _ = world_of(replace(CLEAR, walls=walls), split="test")
+            self.assertTrue(all(tuple(layout.flatten().tolist()) in sets[2] for layout in world.walls))
+
+    def test_bad_settings_are_refused(self):
+        for changes, message in (
+            ({"slip": float("nan")}, "world.slip is nan.*between 0 and 1"),
+            ({"walls": 13}, "walls is 13.*between 0 and 12"),
+            ({"actions": 3}, "actions is 3"),
+            ({"wind": 1.0}, "wind is 1.0"),
+            ({"edges": "soft"}, "'soft'.*block, wrap or hidden"),
+            ({"holdout": "all"}, "'all'.*combinations or permutations"),
+            ({"reward_values": (-1.0,)}, "one above 0"),
+            ({"reward_values": (1.0, 0.0)}, "nonzero"),
+            ({"reward_values": (1.0, 2.0, 3.0, 4.0, 5.0)}, "1 to 4"),
+            ({"reward_values": (1.0, 1.0, -1.0)}, "different"),
+            ({"reward_values": (float("nan"),)}, "reward_values is nan"),
+            ({"switch_step": 5}, "switch_step is 5 and world.switch is 0"),
+            ({"gym_id": "Room-v0", "walls": 2}, "world.walls is not for an external environment"),
+            ({"shuffled": (0, 1, 2, 3)}, "give world.gym_id"),
+        ):
+            with self.subTest(**changes), self.assertRaisesRegex(ValueError, message):
+                WorldSettings(**changes)
         with self.assertRaisesRegex(ValueError, "'exam'.*train, validation, test"):
-            task_split(WorldSettings(), "exam")
-        with self.assertRaisesRegex(ValueError, "world.slip is nan.*between 0 and 1"):
-            WorldSettings(slip=float("nan"))
+            environment.task_split(WorldSettings(), "exam")
 
 
-class TestWorld(unittest.TestCase):
-    def test_actions_move_the_body_by_the_hidden_rule(self):
-        world, _ = world_of()
-        for action in range(4):
-            before = world.position.clone()
-            world.step(torch.full((64,), action))
-            expected = (before[:, 0] + MOVES[world.rule.action_map[:, action]]).clamp(0, 5)
-            self.assertTrue(torch.equal(world.next_position[:, 0], expected))
-            self.assertTrue(torch.equal(world.next_position[:, 1:], before[:, 1:]))
+class TestSteps(unittest.TestCase):
+    def test_the_body_moves_by_the_action_map_and_stops_at_walls_and_edges_or_wraps(self):
+        for settings in (CLEAR, replace(CLEAR, edges="hidden"), replace(CLEAR, walls=8)):
+            world, _ = world_of(settings, batch=512)
+            rows, stopped = torch.arange(512), 0
+            for t in range(60):
+                before = world.position.clone()
+                to = before[:, 0] + MOVES[world.rule.action_map[:, t % 4]]
+                to = torch.where(world.rule.wraps[:, None], to % 6, to.clamp(0, 5))
+                if settings.walls:
+                    self.assertFalse(world.walls[rows[:, None], *before.unbind(-1)].any())
+                    blocked = world.walls[rows, *to.unbind(1)]
+                    to, stopped = torch.where(blocked[:, None], before[:, 0], to), int(blocked.sum())
+                world.step(torch.full((512,), t % 4))
+                self.assertTrue(torch.equal(world.next_position[:, 0], to))
+                self.assertTrue(torch.equal(world.next_position[:, 1:], before[:, 1:]))
+            self.assertAlmostEqual(
+                float(world.rule.wraps.float().mean()), 0.5 * (settings.edges == "hidden"), delta=0.1
+            )
+            if settings.walls:
+                self.assertEqual(world.walls.flatten(1).sum(1).unique().tolist(), [8])
+                self.assertGreater(stopped, 5)
 
-    def test_rewards_and_ends_follow_from_the_arrival(self):
-        world, _ = world_of(batch=512)
-        generator, age = make_generator(0, 9), torch.zeros(512)
-        for _ in range(40):
-            step = world.step(torch.randint(4, (512,), generator=generator))
-            age += 1
-            goal = (world.next_position[:, 0] == world.next_position[:, 1]).all(-1)
-            hazard = (world.next_position[:, 0] == world.next_position[:, 2]).all(-1)
-            self.assertTrue(torch.equal(step.reward, goal.float() - hazard.float()))
-            self.assertTrue(torch.equal(step.terminated, goal | hazard))
-            self.assertTrue(torch.equal(step.truncated, (age == 18) & ~step.terminated))
-            ended = step.terminated | step.truncated
-            self.assertTrue(torch.equal(step.ended, ended))
-            self.assertTrue(torch.equal(step.obs[~ended], step.next_obs[~ended]))
-            self.assertTrue(torch.equal(step.final_obs, step.next_obs[ended]))
-            age[ended] = 0
-        self.assertTrue((world.position[:, 0] != world.position[:, 1]).any(-1)[ended].all())
-
-    def test_pictures_show_body_goal_and_hazard_in_their_colours(self):
-        world, frames = world_of()
-        for role in range(3):
-            row, column = (4 * world.position[:, role] + 1).unbind(1)
-            seen = frames[torch.arange(64), row, column]
-            self.assertTrue(torch.equal(seen, PALETTE[world.rule.colours[:, role]]))
-        self.assertEqual(int((frames != environment.BACKGROUND).any(-1).sum()), 64 * 3 * 16)
+    def test_rewards_and_ends_follow_from_the_next_position_and_extra_actions_do_nothing(self):
+        for values, actions in (((1.0, -1.0), 4), ((2.0, 0.5, -1.0), 6)):
+            world, _ = world_of(replace(CLEAR, reward_values=values, actions=actions), batch=512)
+            nothing = world.rule.action_map == 4
+            self.assertTrue((nothing.sum(1) == actions - 4).all())
+            generator, age, rewards = make_generator(0, 9), torch.zeros(512), set()
+            for _ in range(40):
+                before, action = world.position.clone(), torch.randint(actions, (512,), generator=generator)
+                step = world.step(action)
+                stays = nothing[torch.arange(512), action]
+                self.assertTrue(torch.equal(world.next_position[stays], before[stays]))
+                age += 1
+                reached = (world.next_position[:, :1] == world.next_position[:, 1:]).all(-1)
+                self.assertTrue(torch.equal(step.reward, reached.float() @ torch.tensor(values)))
+                self.assertTrue(torch.equal(step.terminated, reached.any(1)))
+                self.assertTrue(torch.equal(step.truncated, (age == 18) & ~step.terminated))
+                ended = step.terminated | step.truncated
+                self.assertTrue(torch.equal(step.ended, ended))
+                self.assertTrue(torch.equal(step.obs[~ended], step.next_obs[~ended]))
+                self.assertTrue(torch.equal(step.final_obs, step.next_obs[ended]))
+                self.assertTrue((world.position[ended, :1] != world.position[ended, 1:]).any(-1).all())  # a new start
+                age[ended] = 0
+                rewards |= set(step.reward.tolist())
+            self.assertEqual(rewards, {0.0, *values})
 
     def test_slips_have_their_rates(self):
         world, _ = world_of(WorldSettings(noise=0, slip=0.4, slip_random=0.25, grid=16), batch=4000)
@@ -97,55 +152,11 @@ class TestWorld(unittest.TestCase):
         before = world.position[:, 0].clone()
         world.step(torch.zeros(4000, dtype=torch.int64))
         moved = world.next_position[:, 0] - before
-        free = ((before > 0) & (before < 15)).all(-1)
-        self.assertAlmostEqual(float((moved == 0).all(-1)[free].float().mean()), 0.3, delta=0.03)
-        self.assertAlmostEqual(float((moved == intended).all(-1)[free].float().mean()), 0.6 + 0.1 / 4, delta=0.03)
+        inside = ((before > 0) & (before < 15)).all(-1)
+        self.assertAlmostEqual(float((moved == 0).all(-1)[inside].float().mean()), 0.3, delta=0.03)
+        self.assertAlmostEqual(float((moved == intended).all(-1)[inside].float().mean()), 0.6 + 0.1 / 4, delta=0.03)
 
-    def test_noise_has_its_mean_and_deviation_and_does_not_repeat(self):
-        settings = WorldSettings(noise=0.05, grid=16)
-        with unittest.mock.patch.object(environment, "BACKGROUND", 128):  # far from both ends: nothing is clipped
-            world, _ = world_of(settings, batch=64)
-            first, second = world.render().float(), world.render().float()
-            world._noise, world._ground, world._noisy = None, None, torch.zeros_like(world._noisy[:1])
-            grey = world.render() == 128
-        self.assertAlmostEqual(float(first[grey].mean()), 128, delta=0.02 * 128)
-        self.assertAlmostEqual(float(first[grey].std()), 12.75, delta=0.02 * 12.75)
-        both = torch.stack([first[grey], second[grey]])
-        self.assertLess(abs(float(torch.corrcoef(both)[0, 1])), 0.01)
-
-    def test_things_have_noise_of_their_own(self):
-        for cell, batch in ((4, 2000), (3, 2000), (48, 20)):  # rows of a cell are copied as words of 4, 1 and 8 bytes
-            settings = WorldSettings(noise=0.05, cell=cell)
-            worlds = [world_of(one, batch=batch)[0] for one in (settings, dataclasses.replace(settings, noise=0))]
-            noisy, plain = (world.render().float().view(batch, 6, cell, 6, cell, 3).transpose(2, 3) for world in worlds)
-            rows, place = torch.arange(batch)[:, None], worlds[0].position
-            noisy, plain = (x[rows, place[..., 0], place[..., 1]].flatten(2) for x in (noisy, plain))  # (batch, 3 things, numbers)
-            visible = (plain > 50) & (plain < 210)  # hardly ever clipped
-            noise = (noisy - plain).masked_fill(~visible, 0)
-            self.assertAlmostEqual(float(noise[visible].mean()), 0, delta=0.5)
-            self.assertAlmostEqual(float(noise[visible].std()), 12.75, delta=0.5)
-            for one, other in ((0, 1), (0, 2), (1, 2)):
-                both = visible[:, one] & visible[:, other]
-                pair = torch.stack([noise[:, one][both], noise[:, other][both]])
-                self.assertLess(abs(float(torch.corrcoef(pair)[0, 1])), 0.03)
-
-    def test_empty_worlds_with_noise_are_what_adding_it_gives(self):
-        copied, added = (world_of(WorldSettings(noise=0.3, walls=3), batch=16)[0] for _ in range(2))
-        added._ground = None
-        for _ in range(20):
-            steps = [world.step(torch.zeros(16, dtype=torch.int64)) for world in (copied, added)]
-            for one, other in zip(*steps):
-                self.assertTrue(torch.equal(one, other))
-
-    def test_same_seed_same_luck_whatever_the_agent_does(self):
-        worlds = [world_of(WorldSettings(), split="validation", seed=3)[0] for _ in range(2)]
-        self.assertTrue(torch.equal(worlds[0].task, worlds[1].task))
-        for step in range(20):
-            for world, action in zip(worlds, (step % 4, (step + 1) % 4)):
-                world.step(torch.full((64,), action))
-        self.assertTrue(torch.equal(worlds[0]._starts(), worlds[1]._starts()))
-
-    def test_steps_without_pictures_are_the_same_steps(self):
+    def test_steps_without_frames_are_the_same_steps(self):
         seen, unseen = (world_of(WorldSettings(), seed=5)[0] for _ in range(2))
         unseen.set_state(seen.task, seen.position, seen.episode_step)
         for _ in range(40):
@@ -153,14 +164,22 @@ class TestWorld(unittest.TestCase):
             step, other = seen.step(action), unseen.step_unseen(action)
             for name in ("reward", "terminated", "truncated"):
                 self.assertTrue(torch.equal(getattr(step, name), getattr(other, name)))
-            self.assertTrue(torch.equal(seen.position, unseen.position) and torch.equal(seen.next_position, unseen.next_position))
+            for name in ("position", "next_position"):
+                self.assertTrue(torch.equal(getattr(seen, name), getattr(unseen, name)))
         self.assertIsNone(other.obs)
 
-    def test_no_agent_shares_its_luck_with_the_world(self):
-        """An agent make_generator like its world must not choose its actions by the hidden task."""
-        seeds = (0, 1, 2**32, 10**18)
-        draws = [tuple(torch.randint(1000, (9,), generator=make_generator(seed, stream)).tolist()) for seed in seeds for stream in range(9)]
-        self.assertEqual(len(set(draws)), len(draws))
+    def test_random_numbers_do_not_depend_on_the_actions(self):
+        worlds = [world_of(WorldSettings(), split="validation", seed=3)[0] for _ in range(2)]
+        self.assertTrue(torch.equal(worlds[0].task, worlds[1].task))
+        for step in range(20):
+            for world, action in zip(worlds, (step % 4, (step + 1) % 4), strict=True):
+                world.step(torch.full((64,), action))
+        self.assertTrue(torch.equal(worlds[0]._sample_starts(), worlds[1]._sample_starts()))
+
+    def test_an_agent_with_the_same_seed_shares_no_random_numbers_with_the_world(self):
+        seeds = itertools.product((0, 1, 2**32, 10**18), range(9))
+        samples = [tuple(torch.randint(1000, (9,), generator=make_generator(*pair)).tolist()) for pair in seeds]
+        self.assertEqual(len(set(samples)), len(samples))
         world, frames = world_of(WorldSettings(), batch=4000, seed=3)
         agent = RandomAgent(3)
         agent.reset(frames)
@@ -168,117 +187,46 @@ class TestWorld(unittest.TestCase):
 
     def test_starts_are_uniform_over_distinct_cells(self):
         world, _ = world_of(WorldSettings(grid=3), batch=30_000)
-        cell = world._starts() @ torch.tensor([3, 1])
-        self.assertTrue((cell[:, 0] != cell[:, 1]).all() and (cell[:, 0] != cell[:, 2]).all() and (cell[:, 1] != cell[:, 2]).all())
+        cell = world._sample_starts() @ torch.tensor([3, 1])
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            self.assertTrue((cell[:, one] != cell[:, other]).all())
         counts = torch.bincount(cell @ torch.tensor([81, 9, 1]), minlength=729)
-        self.assertEqual(int((counts > 0).sum()), 9 * 8 * 7)
-        self.assertLess(float(counts[counts > 0].float().std() / counts[counts > 0].float().mean()), 0.2)
+        counts = counts[counts > 0].float()
+        self.assertEqual(len(counts), 9 * 8 * 7)
+        self.assertLess(float(counts.std() / counts.mean()), 0.2)
 
     def test_wrong_shapes_are_refused(self):
         world, _ = world_of()
         with self.assertRaisesRegex(ValueError, r"\(63,\).*\(64,\)"):
             world.step(torch.zeros(63, dtype=torch.int64))
 
-
-class TestSwitching(unittest.TestCase):
-    def test_a_switch_shows_in_no_picture_and_rules_the_next_step(self):
-        settings = replace(CLEAR, switch=0.01, switch_step=5)
-        world = HiddenRulesWorld(settings, 256, "train", 0)
-        world.reset()
-        first = world.task.clone()
-        for step in range(12):
+    def test_a_switch_is_not_visible_and_applies_from_the_next_step(self):
+        world, _ = world_of(replace(CLEAR, switch=0.01, switch_step=5), batch=256)
+        initial = world.task.clone()
+        for t in range(12):
             task, before = world.task.clone(), world.position.clone()
             action = torch.randint(4, (256,))
-            happened = world.step(action)
-            self.assertEqual(world.step_segment.unique().tolist(), [int(step >= 5)])
+            step = world.step(action)
+            self.assertEqual(world.step_segment.unique().tolist(), [int(t >= 5)])
             moved = MOVES[world.space.rule(task).action_map[torch.arange(256), action]]
-            expected = (before[:, 0] + moved).clamp(0, settings.grid - 1)
+            expected = (before[:, 0] + moved).clamp(0, 5)
             self.assertTrue(torch.equal(world.next_position[:, 0], expected))  # by the rule from before the step
-            self.assertTrue(torch.equal(world.render(), happened.obs))  # as if nothing had been
-        self.assertGreater(int((world.task != first).sum()), 240)
+            self.assertTrue(torch.equal(world.render(), step.obs))  # by the rule from after the step
+        self.assertGreater(int((world.task != initial).sum()), 240)
 
-    def test_a_step_of_switching_needs_a_rate_to_expect(self):
-        with self.assertRaisesRegex(ValueError, "switch_step is 5 and world.switch 0"):
-            WorldSettings(switch_step=5)
-
-    def test_switches_have_their_rate_and_leave_all_other_luck_alone(self):
-        settings = replace(WorldSettings(), switch=0.1)
-        worlds = [HiddenRulesWorld(s, 512, "train", 0) for s in (settings, WorldSettings())]
-        for world in worlds:
-            world.reset()
+    def test_switches_have_their_rate_and_change_no_other_random_numbers(self):
+        worlds = [world_of(WorldSettings(switch=switch), batch=512)[0] for switch in (0.1, 0.0)]
         for _ in range(40):
             action = torch.randint(4, (512,))
             for world in worlds:
                 world.step(action)
         self.assertAlmostEqual(float(worlds[0].segment.float().mean()), 4, delta=0.3)
         self.assertEqual(int(worlds[1].segment.max()), 0)
-        states = [world.generator.get_state() for world in worlds]
-        self.assertTrue(torch.equal(*states))
+        self.assertTrue(torch.equal(*(world.generator.get_state() for world in worlds)))
 
-    def test_the_filter_that_knows_the_rate_finds_the_new_rule_first(self):
-        settings = WorldSettings(switch=0.01, switch_step=32)
-        world = HiddenRulesWorld(settings, 256, "train", 0)
-        knows, stubborn = ExactFilter(world), ExactFilter(world, switch=0, floor=1e-3)
-        belief = {"knows": [], "stubborn": []}
-        frames = world.reset()
-        agent = RandomAgent(0)
-        for listener in (agent, knows, stubborn):
-            listener.reset(frames)
-        for _ in range(64):
-            action = agent.act()
-            step = world.step(action)
-            for name, listener in (("knows", knows), ("stubborn", stubborn)):
-                listener.observe(action, step)
-                right = listener.log_posterior.exp()[torch.arange(256), world.task]
-                belief[name].append(float(right.mean()))
-            agent.observe(action, step)
-        self.assertGreater(belief["knows"][31 + 16], belief["stubborn"][31 + 16] + 0.1)
-        self.assertGreater(min(belief["knows"][30], belief["stubborn"][30]), 0.5)
-        self.assertGreater(belief["knows"][-1], 0.5)
-
-
-class TestMoreRules(unittest.TestCase):
-    def test_walls_are_seen_stop_the_body_and_hang_together(self):
-        world, frames = world_of(replace(CLEAR, walls=8), batch=256)
-        self.assertEqual(world.walls.flatten(1).sum(1).unique().tolist(), [8])
-        seen = (frames[:, 1::4, 1::4] == environment.WALL).all(-1)
-        self.assertTrue(torch.equal(seen, world.walls))
-        rows = torch.arange(256)
-        for step in range(60):
-            before = world.position[:, 0].clone()
-            action = torch.full((256,), step % 4)
-            to = (before + MOVES[world.rule.action_map[rows, action]]).clamp(0, 5)
-            blocked = world.walls[rows, to[:, 0], to[:, 1]]
-            world.step(action)
-            self.assertTrue(torch.equal(world.next_position[:, 0], torch.where(blocked[:, None], before, to)))
-            places = world.position
-            self.assertFalse(world.walls[rows[:, None], places[..., 0], places[..., 1]].any())
-        self.assertGreater(int(blocked.sum()), 5)
-
-    def test_no_layout_is_in_two_splits(self):
-        for walls, sizes in ((4, [300, 100, 100]), (1, [22, 7, 7])):  # of one wall there are but 36 layouts
-            made = environment.layouts(6, walls)
-            self.assertEqual([len(layouts) for layouts in made.values()], sizes)
-            kinds = [{tuple(layout.flatten().tolist()) for layout in layouts} for layouts in made.values()]
-            self.assertEqual(sum(map(len, kinds)), len(set.union(*kinds)))
-        kinds = [{tuple(layout.flatten().tolist()) for layout in layouts} for layouts in environment.layouts(6, 4).values()]
-        drawn = world_of(replace(CLEAR, walls=4), batch=64, split="test")[0].walls
-        self.assertTrue(all(tuple(walls.flatten().tolist()) in kinds[2] for walls in drawn))
-
-    def test_edges_wrap_or_block_by_the_rule(self):
-        world, _ = world_of(replace(CLEAR, edges="hidden"), batch=512)
-        self.assertAlmostEqual(float(world.rule.wraps.float().mean()), 0.5, delta=0.1)
-        rows = torch.arange(512)
-        for step in range(24):
-            before, action = world.position[:, 0].clone(), torch.full((512,), step % 4)
-            to = before + MOVES[world.rule.action_map[rows, action]]
-            world.step(action)
-            expected = torch.where(world.rule.wraps[:, None], to % 6, to.clamp(0, 5))
-            self.assertTrue(torch.equal(world.next_position[:, 0], expected))
-
-    def test_the_wind_has_its_direction_and_its_rate_and_the_test_a_strength_of_its_own(self):
+    def test_wind_has_its_direction_and_rate_and_every_split_its_own_strengths(self):
         strengths = {}
-        for split in ("train", "validation", "test"):
+        for split in SPLITS:
             world, _ = world_of(replace(CLEAR, grid=16, wind=0.5), batch=8000, split=split)
             strengths[split] = {round(x, 3) for x in world.rule.strength.tolist()}
             before = world.position[:, 0].clone()
@@ -291,133 +239,352 @@ class TestMoreRules(unittest.TestCase):
                 self.assertAlmostEqual(float(rate), float(strength), delta=0.05)
         self.assertEqual(strengths, {"train": {0.1, 0.3, 0.5}, "validation": {0.2}, "test": {0.4}})
 
-    def test_actions_beyond_the_moves_do_nothing_and_things_have_their_worth(self):
-        world, _ = world_of(replace(CLEAR, actions=6, reward_values=(2.0, 0.5, -1.0)), batch=512)
-        self.assertEqual((world.rule.action_map == 4).sum(1).unique().tolist(), [2])
-        seen, rows = set(), torch.arange(512)
-        for step in range(40):
-            action, before = torch.full((512,), step % 6), world.position.clone()
-            happened = world.step(action)
-            nothing = world.rule.action_map[rows, action] == 4
-            self.assertTrue(torch.equal(world.next_position[nothing], before[nothing]))
-            reached = (world.next_position[:, :1] == world.next_position[:, 1:]).all(-1)
-            self.assertTrue(torch.equal(happened.reward, reached.float() @ torch.tensor([2.0, 0.5, -1.0])))
-            self.assertTrue(torch.equal(happened.terminated, reached.any(1)))
-            seen |= set(happened.reward.tolist())
-        self.assertEqual(seen, {0.0, 2.0, 0.5, -1.0})
 
-    def test_references_keep_their_order_with_all_rules_together(self):
-        settings = replace(EVERYTHING, grid=4, walls=1, lifetime=40, reward_values=(1.0, -1.0), actions=4)
-        lived = references(settings, 48, "validation", 0, torch.device("cpu"))
-        means = {name: float(one.reward.sum(1).mean()) for name, one in lived.items()}
-        self.assertGreater(means["known_rule"], means["thompson"] + 0.5)
-        self.assertGreater(means["thompson"], means["random"] + 2)
+class TestRendering(unittest.TestCase):
+    def test_frames_without_noise_are_those_rendered_one_by_one(self):
+        everything = WorldSettings(**WORLDS["everything"] | {"noise": 0})
+        for settings in (CLEAR, everything, replace(everything, tint=0.8), replace(CLEAR, grid=3, cell=3, tint=0.4)):
+            world, frames = world_of(settings)
+            self.assertTrue(torch.equal(frames, expected_frames(world)))
+            world.position[:30, 0] = world.position[:30, 1]  # the body stands on the goal
+            self.assertTrue(torch.equal(world.render(), expected_frames(world)))
+            rows = torch.tensor([40, 3, 11])
+            self.assertTrue(torch.equal(world.render(rows), expected_frames(world)[rows]))
 
-    def test_every_setting_trains_a_tiny_agent_at_the_smallest_and_the_largest_grid(self):
-        for grid in (5, 16):
-            world = dict(grid=grid, edges="hidden", walls=3, wind=0.3, actions=6, reward_values=(1.0, 0.5, -1.0), switch=0.05, tint=0.3)
-            settings = tiny(world=world | {"lifetime": 6}, transition={"reward_bins": (-1.0, 0.0, 0.5, 1.0)}, training={"updates": 6})
-            learner = Learner(build_system(settings))
-            train(learner)
-            self.assertTrue(all(torch.isfinite(value) for value in learner.metrics.values()))
+    def test_every_cell_has_noise_of_the_right_size_that_does_not_repeat(self):
+        with mock.patch.object(environment, "BACKGROUND", 128):  # far from 0 and 255: nothing is clipped
+            noisy, _ = world_of(replace(CLEAR, noise=0.05, grid=16, walls=30), batch=64)
+            clean, _ = world_of(replace(CLEAR, grid=16, walls=30), batch=64)
+        frames = torch.stack([noisy.render().float(), noisy.render().float()])
+        grey = clean.render() == 128
+        self.assertAlmostEqual(float(frames[0][grey].mean()), 128, delta=0.02 * 128)
+        self.assertAlmostEqual(float(frames[0][grey].std()), 12.75, delta=0.02 * 12.75)
+        self.assertLess(abs(float(torch.corrcoef(frames[:, grey])[0, 1])), 0.01)
+        noise = (frames[0] - clean.render()).masked_fill(~grey, 0)
+        self.assertLess(float(noise.abs().max()), 6.5 * 12.75)
+        sums = [x.float().view(64, 16, 4, 16, 4, 3).sum((0, 2, 4, 5)) for x in (noise.square(), grey)]
+        self.assertLess(float(((sums[0] / sums[1]).sqrt() / 12.75 - 1).abs().max()), 0.1)  # in every cell
 
-    def test_bad_rules_are_refused(self):
-        for changes, words in (
-            ({"walls": 13}, "walls is 13.*between 0 and 12"), ({"actions": 3}, "actions is 3"), ({"wind": 1.0}, "wind is 1.0"),
-            ({"edges": "soft"}, "'soft'.*block, wrap or hidden"), ({"reward_values": (-1.0,)}, "one above 0"), ({"reward_values": (1.0, 0.0)}, "not 0"),
-            ({"reward_values": (1.0, 2.0, 3.0, 4.0, 5.0)}, "1 to 4"), ({"reward_values": (1.0, 1.0, -1.0)}, "different"), ({"reward_values": (float("nan"),)}, "reward_values is nan"),
-            ({"gym_id": "Room-v0", "walls": 2}, "world.walls is not for"),
-        ):  # fmt: skip
-            with self.subTest(**changes), self.assertRaisesRegex(ValueError, words):
-                WorldSettings(**changes)
-        with self.assertRaisesRegex(ValueError, "reward_bins.*0.5: add it"):
-            Learner(build_system(tiny(world={"reward_values": (1.0, 0.5)})))
-        with self.assertRaisesRegex(ValueError, "403,200 rules.*at most 665"):
-            merge(Settings(), {"world": {"actions": 8, "edges": "hidden", "wind": 0.4}})
+    def test_bodies_and_objects_have_noise_of_their_own(self):
+        for cell, batch in ((4, 2000), (3, 2000), (48, 20)):  # rows of a cell are copied as words of 4, 1 and 8 bytes
+            settings = WorldSettings(noise=0.05, cell=cell)
+            worlds = [world_of(one, batch=batch)[0] for one in (settings, replace(settings, noise=0))]
+            frames = [world.render().float().view(batch, 6, cell, 6, cell, 3).transpose(2, 3) for world in worlds]
+            index = (torch.arange(batch)[:, None], *worlds[0].position.unbind(-1))
+            noisy, clean = (x[index].flatten(2) for x in frames)  # (batch, role, numbers in a cell)
+            unclipped = (clean > 50) & (clean < 210)
+            noise = (noisy - clean).masked_fill(~unclipped, 0)
+            self.assertAlmostEqual(float(noise[unclipped].mean()), 0, delta=0.5)
+            self.assertAlmostEqual(float(noise[unclipped].std()), 12.75, delta=0.5)
+            for one, other in ((0, 1), (0, 2), (1, 2)):
+                both = unclipped[:, one] & unclipped[:, other]
+                pair = torch.stack([noise[:, one][both], noise[:, other][both]])
+                self.assertLess(abs(float(torch.corrcoef(pair)[0, 1])), 0.03)
 
+    def test_prepared_sums_of_colours_and_noise_equal_sums_on_demand(self):
+        world, _ = world_of(WorldSettings(walls=3), batch=16)
+        renderers = [environment.Renderer(6, 4, 0.3, make_generator(0, 1)) for _ in range(2)]
+        shades = renderers[1].tint(torch.ones(16, 3), torch.zeros(16, 1))
+        for _ in range(20):
+            world.step(torch.zeros(16, dtype=torch.int64))
+            state = (world.position, world.rule.colours, world.walls)
+            prepared = renderers[0].render(*state, None, world.rows)
+            self.assertTrue(torch.equal(prepared, renderers[1].render(*state, shades, world.rows)))
 
-class TestTint(unittest.TestCase):
-    def test_the_picture_is_the_plain_one_through_gains_and_brightness(self):
+    def test_all_randomness_is_from_the_given_generator(self):
+        world, _ = world_of()
+        for noise in (0, 0.1):
+            generators = [make_generator(0, 1) for _ in range(2)]
+            renderers = [environment.Renderer(6, 4, noise, generator) for generator in generators]
+            before = generators[0].get_state()
+            state = (world.position, world.rule.colours, None, None, world.rows)
+            self.assertTrue(torch.equal(*(renderer.render(*state) for renderer in renderers)))
+            self.assertEqual(torch.equal(generators[0].get_state(), before), noise == 0)
+
+    def test_a_tint_is_drawn_for_every_lifetime_and_changes_no_other_random_numbers(self):
         plain, tinted = (HiddenRulesWorld(replace(CLEAR, tint=tint), 64, "train", 0) for tint in (0, 0.8))
-        for _ in range(2):  # every lifetime has its own
-            before, after = plain.reset().float(), tinted.reset().float()
+        gains = []
+        for _ in range(2):
+            plain.reset()
+            self.assertTrue(torch.equal(tinted.reset(), expected_frames(tinted)))
             self.assertTrue(torch.equal(plain.position, tinted.position) and torch.equal(plain.task, tinted.task))
-            expected = (before * tinted.gains[:, None, None] + tinted.brightness[:, None, None]).clamp(0, 255)
-            self.assertLessEqual(float((after - expected).abs().max()), 1)
-            self.assertTrue(bool((tinted.gains >= 0.2).all()) and float(tinted.gains.min()) < 0.3)
-            self.assertTrue(0 <= float(tinted.brightness.min()) and 60 < float(tinted.brightness.max()) <= 80)
-        step = tinted.step(torch.zeros(64, dtype=torch.int64))
-        self.assertTrue(bool((step.next_obs.float() <= (255 * tinted.gains + tinted.brightness)[:, None, None] + 1).all()))
+            self.assertTrue(0.2 <= float(tinted.gains.min()) < 0.3)
+            self.assertTrue(float(tinted.brightness.min()) >= 0 and 60 < float(tinted.brightness.max()) <= 80)
+            gains.append(tinted.gains)
+        self.assertFalse((gains[0] == gains[1]).any())
+        frames = tinted.step(torch.zeros(64, dtype=torch.int64)).obs
+        self.assertTrue(torch.equal(frames, expected_frames(tinted)) and torch.equal(tinted.gains, gains[1]))
+        self.assertRegex(tinted.describe_rule(0), "gains .*brightness")
 
-    def test_it_lasts_for_the_lifetime_and_no_info_tells_it(self):
-        env = PixelEnv(WorldSettings(tint=0.5, noise=0), render_mode="rgb_array")
+
+class TestGymnasiumInterfaces(unittest.TestCase):
+    def test_check_env_is_silent(self):
+        for preset in WORLDS:
+            name = "HiddenRules-v0" if preset == "default" else f"HiddenRules-{preset}-v0"
+            with self.subTest(name), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                check_env(gymnasium.make(name, render_mode="rgb_array").unwrapped)
+            self.assertEqual(gymnasium.make_vec(name, num_envs=3).reset(seed=0)[0].shape[0], 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message=".*(different from the unwrapped version|infinity)")
+            for env in (
+                HiddenRulesWrapper(gymnasium.make("Room-v0"), 20),
+                PreviousStep(gymnasium.make("HiddenRules-v0")),
+            ):
+                check_env(env, skip_render_check=True)
+
+    @unittest.skipUnless(importlib.util.find_spec("moviepy"), "needs moviepy: pip install -r tests/requirements.txt")
+    def test_common_wrappers_work(self):
+        folder = temporary_folder() / "videos"
+        env = gymnasium.make("HiddenRules-quick-v0", render_mode="rgb_array")
+        env = gymnasium.wrappers.RecordEpisodeStatistics(gymnasium.wrappers.FrameStackObservation(env, 3))
+        env = gymnasium.wrappers.RecordVideo(env, str(folder), episode_trigger=lambda _: True, disable_logger=True)
+        obs, _ = env.reset(seed=0)
+        self.assertEqual(obs.shape, (3, 48, 48, 3))
+        truncated, total = False, 0.0
+        while not truncated:
+            _, reward, _, truncated, info = env.step(env.action_space.sample())
+            total += reward
+        self.assertAlmostEqual(float(info["episode"]["r"]), total)
+        env.close()
+        self.assertGreater(next(folder.glob("*.mp4")).stat().st_size, 1000)
+
+    def test_the_rule_is_revealed_on_request(self):
+        env = PixelEnv(WorldSettings(slip=0, noise=0), reveal_rule=True)
+        obs, info = env.reset(seed=3)
+        for t in range(64):
+            colour = PALETTE[info["rule"]["colours"][0]].numpy()
+            before, action = np.argwhere((obs[::4, ::4] == colour).all(-1)), t % 4
+            expected = np.clip(before + MOVES[info["rule"]["action_map"][action]].numpy(), 0, 5)
+            obs, _, _, _, info = env.step(action)
+            after = info.get("final_frame", obs)
+            self.assertTrue(np.array_equal(np.argwhere((after[::4, ::4] == colour).all(-1)), expected))
+
+    def test_infos_never_hold_the_rule_or_the_tint(self):
+        for settings in (WorldSettings(), WorldSettings(tint=0.5, noise=0)):
+            env = PixelEnv(settings, render_mode="rgb_array")
+            env.reset(seed=0)
+            for t in range(64):
+                info = env.step(t % 4)[4]
+                self.assertLessEqual(set(info), {"episode_terminated", "episode_truncated", "final_frame"})
+
+    def test_a_gymnasium_episode_is_one_lifetime(self):
+        env = gymnasium.make("HiddenRules-v0", render_mode="rgb_array")
+        obs, _ = env.reset(seed=1)
+        self.assertEqual(env.render().shape, (384, 384, 3))
+        self.assertEqual((obs.shape, obs.dtype), ((48, 48, 3), np.uint8))
+        ends = 0
+        for t in range(64):
+            obs, reward, terminated, truncated, info = env.step(t % 4)
+            self.assertEqual((terminated, truncated), (False, t == 63))
+            ended = info["episode_terminated"] or info["episode_truncated"]
+            self.assertEqual("final_frame" in info, ended)
+            self.assertEqual(abs(reward) == 1, info["episode_terminated"])
+            ends += ended
+        self.assertGreaterEqual(ends, 3)
+
+    def test_a_seed_fixes_all_lifetimes(self):
+        runs = []
+        for _ in range(2):
+            env = PixelEnv()
+            env.reset(seed=5)
+            lifetime = [env.step(1)[0] for _ in range(64)]
+            runs.append(np.stack([*lifetime, env.reset()[0]]))
+        self.assertTrue(np.array_equal(*runs))
+
+    def test_the_vector_environment_agrees_with_its_world_and_resets_in_the_same_step(self):
+        env = gymnasium.make_vec("HiddenRules-v0", num_envs=5, vectorization_mode="vector_entry_point")
+        self.assertEqual(env.metadata["autoreset_mode"], gymnasium.vector.AutoresetMode.SAME_STEP)
+        obs, _ = env.reset(seed=2)
+        self.assertTrue(env.observation_space.contains(obs))
+        world = HiddenRulesWorld(env.settings, 5, "train", environment.seed_from(np.random.default_rng(2)))
+        self.assertTrue(np.array_equal(world.reset(), obs))
+        for t in range(64):
+            same = world.step(torch.full((5,), t % 4))
+            obs, reward, terminated, truncated, info = env.step(np.full(5, t % 4))
+            self.assertTrue(np.array_equal(info.get("_final_frame", np.zeros(5)), same.ended))
+            if same.ended.any():
+                self.assertTrue(np.array_equal(info["final_frame"][same.ended], same.final_obs))
+            self.assertTrue(np.array_equal(info["episode_terminated"], reward != 0))
+            self.assertTrue((truncated == (t == 63)).all() and not terminated.any())
+        self.assertTrue(np.array_equal(info["final_obs"], same.obs))
+        self.assertFalse(np.array_equal(info["final_obs"], obs))
+        self.assertFalse(env.step(np.zeros(5, int))[3].any())
+
+    def test_recurrent_agents_can_be_given_the_previous_step(self):
+        env = PreviousStep(gymnasium.make("HiddenRules-v0"))
+        obs, _ = env.reset(seed=1)
+        self.assertEqual(obs["previous"].tolist(), [0] * 6)
+        for t in range(64):
+            obs, reward, _, _, info = env.step(t % 4)
+            ended = info["episode_terminated"] or info["episode_truncated"]
+            self.assertEqual(obs["previous"].tolist(), [float(t % 4 == a) for a in range(4)] + [reward, ended])
+            self.assertTrue(env.observation_space.contains(obs))
+        env = PreviousStep(HiddenRulesWrapper(Room()))
+        self.assertEqual(env.reset(seed=0)[0]["previous"].shape, (7,))
+        self.assertEqual(env.step(2)[0]["previous"][:5].tolist(), [0, 0, 1, 0, 0])
+
+    def test_bad_actions_are_refused(self):
+        env, vector = PixelEnv(), environment.PixelVectorEnv(3)
+        with self.assertRaises(gymnasium.error.ResetNeeded):
+            env.step(0)
         env.reset(seed=0)
-        first = env.world.gains.clone()
-        for step in range(40):
-            _, _, _, _, info = env.step(step % 4)
-            self.assertLessEqual(set(info), {"episode_terminated", "episode_truncated", "final_frame"})
-        self.assertTrue(torch.equal(env.world.gains, first))
-        self.assertRegex(env.world.describe_rule(0), "gains .*brightness")
+        vector.reset(seed=0)
+        with self.assertRaisesRegex(ValueError, "action is 4"):
+            env.step(4)
+        with self.assertRaisesRegex(ValueError, "3 integers"):
+            vector.step(np.array([0, 1]))
 
 
-class TestExactSolution(unittest.TestCase):
-    def test_likelihoods_of_all_arrivals_sum_to_one(self):
-        for settings in (WorldSettings(noise=0), EVERYTHING):
-            world, _ = world_of(settings, batch=32)
-            before, action = world.order_by_colour(world.position), torch.arange(32) % settings.actions
-            rows, body = torch.arange(32), world.rule.colours[:, 0]
-            total = torch.zeros(32)
-            for cell in range(36):
-                after = before.clone()
-                after[rows, body] = torch.tensor([cell // 6, cell % 6])
-                total += spread_over_rules(world, likelihood_by_case(world, before, action, after)).exp()[rows, world.task]
-            torch.testing.assert_close(total, torch.ones(32))
+class TestHiddenRulesWrapper(unittest.TestCase):
+    def test_ranks_number_permutations_in_order_and_every_split_has_some(self):
+        for n in (4, 5):
+            ranks = [environment.permutation_rank(np.array(order)) for order in itertools.permutations(range(n))]
+            self.assertEqual(ranks, list(range(len(ranks))))
+            splits = [environment.permutation_split(rank) for rank in ranks]
+            self.assertEqual(set(splits), set(SPLITS))
+            self.assertGreaterEqual(splits.count("train"), len(ranks) / 2)
 
-    def test_likelihoods_are_the_frequencies_of_what_happens(self):
-        world, _ = world_of(replace(EVERYTHING, walls=6, actions=4, reward_values=(1.0, -1.0)), batch=4000)
-        task, position = world.task[:1].expand(4000), world.position[:1].expand(4000, -1, -1)
-        world.set_state(task, position, world.episode_step, world.walls[:1].expand(4000, -1, -1))
-        before, action = world.order_by_colour(position), torch.full((4000,), 2)
-        world.step(action)
-        after = world.order_by_colour(world.next_position)
-        expected = spread_over_rules(world, likelihood_by_case(world, before, action, after)).exp()[torch.arange(4000), task]
-        for likelihood in expected.unique():
-            cells = after[expected == likelihood].flatten(1).unique(dim=0)
-            share = float((expected == likelihood).float().mean()) / len(cells)
-            self.assertAlmostEqual(share, float(likelihood), delta=0.03)
+    def test_actions_are_shuffled_for_a_lifetime_of_many_episodes(self):
+        env, maps = HiddenRulesWrapper(Room(), lifetime=40), set()
+        env.reset(seed=0)
+        for _ in range(8):
+            maps.add(tuple(env.action_map))
+            self.assertEqual(environment.permutation_split(env.task), "train")
+            ends = 0
+            for t in range(40):
+                before = env.unwrapped.place.copy()
+                _, reward, terminated, truncated, info = env.step(t % 5)
+                expected = np.clip(before + Room.MOVES[env.action_map[t % 5]], 0, 2)
+                ended = info["episode_terminated"] or info["episode_truncated"]
+                if ended:  # the final frame is from before the restart
+                    self.assertEqual(info["final_frame"][tuple(4 * expected)][0], 250)
+                else:
+                    self.assertEqual(env.unwrapped.place.tolist(), expected.tolist())
+                self.assertEqual(reward, 0.5 * info["episode_terminated"])
+                self.assertEqual((terminated, truncated), (False, t == 39))
+                ends += ended
+            self.assertGreaterEqual(ends, 3)
+            env.reset()
+        self.assertGreater(len(maps), 5)
 
-    def test_rewards_rule_out_the_wrong_roles(self):
-        world, generator = world_of(batch=256)[0], make_generator(0, 9)
-        for _ in range(10):
-            step = world.step(torch.randint(4, (256,), generator=generator))
-            consistent = reward_consistent(world, world.order_by_colour(world.next_position), step.reward)
-            self.assertTrue(consistent[torch.arange(256), world.task % 6].all())
-            self.assertTrue((consistent.sum(1)[step.reward != 0] < 6).all())
+    def test_actions_can_be_left_unshuffled_and_splits_have_different_rules(self):
+        env, ranks = HiddenRulesWrapper(Room(), shuffled=(0, 1, 2, 3)), {}
+        for split in SPLITS:
+            env.split = split
+            env.reset(seed=0)
+            ranks[split] = set()
+            for _ in range(60):
+                env.reset()
+                self.assertEqual(env.action_map[4], 4)
+                self.assertEqual(sorted(env.action_map), [0, 1, 2, 3, 4])
+                ranks[split].add(env.task)
+        self.assertEqual(sum(map(len, ranks.values())), len(set().union(*ranks.values())))
 
-    def test_values_without_slip_are_discounted_distances(self):
-        world, _ = world_of(batch=2)
-        task = torch.zeros(2, dtype=torch.int64)
-        position = torch.tensor([[[0, 1], [0, 0], [5, 5]], [[0, 2], [0, 0], [5, 5]]])  # one step and two from the goal
-        q = ActionValues(CLEAR, discount=0.5)(world, task, position)
-        near, far = q.amax(1)
-        self.assertAlmostEqual(float(far / near), 0.5, places=4)
-        self.assertEqual(int(q[0].argmax()), 2)  # left
-        self.assertGreater(float(near), 1)  # the reward, and what the next episode is worth
+    def test_the_rule_shares_no_random_numbers_with_the_wrapped_environment(self):
+        class Ordered(Room):  # draws from its own generator exactly what the wrapper draws for a rule
+            def reset(self, *, seed=None, options=None):
+                result = super().reset(seed=seed)
+                if seed is not None:
+                    self.order = np.random.default_rng(seed).permutation(5)
+                return result
+
+        env = HiddenRulesWrapper(Ordered())
+        same = 0
+        for seed in range(120):
+            env.reset(seed=seed)
+            same += env.action_map.tolist() == env.unwrapped.order.tolist()
+        self.assertLess(same, 8)  # 1 in 120 is chance; a shared random stream gives 60% and more
+
+    def test_slips_and_noise(self):
+        env = HiddenRulesWrapper(Room(), slip=0.5, noise=0.1, lifetime=400)
+        frame, _ = env.reset(seed=0)
+        self.assertGreater(len(np.unique(frame)), 10)
+        still, stayed = int(np.argmax(env.action_map == 4)), 0
+        for _ in range(400):
+            before, age = env.unwrapped.place.copy(), env.unwrapped.episode_step
+            env.step(still)
+            stayed += env.unwrapped.episode_step == age + 1 and bool((env.unwrapped.place == before).all())
+        self.assertTrue(200 < stayed < 360)  # half did not slip; of the others a fifth or more stayed by chance
+
+    def test_other_environments_are_refused(self):
+        class Continuous(Room):
+            action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+        class Symbolic(Room):
+            observation_space = gymnasium.spaces.Discrete(9)
+
+        for env, options, message in (
+            (Continuous(), {}, "must be Discrete"),
+            (Symbolic(), {}, "must be uint8"),
+            (Room(), {"shuffled": (0, 1)}, "must be 4 to 20"),
+            (Room(), {"shuffled": (0, 1, 2, 9)}, "Discrete\\(5\\)"),
+            (Room(), {"lifetime": 1}, "lifetime is 1"),
+            (Room(), {"split": "best"}, "split is 'best'"),
+            (Room(), {"slip": 2}, "slip is 2"),
+        ):
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
+                HiddenRulesWrapper(env, **options)
+        env = HiddenRulesWrapper(Room(reward=float("nan")))
+        env.reset(seed=0)
+        with self.assertRaisesRegex(ValueError, "reward nan"):
+            for action in np.random.default_rng(0).integers(0, 5, 300):
+                env.step(action)
 
 
-    def test_a_table_and_an_answer_to_the_question_agree(self):
-        settings = WorldSettings(grid=3, wind=0.3, edges="hidden", actions=5)
-        world, _ = world_of(settings, batch=64)
-        whole = ActionValues(settings)
-        with unittest.mock.patch.object(ActionValues, "TABLE", 0):
-            asked = ActionValues(settings)
-        self.assertTrue(whole.table is not None and asked.table is None)
-        answers = [values(world, world.task, world.position) for values in (whole, asked)]
-        torch.testing.assert_close(*answers, atol=5e-3, rtol=0)
-        exact = ActionValues(WorldSettings(grid=5))
-        with unittest.mock.patch.object(ActionValues, "PLACES", 1):  # reset_value starts are drawn instead of gone through
-            drawn = ActionValues(WorldSettings(grid=5))
-        self.assertAlmostEqual(float(drawn.reset_value), float(exact.reset_value), delta=0.03 * float(exact.reset_value))
+class TestExternalWorlds(unittest.TestCase):
+    def test_a_seed_fixes_everything_and_next_observations_come_before_restarts(self):
+        runs = []
+        for seed in (0, 0, 1):
+            worlds = environment.ExternalWorlds(ROOM, 6, "train", seed)
+            frames = [worlds.reset()]
+            self.assertEqual((frames[0].shape, frames[0].dtype), ((6, 12, 12, 3), torch.uint8))
+            for t in range(25):
+                step = worlds.step(torch.full((6,), t % 5))
+                self.assertEqual(step.reward.tolist(), (0.5 * step.terminated).tolist())
+                self.assertTrue(torch.equal(step.next_obs[~step.ended], step.obs[~step.ended]))
+                reached = step.next_obs[step.terminated][:, 8:, 8:, 0]
+                self.assertTrue((reached == 250).all())  # the body is in the corner
+                self.assertTrue((step.obs[step.ended][:, 8:, 8:, 0] == 0).all())  # after the restart it is not
+                frames.append(step.obs)
+            self.assertIn("by action", worlds.describe_rule(0))
+            runs.append((torch.stack(frames), worlds.task))
+        vector = worlds.vector
+        del worlds
+        self.assertTrue(vector.closed)
+        self.assertTrue(all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True)))
+        self.assertFalse(torch.equal(runs[0][1], runs[2][1]))
+
+    def test_unshuffled_actions_stay_and_an_environment_that_fails_is_named(self):
+        worlds = environment.make_worlds(replace(ROOM, shuffled=(0, 1, 2, 3)), 2, "test", 5)
+        rollout(worlds, RandomAgent(0, 5))
+        self.assertEqual("4", worlds.describe_rule(1).split()[-1])
+        worlds.reset()
+        with self.assertRaisesRegex(environment.ExternalEnvError, "Room-v0 failed"):
+            worlds.step(torch.full((2,), 99))
+
+    def test_reward_bins_are_found_from_random_lifetimes(self):
+        def bins(reward):
+            with mock.patch.object(Room, "step", lambda env, action: (env._sample(), reward(), False, False, {})):
+                return infer_reward_bins(ROOM)
+
+        self.assertEqual(infer_reward_bins(ROOM), (0.0, 0.5, 1.0))  # a trained agent may get more than was observed
+        self.assertEqual(bins(lambda: -0.01), (-0.01, 0.0, 1.0))
+        found = torch.tensor(bins(lambda: 2.3456784))
+        self.assertEqual(found.tolist(), torch.tensor([0, 2.3456784]).tolist())  # no reward lies beyond the bins
+        self.assertEqual(bins(lambda: 0.0), (-1.0, 0.0, 1.0))
+        found = bins(lambda: float(np.random.uniform(-3, 0.4)))
+        self.assertEqual(len(found), 9)
+        self.assertTrue(-3 <= found[0] < -2.8 and found[4] == 0 and found[-1] == 1.0)
+
+    @unittest.skipUnless(importlib.util.find_spec("minigrid"), "needs MiniGrid: pip install -r tests/requirements.txt")
+    def test_minigrid_is_fully_visible(self):
+        settings = replace(ROOM, gym_id="MiniGrid-Empty-Random-6x6-v0", cell=8)
+        self.assertEqual((settings.sizes.obs_shape, settings.sizes.actions), ((48, 48, 3), 7))
+        frames = environment.ExternalWorlds(settings, 2, "test", 0).reset()
+        tiles = frames.view(2, 6, 8, 6, 8, 3).transpose(2, 3).reshape(2, 36, -1)
+        self.assertEqual([len(tile.unique(dim=0)) for tile in tiles], [4, 4])  # wall, floor, goal, agent
 
 
 if __name__ == "__main__":
