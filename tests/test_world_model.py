@@ -1,4 +1,4 @@
-"""The VAE: shapes, the bound, seeding, and the context's place in it."""
+"""The VAE: shapes, the evidence lower bound, initialisation and merging of codes, and modulation by the context."""
 
 import unittest
 from unittest import mock
@@ -19,13 +19,13 @@ def vae_of(**settings):
 
 
 class TestVAE(unittest.TestCase):
-    def test_one_code_a_patch_and_back_to_a_picture(self):
+    def test_one_code_for_each_patch_and_back_to_a_frame(self):
         vae, context = vae_of(), torch.randn(64, 5)
         codes = vae.encode(frames_of(), context)
         self.assertEqual((codes.shape, codes.dtype, vae.grid), ((64, 36), torch.uint8, (6, 6)))
         self.assertEqual(vae.decode(codes, context).shape, (64, 24, 24, 3))
 
-    def test_a_patch_decides_its_own_code_and_place(self):
+    def test_a_patch_affects_only_its_own_code_and_its_own_pixels(self):
         vae, context = vae_of(), torch.zeros(1, 5)
         frames = frames_of(noise=0, batch=1)
         changed = frames.clone()
@@ -38,15 +38,15 @@ class TestVAE(unittest.TestCase):
         differs = (vae.decode(codes, context) != vae.decode(other, context)).any(-1)[0].nonzero()
         self.assertEqual((differs.amin(0).tolist(), differs.amax(0).tolist()), ([8, 16], [11, 19]))
 
-    def test_context_is_the_identity_at_first_and_can_be_learnt(self):
+    def test_the_context_changes_nothing_at_first_and_can_be_learnt(self):
         vae, frames = vae_of(), frames_of()
         one, other = torch.randn(64, 5), torch.randn(64, 5)
         self.assertTrue(torch.equal(vae.logits(frames, one), vae.logits(frames, other)))
         sum(vae.loss(frames, one).values()).backward()
-        for animate_lifetime in (vae.encoder_film, vae.decoder_film):
-            self.assertGreater(animate_lifetime.generator.weight.grad.abs().sum(), 0)
+        for layer in (vae.encoder_film, vae.decoder_film):
+            self.assertGreater(layer.generator.weight.grad.abs().sum(), 0)
 
-    def test_the_bound_is_the_sum_of_its_terms_by_hand(self):
+    def test_the_terms_of_the_bound_equal_those_computed_by_hand(self):
         vae, frames, context = vae_of(obs_std=0.5), frames_of(), torch.zeros(64, 5)
         q = vae.logits(frames, context).softmax(-1)
         by_hand = (q * (q / (1 / 6)).log()).sum((1, 2)).mean()  # the prior is uniform at the start
@@ -58,7 +58,7 @@ class TestVAE(unittest.TestCase):
         expected = ((frames / 255.0 - 0.5) ** 2).sum((1, 2, 3)).mean() / (2 * 0.25)
         torch.testing.assert_close(vae.loss(frames, context)["reconstruction"], expected)
 
-    def test_the_bound_sums_over_codes_by_hand(self):
+    def test_the_reconstruction_term_is_the_exact_sum_over_codes(self):
         vae, frames, context = vae_of(obs_std=0.5), frames_of(batch=3), torch.randn(3, 5)
         torch.nn.init.normal_(vae.decoder_film.generator.weight)
         q, expected = vae.logits(frames, context).softmax(-1), 0.0
@@ -71,25 +71,26 @@ class TestVAE(unittest.TestCase):
         sum(loss.values()).backward()
         self.assertGreater(float(vae.encoder_in.weight.grad.abs().sum()), 0)
 
-    def test_seeding_separates_background_and_colours_on_every_seed(self):
+    def test_initialisation_gives_every_colour_its_own_code_on_every_seed(self):
         for seed in range(5):
             torch.manual_seed(seed)
             vae, frames = VAE(VAESettings(patch=4), (24, 24, 3), 5), frames_of()
             self.assertGreaterEqual(vae.init_codes_kmeans(frames, torch.zeros(64, 5)), 4)
             codes = vae.encode(frames, torch.zeros(64, 5))
             clear = frames_of(noise=0).view(64, 6, 4, 6, 4, 3)[:, :, 0, :, 0].flatten(1, 2)  # (64, 36, 3), same places
-            kinds = {tuple(colour): set(codes[(clear == colour).all(-1)].tolist()) for colour in clear.flatten(0, 1).unique(dim=0)}
+            colours = clear.flatten(0, 1).unique(dim=0)
+            kinds = {tuple(colour): set(codes[(clear == colour).all(-1)].tolist()) for colour in colours}
             self.assertEqual(len(kinds), 4)
             self.assertEqual(len(set().union(*kinds.values())), sum(map(len, kinds.values())))
 
-    def test_codes_that_can_be_exchanged_are_merged_and_no_others(self):
+    def test_only_codes_that_are_interchangeable_are_merged(self):
         vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
         vae.init_codes_kmeans(frames, context)
         before = vae.encode(frames, context)
         used = before.unique().tolist()
         self.assertEqual(len(used), 4)
         clear = vae.patches(frames)
-        with torch.no_grad():  # a decoder that knows what each code stands for
+        with torch.no_grad():  # a decoder that rebuilds each code's patches exactly
             wanted = torch.zeros(6, 48)
             for code in used:
                 wanted[code] = clear[before == code][0]
@@ -97,22 +98,24 @@ class TestVAE(unittest.TestCase):
         self.assertEqual(vae.merge_codes(frames, context), 0)
         self.assertTrue(torch.equal(vae.encode(frames, context), before))
         first, second = used[0], used[1]
-        # Now two stand for the same, halfway between both kinds.
+        # Now two codes are rebuilt alike, halfway between both kinds of patch.
         wanted[[first, second]] = (clear[before == first][0] + clear[before == second][0]) / 2
         self.assertEqual(vae.merge_codes(frames, context), 1)
         self.assertEqual(len(vae.encode(frames, context).unique()), 3)
-        third = used[2]  # a chain: the third can be exchanged for the first, the first for the second
+        third = used[2]  # a chain: the third is replaced by the first, the first by the second
         with mock.patch.object(vae, "_square_errors", lambda *_: torch.zeros(64, 36, 6)):
             self.assertEqual(vae.merge_codes(frames, context), 3)  # of four that are used
         self.assertEqual(len(vae.encode(frames, context).unique()), 1)
         self.assertEqual(int(vae.code_alias[third]), int(vae.code_alias[first]))
-        again = vae_of(obs_std=0.1)
-        again.load_state_dict(vae.state_dict())
-        self.assertTrue(torch.equal(again.encode(frames, context), vae.encode(frames, context)))
+        restored = vae_of(obs_std=0.1)
+        restored.load_state_dict(vae.state_dict())
+        self.assertTrue(torch.equal(restored.encode(frames, context), vae.encode(frames, context)))
 
     def test_bad_sizes_are_refused(self):
         with self.assertRaisesRegex(ValueError, "vae.patch is 5.*24x24.*such as 24"):
             VAE(VAESettings(patch=5), (24, 24, 3), 5)
+        with self.assertRaisesRegex(ValueError, "vae.patch is 0"):
+            VAE(VAESettings(), (24, 24, 3), 5)
         with self.assertRaisesRegex(ValueError, "uint8, not"):
             vae_of().encode(torch.zeros(1, 24, 24, 3), torch.zeros(1, 5))
 
