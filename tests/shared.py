@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 import main
+from agent import Learner
 from main import Settings
 from memory import Processes, merge
 
@@ -252,6 +254,21 @@ def in_parallel(work: Callable[[Processes], Any], count: int = 2) -> list[Any]:
     if errors:
         raise errors[0]
     return results
+
+
+def stopped_at(update: int, what: BaseException | None = None, interrupts: int = 0) -> mock._patch:
+    """A patch under which a training gets so many Ctrl-C, or raises `what`, when it begins an update."""
+    set_learning_rates = Learner.set_learning_rates
+
+    def stopping(learner: Learner, *arguments: object) -> None:
+        if learner.update == update:
+            for _ in range(interrupts):
+                signal.raise_signal(signal.SIGINT)
+            if what is not None:
+                raise what
+        set_learning_rates(learner, *arguments)
+
+    return mock.patch.object(Learner, "set_learning_rates", stopping)
 
 
 # -------------------------------------------------------------------------------------------------- trained runs

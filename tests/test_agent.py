@@ -312,7 +312,7 @@ class TestLearner(unittest.TestCase):
     def test_only_training_tasks_are_ever_stored(self):
         for holdout in ("combinations", "permutations"):
             learner = Learner(build_system(tiny(world={"holdout": holdout})))
-            train(learner)
+            train(learner, until=24)  # with and without the planner
             stored = torch.cat([block.task for block in learner.store.blocks])
             self.assertTrue(torch.isin(stored, task_split(learner.settings.world, "train")).all())
 
@@ -343,7 +343,7 @@ class TestLearner(unittest.TestCase):
 
     def test_the_target_value_follows_the_value(self):
         learner = Learner(build_system(tiny(planner={"tau": 1.0})))
-        train(learner)
+        train(learner, until=18)
         states = zip(learner.system.target_value.parameters(), learner.system.value.parameters(), strict=True)
         self.assertTrue(all(torch.equal(target, value) for target, value in states))
 
@@ -369,7 +369,7 @@ class TestLearner(unittest.TestCase):
 
     def test_blocks_are_reencoded_under_the_present_version(self):
         learner = Learner(build_system(tiny()))
-        train(learner)
+        train(learner, until=20)
         self.assertGreater(min(learner.store.version), 0)
         index = learner.store.oldest()
         learner.reencode(index)
@@ -378,7 +378,8 @@ class TestLearner(unittest.TestCase):
     def test_phases_exploration_and_learning_rates_follow_their_schedules(self):
         learner = Learner(build_system(tiny(training={"final_lr_scale": 0.5}, vae={"final_lr_scale": 0.1})))
         phases, rates = [], []
-        for learner.update in range(TOTAL):
+        for number in range(TOTAL):
+            learner.update = number
             phase, update = learner.phase()
             learner.set_learning_rates(phase, update)
             phases.append((phase, update))
@@ -389,17 +390,12 @@ class TestLearner(unittest.TestCase):
         self.assertAlmostEqual(rates[0]["vae"], settings.vae.encoder_lr)
         self.assertAlmostEqual(rates[6]["vae"], 0.1 * settings.vae.encoder_lr)
         self.assertAlmostEqual(rates[-1]["vae"], settings.vae.late_lr)
-        for name, start in (
-            ("context", settings.context),
-            ("value", settings.planner),
-            ("effects", settings.transition),
-        ):
-            self.assertAlmostEqual(rates[14][name], start.learning_rate)
-            self.assertAlmostEqual(rates[14 + 12][name], 0.75 * start.learning_rate)
-        self.assertEqual([learner.exploration(update) for update in (0, 3)], [1, 1])
-        self.assertEqual(
-            [round(learner.exploration(update), 3) for update in (4, 14, 24, 99)], [0.3, 0.165, 0.03, 0.03]
-        )
+        sections = {"context": settings.context, "value": settings.planner, "effects": settings.transition}
+        for name, section in sections.items():
+            self.assertAlmostEqual(rates[14][name], section.learning_rate)
+            self.assertAlmostEqual(rates[14 + 12][name], 0.75 * section.learning_rate)
+        shares = [round(learner.exploration(update), 3) for update in (0, 3, 4, 14, 24, 99)]
+        self.assertEqual(shares, [1, 1, 0.3, 0.165, 0.03, 0.03])
 
     def test_rewards_beyond_the_bins_are_noticed(self):
         learner = Learner(build_system(tiny()))
@@ -423,7 +419,7 @@ class TestLearner(unittest.TestCase):
                 return super().context(belief) * 0
 
         system = build_system(tiny(), engine=Forgetful)
-        train(Learner(system))
+        train(Learner(system), until=20)
         rows = system.transition.log_prior(system.engine.context(system.engine.initial_belief(1))[:, :-1])[0]
         self.assertTrue(torch.equal(rows[0], rows[1]))  # without a context all actions are alike
 
@@ -475,24 +471,22 @@ class TestSeveralProcesses(unittest.TestCase):
             alone.load_state_dict(state, run.blocks)
 
     def test_their_state_decides_their_future(self):
-        runs = [RunFolder(temporary_folder()) for _ in range(2)]
-        whole, first, second = self.learners(), self.learners(), self.learners()
+        run, first, second = RunFolder(temporary_folder()), self.learners(), self.learners()
+
+        def uninterrupted(processes):
+            learner = first(processes)
+            train(learner, until=17)
+            run.save(learner)
+            train(learner)
+            return learner
 
         def resumed(processes):
-            train(first(processes), runs[1], until=17, checkpoints=False)
             learner = second(processes)
-            learner.load_state_dict(runs[0].load()[0], runs[0].blocks)
+            learner.load_state_dict(run.load()[0], run.blocks)
             train(learner)
             return learner
 
-        def stopped(processes):
-            learner = whole(processes)
-            train(learner, until=17, checkpoints=False)
-            runs[0].save(learner)
-            train(learner)
-            return learner
-
-        one, other = in_parallel(stopped)[0], in_parallel(resumed)[0]
+        one, other = in_parallel(uninterrupted)[0], in_parallel(resumed)[0]
         self.assertEqual(one.metrics, other.metrics)
         for name, module in one.system.modules().items():
             for key, tensor in module.state_dict().items():
@@ -513,9 +507,7 @@ class TestSeveralProcesses(unittest.TestCase):
         self.assertEqual(sizes[1], [2 * size for size in sizes[2]])
 
     def test_unequal_shares_are_refused(self):
-        with self.assertRaisesRegex(
-            UserError, "training.batch is 9, which 2 processes cannot share equally: choose 10"
-        ):
+        with self.assertRaisesRegex(UserError, "batch is 9, which 2 processes cannot share equally: choose 10"):
             tiny(training={"batch": 9}).training.share(2)
 
     def test_weights_that_differ_are_noticed(self):

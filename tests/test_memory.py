@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -28,7 +29,7 @@ from memory import (
     write_json,
 )
 from tests import shared
-from tests.shared import in_parallel, temporary_folder, tiny, tiny_run
+from tests.shared import free_port, in_parallel, in_process, only_run, temporary_folder, tiny, tiny_folder, tiny_run
 
 T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends
 SEGMENT = torch.tensor([[0] * T, [0] * 3 + [1] * 3 + [300]])  # the rule of the second lifetime changes
@@ -374,6 +375,53 @@ class TestProcesses(unittest.TestCase):
         for layer in layers[1:]:
             self.assertTrue(torch.equal(layer.weight, layers[0].weight))
             self.assertTrue(torch.equal(layer.bias, layers[0].bias))
+
+
+class TestTorchrun(unittest.TestCase):
+    """As torchrun starts it, but in this process; the real one is run in test_integration.py."""
+
+    def launched(self, arguments: list, folder: Path) -> tuple[int, str]:
+        launch = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "LOCAL_RANK": "0"}
+        only = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with mock.patch.dict(os.environ, launch | only), mock.patch("os._exit", side_effect=sys.exit):
+            code, printed = in_process(arguments, folder)
+        return code, " ".join(printed.split())
+
+    def test_commands_for_one_process_and_unnamed_runs_are_refused(self):
+        folder = tiny_folder()
+        for arguments, words in (
+            (["evaluate", "runs/x"], "evaluate runs in one process"),
+            (["watch", "runs/x"], "watch runs in one process"),
+            (["--config", "tiny.json"], "--run NAME"),
+        ):
+            code, printed = self.launched(arguments, folder)
+            self.assertEqual(code, 2)
+            self.assertIn(words, printed)
+        self.assertFalse((folder / "runs").exists())
+
+    def test_unequal_shares_are_refused_before_anything_is_written(self):
+        folder = tiny_folder(batch=9)
+        store = torch.distributed.HashStore()
+        with (
+            mock.patch("torch.distributed.rendezvous", return_value=iter([(store, 0, 2)])),
+            mock.patch("torch.distributed.init_process_group") as joined,
+        ):
+            code, printed = self.launched(["--config", "tiny.json", "--run", "nine"], folder)
+        self.assertEqual(code, 2)
+        self.assertIn("training.batch is 9, which 2 processes cannot share equally: choose 10", printed)
+        self.assertEqual(joined.call_args.kwargs["world_size"], 2)
+        self.assertFalse((folder / "runs").exists())
+
+    def test_one_process_of_torchrun_gives_the_same_bytes_and_the_same_command_goes_on(self):
+        folder = tiny_folder()
+        for _ in range(2):
+            try:
+                code, printed = self.launched(["--config", "tiny.json", "--run", "one"], folder)
+            finally:
+                torch.distributed.destroy_process_group()
+            self.assertEqual(code, 0, printed)
+            for name in ("metrics.jsonl", "evaluation.json"):
+                self.assertEqual((only_run(folder) / name).read_bytes(), (tiny_run() / name).read_bytes(), name)
 
 
 if __name__ == "__main__":
