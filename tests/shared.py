@@ -31,6 +31,7 @@ from agent import Learner
 from main import Settings
 from memory import Processes, merge
 
+torch.set_num_threads(1)  # tiny settings gain nothing from a second thread, and results depend on their number
 ROOT = Path(__file__).resolve().parent.parent
 slow = unittest.skipUnless(os.environ.get("SLOW_TESTS"), "slow: set SLOW_TESTS=1")
 TINY = {
