@@ -142,11 +142,10 @@ def in_process(arguments: Sequence[object], folder: Path) -> tuple[int, str]:
     os.chdir(folder)
     try:
         with (
-            mock.patch.object(sys, "argv", ["main.py", *map(str, arguments)]),
             contextlib.redirect_stderr(errors),
             contextlib.redirect_stdout(output),
         ):
-            main.main()
+            main.run_program("main.py", main.command_line, list(map(str, arguments)))
         code = 0
     except SystemExit as stop:
         code = stop.code or 0
@@ -216,9 +215,8 @@ def in_parallel(work: Callable[[Processes], Any], count: int = 2) -> list[Any]:
         barrier.wait()
         return found
 
-    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM):
-        together = torch.stack(exchange(tensor.clone()))
-        tensor.copy_(together.amax(0) if op == torch.distributed.ReduceOp.MAX else together.sum(0))
+    def all_reduce(tensor):
+        tensor.copy_(torch.stack(exchange(tensor.clone())).sum(0))
 
     def all_gather(parts, tensor):
         for part, value in zip(parts, exchange(tensor.clone()), strict=True):

@@ -10,8 +10,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from agent import AgentController, Learner, Planner, PlannerSettings, RandomAgent, rollout, top_p_filter
-from context_engine import ContextInferenceEngine, ExactFilter
+from agent import AgentController, Learner, Planner, PlannerSettings
+from context_engine import ContextInferenceEngine, ExactFilter, rollout
 from environment import HiddenRulesWorld, Rule, task_split
 from main import build_system, train
 from memory import LifetimeStore, Processes, RunFolder, UserError, WorldStep
@@ -32,18 +32,10 @@ class TestPlanner(unittest.TestCase):
 
     def lifetimes(self):
         """Experience (6, 12, ...) of the untrained agent, and the contexts on the way."""
-        agent = self.system.controller()
+        agent = AgentController(self.system)
         rollout(HiddenRulesWorld(self.system.settings.world, 6, VALIDATION, 0), agent)
         experience = agent.memory.experience()
         return experience, self.system.engine.context(self.system.engine.sequence(experience)).detach()
-
-    def test_top_p_filter_keeps_the_smallest_set_of_enough_probability(self):
-        kept, weight = top_p_filter(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.95)
-        self.assertEqual(kept.tolist(), [[True, True, False], [False, True, True]])
-        torch.testing.assert_close(weight.sum(-1), torch.ones(2))
-        all_but_zero = top_p_filter(torch.tensor([[0.5, 0.3, 0.2, 0.0]]), 1.0)[0]
-        self.assertEqual(all_but_zero.tolist(), [[True, True, True, False]])
-        self.assertEqual(top_p_filter(torch.tensor([[0.5, 0.3, 0.2]]), 0.4)[0].tolist(), [[True, False, False]])
 
     def test_permuting_the_actions_permutes_the_values(self):
         planner, order = self.system.planner, torch.tensor([2, 0, 3, 1, 4])
@@ -199,14 +191,14 @@ class TestController(unittest.TestCase):
     def test_it_acts_and_remembers_in_one_world_or_many(self):
         system = build_system(tiny())
         for batch in (1, 7):
-            agent = system.controller()
+            agent = AgentController(system)
             lifetimes = rollout(HiddenRulesWorld(system.settings.world, batch, VALIDATION, 0), agent)
             self.assertEqual(lifetimes.reward.shape, (batch, 12))
             self.assertEqual((len(agent.memory), len(agent.nll)), (12, 12))
             torch.testing.assert_close(system.engine(agent.memory), agent.belief, atol=1e-4, rtol=1e-4)
 
     def test_it_accepts_views_of_arrays(self):
-        agent, frame = build_system(tiny()).controller(), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
+        agent, frame = AgentController(build_system(tiny())), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
         for view in (frame[::-1], frame.transpose(1, 0, 2)):
             agent.reset(view)
             ended = {"episode_terminated": True, "episode_truncated": False, "final_frame": view}
@@ -215,14 +207,14 @@ class TestController(unittest.TestCase):
 
     def test_a_new_lifetime_begins_with_an_empty_memory_and_the_initial_belief(self):
         system = build_system(tiny())
-        agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
+        agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         rollout(world, agent)
         agent.reset(world.reset())
         self.assertEqual(len(agent.memory), 0)
         torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
 
     def test_it_explores_with_the_given_probability(self):
-        agent = build_system(tiny()).controller()
+        agent = AgentController(build_system(tiny()))
         agent.reset(HiddenRulesWorld(tiny().world, 400, VALIDATION, 0).reset())
         greedy, differing = agent.act(), []
         for exploration in (0.0, 0.4, 1.0):
@@ -231,16 +223,6 @@ class TestController(unittest.TestCase):
         self.assertEqual(differing[0], 0)
         self.assertAlmostEqual(differing[1], 0.4 * 3 / 4, delta=0.08)  # a random action is the greedy one in a quarter
         self.assertAlmostEqual(differing[2], 3 / 4, delta=0.08)
-
-    def test_the_random_agent_repeats_its_actions_by_its_seed(self):
-        def actions(seed):
-            agent, world = RandomAgent(seed, actions=5), HiddenRulesWorld(tiny().world, 4, VALIDATION, 0)
-            agent.reset(world.reset())
-            return torch.stack([agent.act() for _ in range(30)])
-
-        self.assertTrue(torch.equal(actions(0), actions(0)))
-        self.assertFalse(torch.equal(actions(0), actions(1)))
-        self.assertEqual(actions(0).unique().tolist(), [0, 1, 2, 3, 4])
 
 
 class Frozen(AgentController):
@@ -268,7 +250,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
                     down, right = ((rule.action_map[row] == move).nonzero().item() for move in (1, 3))
                     swapped[row, down], swapped[row, right] = 3, 1
                 world.rule = world.rule._replace(action_map=swapped)
-            agent = system.controller()
+            agent = AgentController(system)
             agent.reset(frames)
             agent.act()
             step = world.step(action)
@@ -282,7 +264,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
     def test_no_reference_leads_from_the_agent_to_anything_hidden(self):
         """Not to the world, its rule or its random streams, nor to the filter of the references."""
         system = build_system(tiny())
-        agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
+        agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         exact = ExactFilter(world)
         rollout(world, agent, [exact])
         hidden = (HiddenRulesWorld, ExactFilter, Rule, torch.Generator)
@@ -299,7 +281,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
         for watched, seed, kind in ((False, 1, AgentController), (True, 2, AgentController), (True, 3, Frozen)):
             torch.manual_seed(seed)  # whatever else is random in the process
             world = HiddenRulesWorld(tiny().world, 8, VALIDATION, 0)
-            lifetimes.append(rollout(world, system.controller(kind), [ExactFilter(world)] if watched else []))
+            lifetimes.append(rollout(world, kind(system), [ExactFilter(world)] if watched else []))
             states.append([x.get_state() for x in vars(world).values() if isinstance(x, torch.Generator)])
         for one, other in zip(lifetimes[0], lifetimes[1], strict=True):
             self.assertTrue(torch.equal(one, other))

@@ -2,10 +2,10 @@
 
 import unittest
 from dataclasses import replace
+from unittest import mock
 
 import torch
 
-from agent import RandomAgent, rollout
 from context_engine import (
     ActionValues,
     AppearanceEngine,
@@ -13,14 +13,22 @@ from context_engine import (
     ContextSettings,
     ExactFilter,
     KnownRuleAgent,
+    RandomAgent,
     ThompsonAgent,
+    likelihood_by_case,
+    references,
+    reward_consistent,
+    rollout,
+    spread_over_rules,
 )
-from environment import HiddenRulesWorld, WorldSettings
+from environment import WORLDS, HiddenRulesWorld, WorldSettings
 from memory import EpisodicMemory, Experience, WorldStep
 from tests.shared import make_generator
 from transition_model import TransitionModel, TransitionSettings
 
 A, K, C, S, B, T = 4, 6, 3, 16, 5, 9
+CLEAR = WorldSettings(noise=0, slip=0)
+EVERYTHING = WorldSettings(**WORLDS["everything"] | {"noise": 0})
 
 
 def engine_of():
@@ -156,6 +164,74 @@ class TestAppearance(unittest.TestCase):
         torch.testing.assert_close(engine.sequence(patches)[0], engine.sequence(shuffled)[0])
 
 
+def world_of(settings=CLEAR, batch=64):
+    world = HiddenRulesWorld(settings, batch, "train", 0)
+    world.reset()
+    return world
+
+
+class TestExactSolution(unittest.TestCase):
+    def test_likelihoods_of_all_next_positions_sum_to_one(self):
+        for settings in (WorldSettings(noise=0), EVERYTHING):
+            world = world_of(settings, batch=32)
+            before, action = world.order_by_colour(world.position), torch.arange(32) % settings.actions
+            rows, body = torch.arange(32), world.rule.colours[:, 0]
+            total = torch.zeros(32)
+            for cell in range(36):
+                after = before.clone()
+                after[rows, body] = torch.tensor([cell // 6, cell % 6])
+                by_case = likelihood_by_case(world, before, action, after)
+                total += spread_over_rules(world, by_case).exp()[rows, world.task]
+            torch.testing.assert_close(total, torch.ones(32))
+
+    def test_likelihoods_are_the_observed_frequencies(self):
+        world = world_of(replace(EVERYTHING, walls=6, actions=4, reward_values=(1.0, -1.0)), batch=4000)
+        task, position = world.task[:1].expand(4000), world.position[:1].expand(4000, -1, -1)
+        world.set_state(task, position, world.episode_step, world.walls[:1].expand(4000, -1, -1))
+        before, action = world.order_by_colour(position), torch.full((4000,), 2)
+        world.step(action)
+        after = world.order_by_colour(world.next_position)
+        by_case = likelihood_by_case(world, before, action, after)
+        expected = spread_over_rules(world, by_case).exp()[torch.arange(4000), task]
+        for likelihood in expected.unique():
+            cells = after[expected == likelihood].flatten(1).unique(dim=0)
+            share = float((expected == likelihood).float().mean()) / len(cells)
+            self.assertAlmostEqual(share, float(likelihood), delta=0.03)
+
+    def test_rewards_rule_out_wrong_roles(self):
+        world, generator = world_of(batch=256), make_generator(9)
+        for _ in range(10):
+            step = world.step(torch.randint(4, (256,), generator=generator))
+            consistent = reward_consistent(world, world.order_by_colour(world.next_position), step.reward)
+            self.assertTrue(consistent[torch.arange(256), world.task % 6].all())
+            self.assertTrue((consistent.sum(1)[step.reward != 0] < 6).all())
+
+    def test_values_without_slips_are_discounted_distances(self):
+        world = world_of(batch=2)
+        task = torch.zeros(2, dtype=torch.int64)
+        position = torch.tensor([[[0, 1], [0, 0], [5, 5]], [[0, 2], [0, 0], [5, 5]]])  # one and two steps from the goal
+        q = ActionValues(CLEAR, discount=0.5)(world, task, position)
+        near, far = q.amax(1)
+        self.assertAlmostEqual(float(far / near), 0.5, places=4)
+        self.assertEqual(int(q[0].argmax()), 2)  # left
+        self.assertGreater(float(near), 1)  # the reward plus the value of the next episode
+
+    def test_values_from_a_table_equal_values_computed_on_demand(self):
+        settings = WorldSettings(grid=3, wind=0.3, edges="hidden", actions=5)
+        world = world_of(settings)
+        tabulated = ActionValues(settings)
+        with mock.patch.object(ActionValues, "TABLE", 0):
+            on_demand = ActionValues(settings)
+        self.assertTrue(tabulated.table is not None and on_demand.table is None)
+        answers = [values(world, world.task, world.position) for values in (tabulated, on_demand)]
+        torch.testing.assert_close(*answers, atol=5e-3, rtol=0)
+        exact = ActionValues(WorldSettings(grid=5))
+        with mock.patch.object(ActionValues, "PLACES", 1):  # starts are sampled instead of enumerated
+            sampled = ActionValues(WorldSettings(grid=5))
+        tolerance = 0.03 * float(exact.reset_value)
+        self.assertAlmostEqual(float(sampled.reset_value), float(exact.reset_value), delta=tolerance)
+
+
 class TestReferences(unittest.TestCase):
     def test_known_rule_beats_thompson_sampling_beats_random(self):
         settings = WorldSettings()
@@ -191,6 +267,43 @@ class TestReferences(unittest.TestCase):
 
         for whole, chunked in zip(posterior(1 << 22), posterior(2 * 144), strict=True):
             torch.testing.assert_close(chunked, whole)
+
+    def test_the_random_agent_repeats_its_actions_by_its_seed(self):
+        def actions(seed):
+            agent, world = RandomAgent(seed, actions=5), HiddenRulesWorld(WorldSettings(), 4, "validation", 0)
+            agent.reset(world.reset())
+            return torch.stack([agent.act() for _ in range(30)])
+
+        self.assertTrue(torch.equal(actions(0), actions(0)))
+        self.assertFalse(torch.equal(actions(0), actions(1)))
+        self.assertEqual(actions(0).unique().tolist(), [0, 1, 2, 3, 4])
+
+    def test_the_filter_that_knows_the_switch_rate_finds_the_new_rule_first(self):
+        world = HiddenRulesWorld(WorldSettings(switch=0.01, switch_step=32), 256, "train", 0)
+        filters = {"knows": ExactFilter(world), "ignores": ExactFilter(world, switch=0, floor=1e-3)}
+        belief = {"knows": [], "ignores": []}
+        frames = world.reset()
+        agent = RandomAgent(0)
+        for listener in (agent, *filters.values()):
+            listener.reset(frames)
+        for _ in range(64):
+            action = agent.act()
+            step = world.step(action)
+            for name, listener in filters.items():
+                listener.observe(action, step)
+                right = listener.log_posterior.exp()[torch.arange(256), world.task]
+                belief[name].append(float(right.mean()))
+            agent.observe(action, step)
+        self.assertGreater(belief["knows"][31 + 16], belief["ignores"][31 + 16] + 0.1)
+        self.assertGreater(min(belief["knows"][30], belief["ignores"][30]), 0.5)
+        self.assertGreater(belief["knows"][-1], 0.5)
+
+    def test_references_keep_their_order_with_all_kinds_of_rules(self):
+        settings = replace(EVERYTHING, grid=3, walls=1, lifetime=40, reward_values=(1.0, -1.0), actions=4)
+        lifetimes = references(settings, 48, "validation", 0, torch.device("cpu"))
+        means = {name: float(one.reward.sum(1).mean()) for name, one in lifetimes.items()}
+        self.assertGreater(means["known_rule"], means["thompson"] + 0.5)
+        self.assertGreater(means["thompson"], means["random"] + 2)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class TestFiLMLayer(unittest.TestCase):
                 FiLMLayer(*sizes)
         with self.assertRaisesRegex(ValueError, r"\(B, 3\)"):
             FiLMLayer(5, 3)(torch.randn(2, 4), torch.randn(2, 5))
-        with self.assertRaisesRegex(ValueError, r"not \(2, 3\) by \(2, 7, 5\)"):
+        with self.assertRaisesRegex(ValueError, r"not \(2, 3\) (by|and) \(2, 7, 5\)"):
             FiLMLayer(5, 3)(torch.randn(2, 3), torch.randn(2, 7, 5))
 
 

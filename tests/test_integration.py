@@ -21,7 +21,8 @@ import gymnasium
 import numpy as np
 import torch
 
-from agent import Learner, rollout
+from agent import AgentController, Learner
+from context_engine import rollout
 from context_engine import ActionValues, KnownRuleAgent, ThompsonAgent
 from environment import WORLDS, HiddenRulesWorld, WorldSettings
 from main import EVALUATION_SEED, Settings, build_system, evaluate, load_system, train, with_preset
@@ -121,7 +122,7 @@ class TestQuickRun(unittest.TestCase):
     def test_one_effect_of_the_model_stands_for_one_effect_of_the_world(self):
         system, _ = load_system(self.run_folder)
         world = HiddenRulesWorld(system.settings.world, 128, "validation", 5)
-        agent = system.controller()
+        agent = AgentController(system)
         agent.explore(1.0, torch.Generator().manual_seed(0))
         agent.reset(world.reset())
         effects = []
@@ -150,7 +151,7 @@ class TestQuickRun(unittest.TestCase):
     def test_it_acts_in_a_loop_of_the_users_own(self):
         system, _ = load_system(self.run_folder)
         env = gymnasium.make("HiddenRules-quick-v0", settings=system.settings.world, split="test")
-        returns, agent = [], system.controller()
+        returns, agent = [], AgentController(system)
         for seed in range(6):
             frame, info = env.reset(seed=seed)
             agent.reset(frame)
@@ -521,7 +522,7 @@ class TestBenchmarks(unittest.TestCase):
     def untrained(self, settings: Settings) -> Path:
         """The folder of a run of one update."""
         run = RunFolder(temporary_folder())
-        with run.begun(settings):
+        with run.locked(settings):
             train(Learner(build_system(settings)), run, until=1, checkpoints=False)
             run.save(Learner(build_system(settings)))
         return run.folder
@@ -558,7 +559,7 @@ class TestReadme(unittest.TestCase):
         exec(compile(worlds, "README.md", "exec"), {})
         settings = merge(Settings(), {"transition": {"num_effects": 4}, "context": {"hidden": 8}})
         learner, run = Learner(build_system(settings)), RunFolder(temporary_folder())
-        with run.begun(settings):
+        with run.locked(settings):
             learner.collect(exploration=1.0)
             run.save(learner)
         names = {"RUN": run.folder}

@@ -15,6 +15,7 @@ from transition_model import (
     Value,
     contact_pairs,
     entropy,
+    top_p_filter,
 )
 
 
@@ -167,6 +168,14 @@ class TestContextualHeads(unittest.TestCase):
         likelihood = model.effects.log_likelihood(random_codes(4), random_codes(4, 1))
         by_hand = -(model.log_prior(context)[torch.arange(4), action].exp() * likelihood.exp()).sum(-1).log()
         torch.testing.assert_close(model.nll(likelihood, action, context), by_hand)
+
+    def test_top_p_filter_keeps_the_smallest_set_of_enough_probability(self):
+        kept, weight = top_p_filter(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.95)
+        self.assertEqual(kept.tolist(), [[True, True, False], [False, True, True]])
+        torch.testing.assert_close(weight.sum(-1), torch.ones(2))
+        all_but_zero = top_p_filter(torch.tensor([[0.5, 0.3, 0.2, 0.0]]), 1.0)[0]
+        self.assertEqual(all_but_zero.tolist(), [[True, True, True, False]])
+        self.assertEqual(top_p_filter(torch.tensor([[0.5, 0.3, 0.2]]), 0.4)[0].tolist(), [[True, False, False]])
 
     def test_two_hot_weights_have_the_reward_as_their_mean(self):
         weights = model_of(reward_bins=(-1.0, 0.0, 2.0)).two_hot(torch.tensor([-3.0, -1, 0, 0.5, 2, 7]))

@@ -1,12 +1,26 @@
-"""The VAE: shapes, the evidence lower bound, initialisation and merging of codes, and modulation by the context."""
+"""The VAE: shapes, the evidence lower bound, codes, modulation by the context; and the statistics of evaluations."""
 
 import unittest
 from unittest import mock
 
+import numpy as np
 import torch
 
 from environment import HiddenRulesWorld, WorldSettings
-from world_model import VAE, VAESettings
+from world_model import (
+    VAE,
+    Trajectories,
+    VAESettings,
+    belief_nll,
+    bootstrap_ci,
+    compare,
+    mean,
+    probability_of_improvement,
+    ratio_of_means,
+    report,
+    statistics,
+    summary,
+)
 
 
 def frames_of(noise=0.1, batch=64):
@@ -118,6 +132,118 @@ class TestVAE(unittest.TestCase):
             VAE(VAESettings(), (24, 24, 3), 5)
         with self.assertRaisesRegex(ValueError, "uint8, not"):
             vae_of().encode(torch.zeros(1, 24, 24, 3), torch.zeros(1, 5))
+
+
+def lifetimes(reward: list[list[float]], truncated: list[list[bool]] | None = None) -> Trajectories:
+    """Trajectories in which every reward ends an episode."""
+    rewards = torch.tensor(reward, dtype=torch.float32)
+    ended = torch.zeros_like(rewards).bool() if truncated is None else torch.tensor(truncated)
+    return Trajectories(rewards, rewards != 0, ended, torch.zeros_like(rewards).long())
+
+
+class TestStatistics(unittest.TestCase):
+    def test_the_summary_of_known_lifetimes(self):
+        reward = torch.zeros(8, 4)
+        reward[:, 1] = torch.tensor([1, 1, 1, 1, 1, 1, 1, -1.0])
+        truncated = torch.zeros(8, 4, dtype=torch.bool)
+        truncated[:2, 3] = True
+        result = summary(Trajectories(reward, reward != 0, truncated, torch.zeros(8, 4, dtype=torch.int64)))
+        self.assertEqual((result["return_mean"], result["return_iqm"]), (0.75, 1.0))
+        self.assertEqual(result["by_step"], [0, 0.75, 0, 0])
+        self.assertEqual((result["goals"], result["hazards"], result["timeouts"]), (0.875, 0.125, 0.25))
+        low, high = result["return_mean_ci95"]
+        self.assertTrue(-1 <= low < 0.75 < high <= 1)
+
+    def test_intervals_have_their_coverage(self):
+        random, covered = np.random.default_rng(0), 0
+        for _ in range(100):
+            low, high = bootstrap_ci(mean, random.normal(3, 1, (1, 100)))
+            covered += low <= 3 <= high
+        self.assertGreaterEqual(covered, 88)
+        self.assertLessEqual(covered, 99)
+
+    def test_pairing_narrows_the_interval_of_a_ratio(self):
+        random = np.random.default_rng(0)
+        common = random.normal(10, 3, 200)
+        low, high = bootstrap_ci(ratio_of_means, np.stack([common + random.normal(0, 0.1, 200), common]))
+        self.assertLess(high - low, 0.01)
+
+    def test_runs_are_strata(self):
+        """Resampling lifetimes within two runs, each without spread, leaves no doubt about their mean."""
+        self.assertEqual(bootstrap_ci(mean, np.full((1, 50), 3.0), np.full((1, 50), 9.0)), [6.0, 6.0])
+
+    def test_random_numbers_that_runs_have_in_common_count_once(self):
+        random = np.random.default_rng(0)
+        one, *others = (random.normal(3, 1, (1, 400)) for _ in range(4))
+
+        def width(*strata: np.ndarray) -> float:
+            low, high = bootstrap_ci(mean, *strata)
+            return high - low
+
+        self.assertAlmostEqual(width(one, one, one, one) / width(one), 1)
+        self.assertAlmostEqual(width(one, *others) / width(one), 0.5, delta=0.1)
+
+    def test_a_ratio_to_zero_has_no_value(self):
+        self.assertEqual(bootstrap_ci(ratio_of_means, np.stack([np.ones(10), np.zeros(10)])), [None, None])
+
+    def test_the_probability_of_improvement_counts_ties_half(self):
+        ties = probability_of_improvement(np.array([1, 2, 3, 4.0]), np.array([1, 1, 4, 4.0]))
+        self.assertEqual(float(ties), 0.5)
+        self.assertEqual(float(probability_of_improvement(np.array([2.0, 1.0]), np.array([1.0, 1.0]))), 0.75)
+
+    def test_the_nll_of_the_belief_is_averaged_over_lifetimes_and_late_steps(self):
+        agent, exact = torch.arange(12.0).view(6, 2), torch.arange(6.0).view(6, 1).expand(-1, 2)
+        found = belief_nll(list(agent), list(exact))
+        self.assertEqual(found["agent"], [0.5, 2.5, 4.5, 6.5, 8.5, 10.5])
+        self.assertEqual((found["exact"], found["late"]), ([0, 1, 2, 3, 4, 5], 3))
+        self.assertEqual(found["late_excess"], 8.5 - 4)
+        self.assertEqual(belief_nll(list(agent), None), {"agent": found["agent"], "late": 3, "late_excess": None})
+
+
+class TestComparison(unittest.TestCase):
+    def setUp(self):
+        random = torch.Generator().manual_seed(0)
+        rates = {"random": -0.1, "thompson": 0.5, "agent": 0.7, "known_rule": 0.9}
+        self.lifetimes = {}
+        for name, rate in rates.items():
+            happened = (torch.rand(40, 16, generator=random) < abs(rate)).float()
+            self.lifetimes[name] = lifetimes((happened * np.sign(rate)).tolist())
+
+    def test_the_agent_is_compared_with_the_references(self):
+        result = compare(self.lifetimes)
+        returns = {name: np.array(values) for name, values in result["returns"].items()}
+        self.assertAlmostEqual(result["of_thompson"], returns["agent"].mean() / returns["thompson"].mean())
+        scale = returns["known_rule"].mean() - returns["random"].mean()
+        self.assertAlmostEqual(result["normalised"], (returns["agent"].mean() - returns["random"].mean()) / scale)
+        late = {name: one.reward[:, -2:].sum(1).mean() for name, one in self.lifetimes.items()}
+        self.assertAlmostEqual(result["late_of_known_rule"], float(late["agent"] / late["known_rule"]), places=5)
+        self.assertGreater(result["probability_of_improvement"], 0.8)
+        low, high = result["normalised_ci95"]
+        self.assertTrue(low < result["normalised"] < high)
+
+    def test_the_report_shows_every_agent_with_an_interval(self):
+        result = compare(self.lifetimes) | {"lifetimes": 40, "split": "test", "belief_nll": {"late_excess": None}}
+        lines = report(result).splitlines()
+        known = next(line for line in lines if line.split()[0] == "known_rule")
+        low, high = result["known_rule"]["return_mean_ci95"]
+        self.assertEqual(known.split()[1], f"{result['known_rule']['return_mean']:.2f}")
+        self.assertTrue(known.endswith(f"[{low:.2f}, {high:.2f}]"))
+        self.assertFalse([line for line in lines if "nats" in line])
+        nothing = lifetimes([[0.0]] * 40)
+        nothing = compare(dict.fromkeys(self.lifetimes, nothing))
+        nothing |= {"lifetimes": 40, "split": "test", "belief_nll": {"late_excess": 0.25, "late": 16}}
+        self.assertRegex(report(nothing), r"of_thompson +-\n")  # a ratio to zero
+        self.assertRegex(report(nothing), r"\+0.250 nats .* step 16")
+
+    def test_the_statistics_of_several_runs_are_those_of_their_mean(self):
+        one, other = (
+            compare(self.lifetimes),
+            compare(self.lifetimes | {"agent": self.lifetimes["known_rule"]}),
+        )
+        joined = statistics(one, other)
+        for name in ("return_mean", "of_thompson", "probability_of_improvement", "normalised"):
+            self.assertAlmostEqual(joined[name], (one[name] + other[name]) / 2)
+        self.assertEqual(statistics(one)["return_iqm_ci95"], one["return_iqm_ci95"])
 
 
 if __name__ == "__main__":
