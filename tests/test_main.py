@@ -399,6 +399,10 @@ class TestEvaluation(unittest.TestCase):
         for one, other in zip(before, (learner.generator.get_state(), learner.sampler.get_state()), strict=True):
             self.assertTrue(torch.equal(one, other))
 
+    def test_evaluation_seeds_are_beyond_those_of_every_training(self):
+        largest = merge(Settings(), {"seed": 1_000_000}).seed
+        self.assertGreater(min(main.EVALUATION_SEEDS.values()), (largest + 1) * 2**32 + 2**32)
+
     def test_a_loaded_system_acts_as_the_trained_one(self):
         system, state = load_system(tiny_run())
         self.assertEqual(state["counters"][0], TOTAL)
