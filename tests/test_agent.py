@@ -1,109 +1,50 @@
-"""Agents: the order of the references, the exact filter, the value, the planner, and that the rule never reaches the agent."""
+"""The planner, the controller, what the agent may know, and the learner, alone and in several processes."""
 
+import copy
 import gc
 import types
 import unittest
+import warnings
 from unittest import mock
 
 import numpy as np
 import torch
 
-from agent import AgentController, Learner, PlannerSettings, RandomAgent, top_p_filter, rollout
-from context_engine import ActionValues, ExactFilter, KnownRuleAgent, ThompsonAgent
-from environment import HiddenRulesWorld, Rule, WorldSettings
-from main import build_system, evaluate, train
-from memory import WorldStep
-from tests.benchmarks.references import BayesAdaptiveAgent
+from agent import AgentController, Learner, Planner, PlannerSettings
+from context_engine import ContextInferenceEngine, ExactFilter, rollout
+from environment import HiddenRulesWorld, Rule, task_split
+from main import build_system, train
+from memory import LifetimeStore, Processes, RunFolder, UserError, WorldStep
+from tests.shared import TOTAL, in_parallel, make_generator, temporary_folder, tiny
 from transition_model import EffectCache, contact_pairs
-from tests.benchmarks.ablations import FrozenBelief
-from tests.shared import make_generator, tiny
 
 VALIDATION = "validation"
 
 
-class TestReferences(unittest.TestCase):
-    def test_known_rule_beats_thompson_beats_random(self):
-        settings = WorldSettings()
-        q = ActionValues(settings)
-
-        def mean(make):
-            world = HiddenRulesWorld(settings, 256, VALIDATION, 0)
-            return float(rollout(world, make(world)).reward.sum(1).mean())
-
-        known, random = mean(lambda w: KnownRuleAgent(w, q)), mean(lambda w: RandomAgent(0))
-        thompson = mean(lambda w: ThompsonAgent(w, q, 0))
-        self.assertGreater(known, thompson + 1)
-        self.assertGreater(thompson, random + 5)
-        self.assertAlmostEqual(known, 13.15, delta=0.7)
-        self.assertAlmostEqual(thompson, 10.79, delta=0.8)
-
-    def test_the_filter_finds_the_rule_of_a_clear_world(self):
-        world = HiddenRulesWorld(WorldSettings(noise=0, slip=0), 128, torch.arange(144), 0)
-        exact = ExactFilter(world)
-        rollout(world, RandomAgent(0), [exact])
-        certain = exact.log_posterior.exp()[torch.arange(128), world.task]
-        self.assertGreater(float((certain > 0.999).float().mean()), 0.8)  # the rest never contact_features goal nor hazard
-        self.assertGreater(float(certain.min()), 0.15)  # and knows all but which is which
-        self.assertLess(float(torch.stack(exact.nll[32:]).mean()), 0.05)
-
-    def test_rollouts_agree_with_the_known_rule_where_nothing_is_hidden(self):
-        settings = WorldSettings(grid=4, slip=0, lifetime=32)
-        q = ActionValues(settings)
-        world = HiddenRulesWorld(settings, 8, VALIDATION, 0)
-        agent = BayesAdaptiveAgent(world, q, 0, rollouts=64, horizon=4)
-        agent.reset(world.reset())
-        agent.filter.log_posterior = torch.nn.functional.one_hot(world.task, 144).float().log()
-        known = KnownRuleAgent(world, q).values()
-        chosen = known.gather(1, agent._mean_returns(torch.arange(8)).argmax(1)[:, None])[:, 0]
-        self.assertLess(float((known.amax(1) - chosen).mean()), 0.1 * float((known.amax(1) - known.mean(1)).mean()))
-
-    def test_rollouts_earn_more_than_thompson_sampling_at_the_beginning(self):
-        settings = WorldSettings(grid=4, lifetime=24, episode_limit=10)
-        q, returns = ActionValues(settings), []
-        for make in (lambda w: BayesAdaptiveAgent(w, q, 0, rollouts=8, horizon=12), lambda w: ThompsonAgent(w, q, 0)):
-            world = HiddenRulesWorld(settings, 128, VALIDATION, 0)
-            returns.append(rollout(world, make(world)).reward.sum(1))
-        self.assertGreater(float((returns[0] - returns[1]).mean()), 0)
-
-
-class TestValueAndPlanner(unittest.TestCase):
+class TestPlanner(unittest.TestCase):
     def setUp(self):
         self.system = build_system(tiny())
-        torch.nn.init.normal_(self.system.transition.effects.head.weight)  # untrained effects all leave things as they are
+        torch.nn.init.normal_(self.system.transition.effects.head.weight)  # untrained effects all change nothing
         torch.nn.init.normal_(self.system.target_value.state_out.weight)
         torch.nn.init.normal_(self.system.target_value.reset_out[-1].weight)
         self.codes = torch.randint(6, (9, 16), generator=make_generator(), dtype=torch.uint8)
         self.context = torch.randn(9, 5, 32, generator=make_generator())
 
-    def test_branches_are_the_smallest_set_of_enough_mass(self):
-        kept, weight = top_p_filter(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.95)
-        self.assertEqual(kept.tolist(), [[True, True, False], [False, True, True]])
-        torch.testing.assert_close(weight.sum(-1), torch.ones(2))
-        self.assertEqual(top_p_filter(torch.tensor([[0.5, 0.3, 0.2, 0.0]]), 1.0)[0].tolist(), [[True, True, True, False]])
-        self.assertEqual(top_p_filter(torch.tensor([[0.5, 0.3, 0.2]]), 0.4)[0].tolist(), [[True, False, False]])
+    def lifetimes(self):
+        """Experience (6, 12, ...) of the untrained agent, and the contexts on the way."""
+        agent = AgentController(self.system)
+        rollout(HiddenRulesWorld(self.system.settings.world, 6, VALIDATION, 0), agent)
+        experience = agent.memory.experience()
+        return experience, self.system.engine.context(self.system.engine.sequence(experience)).detach()
 
-    def test_statistics_are_share_and_centre_of_every_code(self):
-        codes = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 2]], dtype=torch.uint8)
-        share, y, x = self.system.value.statistics(codes)[0].unbind(-1)
-        torch.testing.assert_close(share[:4], torch.tensor([13, 1, 2, 0]) / 16)
-        torch.testing.assert_close((y[1], x[1], y[2], x[2]), tuple(map(torch.tensor, (-1.0, -1 / 3, 2 / 3, 1.0))))
-
-    def test_codes_that_are_absent_change_nothing(self):
-        value, present = self.system.target_value, torch.randint(4, (9, 16), generator=make_generator(), dtype=torch.uint8)
-        pooled = value.pool(torch.randn(9, 5, 32, generator=make_generator()))
-        before = value(value.statistics(present), pooled)
-        with torch.no_grad():
-            value.code_features[:, 4:] += 1
-        torch.testing.assert_close(value(value.statistics(present), pooled), before)
-
-    def test_relabelling_the_actions_relabels_the_plan(self):
+    def test_permuting_the_actions_permutes_the_values(self):
         planner, order = self.system.planner, torch.tensor([2, 0, 3, 1, 4])
-        plan, relabelled = (planner.action_values(self.codes, context) for context in (self.context, self.context[:, order]))
-        torch.testing.assert_close(relabelled, plan[:, order[:4]])
-        self.assertGreater(float(plan.std(1).min()), 0)
+        values, permuted = (planner.action_values(self.codes, c) for c in (self.context, self.context[:, order]))
+        torch.testing.assert_close(permuted, values[:, order[:4]])
+        self.assertGreater(float(values.std(1).min()), 0)
 
-    def test_the_plan_by_hand(self):
-        """One state, every effect in a loop, no cut and no merging."""
+    def test_values_of_depth_one_equal_those_computed_by_hand(self):
+        """One state, a loop over all effects, none left out and none merged."""
         system, planner = self.system, self.system.planner
         planner.settings = PlannerSettings(top_p=1.0, expand_margin=0)
         codes, context = self.codes[:1], self.context[:1]
@@ -113,15 +54,16 @@ class TestValueAndPlanner(unittest.TestCase):
         with torch.no_grad():
             for action in range(4):
                 for k in range(grids.shape[1]):
-                    log_reward, end = transition.reward_and_termination(contact_pairs(codes, grids[:, k], 6), context[:, -1])
+                    pairs = contact_pairs(codes, grids[:, k], 6)
+                    log_reward, end = transition.reward_and_termination(pairs, context[:, -1])
                     next_value, e = value(value.statistics(grids[:, k]), pooled), torch.sigmoid(end)
                     following = 0.95 * ((1 - e) * next_value + e * value.reset_value(pooled))
                     chance = transition.log_prior(context[:, :-1])[0, action, k].exp()
                     expected[action] += float(chance * (log_reward[0].exp() @ transition.reward_bins + following))
         torch.testing.assert_close(planner.action_values(codes, context)[0], expected, atol=1e-4, rtol=1e-4)
 
-    def test_depth_two_backs_up_the_best_of_the_next_step(self):
-        """Where the choice is close; the others keep their value of depth one."""
+    def test_depth_two_backs_up_the_best_action_of_the_next_step(self):
+        """Only where several actions are close to the best; the others keep their value of depth one."""
         planner = self.system.planner
         once = planner.action_values(self.codes, self.context, depth=1)
         margin = float((once.amax(1) - once.median(1).values).mean())  # some actions are close, some are not
@@ -134,33 +76,38 @@ class TestValueAndPlanner(unittest.TestCase):
         torch.testing.assert_close(twice, expected, atol=1e-5, rtol=1e-5)
         self.assertFalse(torch.allclose(twice[close], once[close]))
         middle = float(chances.median())
-        min_branch_prob, _ = self.backed_up(close, middle)
-        self.assertFalse(torch.allclose(min_branch_prob, expected))
+        likely, _ = self.backed_up(close, middle)
+        self.assertFalse(torch.allclose(likely, expected))
         planner.settings = PlannerSettings(expand_margin=margin, min_branch_prob=middle)
-        torch.testing.assert_close(planner.action_values(self.codes, self.context), min_branch_prob, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(planner.action_values(self.codes, self.context), likely, atol=1e-5, rtol=1e-5)
         planner.settings = PlannerSettings(expand_margin=margin, min_branch_prob=0.999)
         torch.testing.assert_close(planner.action_values(self.codes, self.context), once)
 
     def backed_up(self, close, min_branch_prob):
-        """Q (B, A) by a loop over effects: those more min_branch_prob than this to follow a close action and to go on are searched
-        one step deeper; and these chances."""
+        """Q (B, A) by a loop over effects, and the probabilities that the episode goes on after each.
+
+        Effects that follow a close action with more than `min_branch_prob` are searched one step deeper.
+        """
         planner, predict = self.system.planner, self.system.transition.effects.predict
         with torch.inference_mode():
             expansion = planner._expand(self.codes, self.context, predict)
         chances, expected = [], torch.zeros(len(self.codes), 4)
-        for p, (state, effect) in enumerate(zip(expansion.state.tolist(), expansion.effect.tolist())):
+        pairs = zip(expansion.state.tolist(), expansion.effect.tolist(), strict=True)
+        for p, (state, effect) in enumerate(pairs):
             probability, end = expansion.probability[state, :, effect], expansion.end[p]
             going_on = (probability * (1 - end))[close[state]]
             chances.append(going_on)
             next_value = expansion.next_value[p]
             if (going_on > min_branch_prob).any():
-                next_value = planner.action_values(expansion.next_codes[p][None], self.context[state][None], depth=1).max()
-            expected[state] += probability * (expansion.reward[p] + 0.95 * torch.lerp(next_value, expansion.reset_value[p], end))
+                codes, context = expansion.next_codes[p][None], self.context[state][None]
+                next_value = planner.action_values(codes, context, depth=1).max()
+            following = torch.lerp(next_value, expansion.reset_value[p], end)
+            expected[state] += probability * (expansion.reward[p] + 0.95 * following)
         chances = torch.cat(chances)
         return expected, chances[chances > 0]
 
-    def test_the_belief_stays_as_it_is_in_a_plan(self):
-        """Every state that is valued, at either depth, is valued under the context as it was."""
+    def test_the_belief_does_not_change_within_a_plan(self):
+        """At either depth every state is valued under the context of the present."""
         planner = self.system.planner
         planner.settings = PlannerSettings(expand_margin=100, min_branch_prob=0)
         value, contexts = planner.value, []
@@ -171,76 +118,88 @@ class TestValueAndPlanner(unittest.TestCase):
         for context in contexts:
             self.assertTrue(all(any(torch.equal(row, own) for own in self.context) for row in context))
 
-    def test_a_table_of_modes_changes_nothing(self):
+    def test_cached_effects_change_nothing(self):
         planner, network = self.system.planner, self.system.transition.effects
         plain = planner.action_values(self.codes, self.context)
-        for slots in (1 << 15, 3):  # with room for all, and with hardly any
-            table = EffectCache(network, slots)
+        for slots in (1 << 15, 3):  # with room for all grids, and with hardly any
+            cache = EffectCache(network, slots)
             for _ in range(2):
-                torch.testing.assert_close(planner.action_values(self.codes, self.context, predict=table), plain)
-        table = EffectCache(network)
-        first = table(self.codes)
-        with mock.patch.object(network, "predict", side_effect=AssertionError("computed again")):
-            for looked_up, computed in zip(table(self.codes.flip(0)), first):
-                self.assertTrue(torch.equal(looked_up.flip(0), computed))
+                cached = planner.action_values(self.codes, self.context, predict=cache)
+                torch.testing.assert_close(cached, plain)
 
     def test_chunks_change_nothing(self):
         planner = self.system.planner
-        planner.settings = PlannerSettings(expand_margin=100, min_branch_prob=0)  # every step is looked at again
+        planner.settings = PlannerSettings(expand_margin=100, min_branch_prob=0)  # every effect is expanded
         whole = planner.action_values(self.codes, self.context)
         planner.CHUNK = 4
         with mock.patch.object(planner, "_expand", wraps=planner._expand) as expanded:
             torch.testing.assert_close(planner.action_values(self.codes, self.context), whole)
         self.assertLessEqual(max(len(call.args[0]) for call in expanded.call_args_list), 4)
 
-    def test_a_context_that_is_no_number_plans_nothing(self):
-        """Training notices it at its next look at the losses, and says so."""
+    def test_a_context_that_is_not_finite_does_not_stop_the_planner(self):
+        """The training stops when it next checks its losses, and names the one that is not finite."""
         values = self.system.planner.action_values(self.codes, self.context * torch.nan)
         self.assertEqual(values.shape, (9, 4))
 
-    def test_value_learns_and_the_slow_value_and_the_belief_do_not(self):
+    def test_the_value_learns_and_the_target_value_and_the_belief_do_not(self):
         system = self.system
-        world = HiddenRulesWorld(system.settings.world, 6, VALIDATION, 0)
-        agent = system.controller()
-        rollout(world, agent)
-        experience = agent.memory.experience()
-        context = system.engine.context(system.engine.sequence(experience)).detach()
-        losses = system.planner.loss(system.value, experience, context)
+        losses = system.planner.loss(system.value, *self.lifetimes())
         self.assertEqual(set(losses), {"value", "reset_value"})
         sum(losses.values()).backward()
         self.assertTrue(all(p.grad is not None for p in system.value.parameters()))
-        self.assertTrue(all(p.grad is None for p in [*system.target_value.parameters(), *system.engine.parameters()]))
+        fixed = [*system.target_value.parameters(), *system.engine.parameters()]
+        self.assertTrue(all(p.grad is None for p in fixed))
 
-    def test_returns_of_a_lifetime_by_hand(self):
-        """With trace 1 and the planner's choice never taken as correction, targets are the planner's maxima."""
+    def test_actions_that_the_planner_would_not_choose_end_the_return(self):
+        """Where every action taken differs from the planner's choice, targets are the planner's maxima."""
         system = self.system
-        world = HiddenRulesWorld(system.settings.world, 6, VALIDATION, 0)
-        agent = system.controller()
-        rollout(world, agent)
-        experience = agent.memory.experience()
-        context = system.engine.context(system.engine.sequence(experience)).detach()
-        values = system.planner.action_values(experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1), depth=1)
-        values = values.view(6, 12, 4)
-        never = experience._replace(action=(values.argmax(-1) + 1) % 4)
-        pooled = system.value.pool(context[:, :-1].flatten(0, 1))
-        predicted = system.value(system.value.statistics(experience.codes.flatten(0, 1)), pooled)
-        expected = (predicted - values.amax(-1).flatten()).square().mean()
+        experience, context = self.lifetimes()
+        codes, contexts = experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1)
+        values = system.planner.action_values(codes, contexts, depth=1)
+        never = experience._replace(action=((values.argmax(-1) + 1) % 4).view(6, 12))
+        predicted = system.value(system.value.statistics(codes), system.value.pool(contexts))
+        expected = (predicted - values.amax(-1)).square().mean()
         torch.testing.assert_close(system.planner.loss(system.value, never, context)["value"], expected)
+
+    def test_lambda_returns_equal_those_computed_by_hand(self):
+        """Where every action is the planner's choice: backwards through one lifetime, across ends of episodes."""
+        system, slow = self.system, self.system.target_value
+        experience, context = self.lifetimes()
+        codes, contexts = experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1)
+        values = system.planner.action_values(codes, contexts, depth=1)
+        chosen = experience._replace(action=values.argmax(-1).view(6, 12))
+        best, squares = values.amax(-1).view(6, 12), []
+        with torch.no_grad():
+            predicted = system.value(system.value.statistics(codes), system.value.pool(contexts)).view(6, 12)
+            for row in range(6):
+                target = None
+                for t in reversed(range(12)):
+                    pooled = slow.pool(context[row : row + 1, t + 1])
+                    after = slow(slow.statistics(experience.next_codes[row, t][None]), pooled)
+                    if bool(experience.ended[row, t]):
+                        after = slow.reset_value(pooled)
+                    boot = after if target is None else 0.8 * target + 0.2 * after
+                    taken = experience.reward[row, t] + 0.95 * boot
+                    target = 0.5 * taken + 0.5 * best[row, t]
+                    squares.append(float(predicted[row, t] - target) ** 2)
+        self.assertTrue(experience.ended.any())
+        loss = float(system.planner.loss(system.value, chosen, context)["value"].detach())
+        self.assertAlmostEqual(loss, float(np.mean(squares)), places=4)
 
 
 class TestController(unittest.TestCase):
     def test_it_acts_and_remembers_in_one_world_or_many(self):
         system = build_system(tiny())
         for batch in (1, 7):
-            agent = system.controller()
+            agent = AgentController(system)
             lifetimes = rollout(HiddenRulesWorld(system.settings.world, batch, VALIDATION, 0), agent)
             self.assertEqual(lifetimes.reward.shape, (batch, 12))
-            self.assertEqual(len(agent.memory), 12)
+            self.assertEqual((len(agent.memory), len(agent.nll)), (12, 12))
             torch.testing.assert_close(system.engine(agent.memory), agent.belief, atol=1e-4, rtol=1e-4)
 
-    def test_pictures_may_be_views_of_any_kind(self):
-        agent, picture = build_system(tiny()).controller(), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
-        for view in (picture[::-1], picture.transpose(1, 0, 2)):
+    def test_it_accepts_views_of_arrays(self):
+        agent, frame = AgentController(build_system(tiny())), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
+        for view in (frame[::-1], frame.transpose(1, 0, 2)):
             agent.reset(view)
             ended = {"episode_terminated": True, "episode_truncated": False, "final_frame": view}
             agent.observe(agent.act(), WorldStep.of(view, 1.0, ended))
@@ -248,86 +207,303 @@ class TestController(unittest.TestCase):
 
     def test_a_new_lifetime_begins_with_an_empty_memory_and_the_initial_belief(self):
         system = build_system(tiny())
-        agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
+        agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         rollout(world, agent)
         agent.reset(world.reset())
         self.assertEqual(len(agent.memory), 0)
         torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
 
-    def test_a_frozen_belief_stays(self):
-        system = build_system(tiny())
-        agent = system.controller(FrozenBelief)
-        rollout(HiddenRulesWorld(tiny().world, 3, VALIDATION, 0), agent)
-        torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
+    def test_it_explores_with_the_given_probability(self):
+        agent = AgentController(build_system(tiny()))
+        agent.reset(HiddenRulesWorld(tiny().world, 400, VALIDATION, 0).reset())
+        greedy, differing = agent.act(), []
+        for exploration in (0.0, 0.4, 1.0):
+            agent.explore(exploration, make_generator())
+            differing.append(float((agent.act() != greedy).float().mean()))
+        self.assertEqual(differing[0], 0)
+        self.assertAlmostEqual(differing[1], 0.4 * 3 / 4, delta=0.08)  # a random action is the greedy one in a quarter
+        self.assertAlmostEqual(differing[2], 3 / 4, delta=0.08)
 
+
+class Frozen(AgentController):
+    """An agent that never learns from what it observes."""
+
+    def observe(self, action, step):
+        super().observe(action, step)
+        self.belief = self.engine.initial_belief(len(self.obs))
+
+
+class TestWhatTheAgentMayKnow(unittest.TestCase):
     def test_the_rule_never_reaches_the_agent(self):
-        """Everything the agent is given is recorded; swapping the hidden rule behind equal pictures changes none of it."""
+        """Another hidden rule behind equal observations changes nothing."""
         settings = tiny(world={"slip": 0.0}).world
-        system, available_metrics = build_system(tiny()), []
+        system, seen = build_system(tiny()), []
         for another in (False, True):
             world = HiddenRulesWorld(settings, 5, VALIDATION, 0)
-            frames = world.reset()
-            world.position[:] = torch.tensor([[0, 0], [3, 3], [3, 2]])  # a corner: two moves change nothing there
-            frames = world.render()
-            rule = world.rule
-            action = (rule.action_map == 0).float().argmax(1)  # up: stands still in the corner
-            if another:  # exchange what the two unused actions do
+            world.reset()
+            world.position[:] = torch.tensor([[0, 0], [3, 3], [3, 2]])  # a corner, where up and left change nothing
+            frames, rule = world.render(), world.rule
+            action = (rule.action_map == 0).float().argmax(1)  # up
+            if another:  # exchange the two moves that are not used
                 swapped = rule.action_map.clone()
                 for row in range(5):
                     down, right = ((rule.action_map[row] == move).nonzero().item() for move in (1, 3))
                     swapped[row, down], swapped[row, right] = 3, 1
                 world.rule = world.rule._replace(action_map=swapped)
-            agent = system.controller()
+            agent = AgentController(system)
             agent.reset(frames)
             agent.act()
             step = world.step(action)
             agent.observe(action, step)
-            available_metrics.append((agent.act(), agent.belief, *step))
-        for one, other in zip(*available_metrics):
+            seen.append((agent.act(), agent.belief, *step))
+        for one, other in zip(*seen, strict=True):
             self.assertTrue(torch.equal(one, other))
-        self.assertFalse(any("rule" in name or "task" in name for name in vars(agent) | agent.memory.experience()._asdict()))
+        names = vars(agent) | agent.memory.experience()._asdict()
+        self.assertFalse(any("rule" in name or "task" in name for name in names))
 
-    def test_nothing_that_the_agent_holds_leads_to_what_is_hidden(self):
-        """The world with its rule and luck, the filter of the references, any random state: no path of references goes there."""
+    def test_no_reference_leads_from_the_agent_to_anything_hidden(self):
+        """Not to the world, its rule or its random streams, nor to the filter of the references."""
         system = build_system(tiny())
-        agent, world = system.controller(), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
+        agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         exact = ExactFilter(world)
         rollout(world, agent, [exact])
         hidden = (HiddenRulesWorld, ExactFilter, Rule, torch.Generator)
         self.assertEqual([type(one) for one in reachable(agent) if isinstance(one, hidden)], [])
-        storages = {tensor.untyped_storage().data_ptr() for tensor in reachable(agent) if isinstance(tensor, torch.Tensor)}
-        secret = [tensor for tensor in reachable(world) if isinstance(tensor, torch.Tensor) and tensor.numel() > 3]
-        secret += [tensor for tensor in reachable(exact) if isinstance(tensor, torch.Tensor) and tensor.numel() > 3]
+        storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(agent)}
+        secret = [tensor for root in (world, exact) for tensor in tensors_of(root) if tensor.numel() > 3]
         self.assertFalse(storages & {tensor.untyped_storage().data_ptr() for tensor in secret})
-        for leak in (world, [exact], {"luck": world.step}, lambda: world.rule):  # the search would find it
+        for leak in (world, [exact], {"step": world.step}, lambda: world.rule):  # the search would find it
             agent.leak = leak
             self.assertTrue(any(isinstance(one, hidden) for one in reachable(agent)), leak)
 
-    def test_the_filter_and_the_luck_of_an_evaluation_go_their_own_way(self):
-        system, lived, states = build_system(tiny()), [], []
-        for watched, seed, frozen in ((False, 1, False), (True, 2, False), (True, 3, True)):
+    def test_random_streams_of_a_world_depend_neither_on_the_agent_nor_on_observers(self):
+        system, lifetimes, states = build_system(tiny()), [], []
+        for watched, seed, kind in ((False, 1, AgentController), (True, 2, AgentController), (True, 3, Frozen)):
             torch.manual_seed(seed)  # whatever else is random in the process
             world = HiddenRulesWorld(tiny().world, 8, VALIDATION, 0)
-            agent = system.controller(FrozenBelief if frozen else AgentController)
-            lived.append(rollout(world, agent, [ExactFilter(world)] if watched else []))
+            lifetimes.append(rollout(world, kind(system), [ExactFilter(world)] if watched else []))
             states.append([x.get_state() for x in vars(world).values() if isinstance(x, torch.Generator)])
-        for one, other in zip(lived[0], lived[1]):
-            self.assertTrue(torch.equal(one, other))  # no filter, another luck outside: the same lifetimes
-        self.assertGreater(len(states[0]), 1)
-        for one, other in zip(states[0], states[2]):
-            self.assertTrue(torch.equal(one, other))  # another agent: the same luck
-
-    def test_an_evaluation_leaves_the_luck_of_the_training_alone(self):
-        learner = Learner(build_system(tiny()))
-        train(learner, until=learner.update + 1)
-        before = [learner.generator.get_state(), learner.sampler.get_state()]
-        results = []
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            results.append(evaluate(learner.system, "validation", 8))
-        self.assertEqual(*results)
-        for one, other in zip(before, (learner.generator.get_state(), learner.sampler.get_state())):
+        for one, other in zip(lifetimes[0], lifetimes[1], strict=True):
             self.assertTrue(torch.equal(one, other))
+        self.assertGreater(len(states[0]), 1)
+        for one, other in zip(states[0], states[2], strict=True):
+            self.assertTrue(torch.equal(one, other))
+
+
+class TestLearner(unittest.TestCase):
+    def test_only_training_tasks_are_ever_stored(self):
+        for holdout in ("combinations", "permutations"):
+            learner = Learner(build_system(tiny(world={"holdout": holdout})))
+            train(learner, until=24)  # with and without the planner
+            stored = torch.cat([block.task for block in learner.store.blocks])
+            self.assertTrue(torch.isin(stored, task_split(learner.settings.world, "train")).all())
+
+    def test_gradients_do_not_cross(self):
+        learner = Learner(build_system(tiny()))
+        train(learner, until=20)
+        system, rows = learner.system, learner.store.sample(8, learner.sampler)
+        experience = learner.store.experience.rows(rows)
+        engine = [*system.engine.parameters(), *system.transition.contextual_parameters()]
+        parts = {
+            "vae": list(system.vae.parameters()),
+            "effects": list(system.transition.effects.parameters()),
+            "engine": engine,
+            "value": list(system.value.parameters()),
+        }
+        beliefs = learner.learn_context(experience)
+        for name, learn in (
+            ("vae", lambda: learner.learn_perception(rows, beliefs)),
+            ("effects", lambda: learner.learn_effects(20)),
+            ("engine", lambda: learner.learn_context(experience)),
+            ("value", lambda: learner.learn_value(experience, beliefs)),
+        ):
+            before = {part: [p.detach().clone() for p in parameters] for part, parameters in parts.items()}
+            learn()
+            for part, parameters in parts.items():
+                same = all(torch.equal(p, old) for p, old in zip(parameters, before[part], strict=True))
+                self.assertEqual(same, part != name, f"{part} in an update of {name}")
+
+    def test_the_target_value_follows_the_value(self):
+        learner = Learner(build_system(tiny(planner={"tau": 1.0})))
+        train(learner, until=18)
+        states = zip(learner.system.target_value.parameters(), learner.system.value.parameters(), strict=True)
+        self.assertTrue(all(torch.equal(target, value) for target, value in states))
+
+    def test_its_state_decides_its_future(self):
+        """With an inferred appearance, which learns with the frames and is kept in checkpoints too."""
+        settings = tiny(world={"tint": 0.8}, context={"appearance": 4})
+        learner = Learner(build_system(settings))
+        weights = [p.detach().clone() for p in learner.system.appearance.parameters()]
+        train(learner, until=12)
+        changed = zip(learner.system.appearance.parameters(), weights, strict=True)
+        self.assertTrue(all(not torch.equal(p, old) for p, old in changed))
+        folder = temporary_folder()
+        learner.store.save_blocks(folder)
+        restored = Learner(build_system(settings))
+        restored.load_state_dict(copy.deepcopy(learner.state_dict()), folder)
+        for one in (learner, restored):
+            train(one)
+        self.assertEqual(learner.metrics, restored.metrics)
+        self.assertEqual(learner.env_steps, restored.env_steps)
+        for name, module in learner.system.modules().items():
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(torch.equal(tensor, restored.system.modules()[name].state_dict()[key]), f"{name}.{key}")
+
+    def test_blocks_are_reencoded_under_the_present_version(self):
+        learner = Learner(build_system(tiny()))
+        train(learner, until=20)
+        self.assertGreater(min(learner.store.version), 0)
+        index = learner.store.oldest()
+        learner.reencode(index)
+        self.assertEqual(learner.store.version[index], learner.update)
+
+    def test_phases_exploration_and_learning_rates_follow_their_schedules(self):
+        learner = Learner(build_system(tiny(training={"final_lr_scale": 0.5}, vae={"final_lr_scale": 0.1})))
+        phases, rates = [], []
+        for number in range(TOTAL):
+            learner.update = number
+            phase, update = learner.phase()
+            learner.set_learning_rates(phase, update)
+            phases.append((phase, update))
+            rates.append({name: o.param_groups[0]["lr"] for name, o in learner.optimizers.items()})
+        names = ["perception"] * 6 + ["effects"] * 8 + ["adaptation"] * 24
+        self.assertEqual(phases, list(zip(names, [*range(6), *range(8), *range(24)], strict=True)))
+        settings = learner.settings
+        self.assertAlmostEqual(rates[0]["vae"], settings.vae.encoder_lr)
+        self.assertAlmostEqual(rates[6]["vae"], 0.1 * settings.vae.encoder_lr)
+        self.assertAlmostEqual(rates[-1]["vae"], settings.vae.late_lr)
+        sections = {"context": settings.context, "value": settings.planner, "effects": settings.transition}
+        for name, section in sections.items():
+            self.assertAlmostEqual(rates[14][name], section.learning_rate)
+            self.assertAlmostEqual(rates[14 + 12][name], 0.75 * section.learning_rate)
+        shares = [round(learner.exploration(update), 3) for update in (0, 3, 4, 14, 24, 99)]
+        self.assertEqual(shares, [1, 1, 0.3, 0.165, 0.03, 0.03])
+
+    def test_rewards_beyond_the_bins_are_noticed(self):
+        learner = Learner(build_system(tiny()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            learner.collect(exploration=1.0)
+        bins = learner.settings.transition.reward_bins
+        self.assertEqual(bins, (-1, 0, 1))
+        step = HiddenRulesWorld.step
+
+        def doubled(world, action):
+            happened = step(world, action)
+            return happened._replace(reward=2 * happened.reward)
+
+        with mock.patch.object(HiddenRulesWorld, "step", doubled), self.assertWarnsRegex(UserWarning, "-1 to 1"):
+            learner.collect(exploration=1.0)
+
+    def test_another_engine_takes_the_place_of_the_built_in_one(self):
+        class Forgetful(ContextInferenceEngine):
+            def context(self, belief):
+                return super().context(belief) * 0
+
+        system = build_system(tiny(), engine=Forgetful)
+        train(Learner(system), until=20)
+        rows = system.transition.log_prior(system.engine.context(system.engine.initial_belief(1))[:, :-1])[0]
+        self.assertTrue(torch.equal(rows[0], rows[1]))  # without a context all actions are alike
+
+    def test_another_planner_takes_the_place_of_the_built_in_one(self):
+        class Still(Planner):
+            def action_values(self, codes, context, depth=2, predict=None):
+                return torch.zeros(len(codes), context.shape[1] - 1)
+
+            def loss(self, value, experience, context):
+                return {"none": sum(p.sum() for p in value.parameters()) * 0}
+
+        learner = Learner(build_system(tiny(), planner=Still))
+        train(learner)
+        self.assertIsInstance(learner.system.planner, Still)
+        self.assertIn("value/none", learner.metrics)
+
+
+class TestSeveralProcesses(unittest.TestCase):
+    """Threads stand for processes: see `shared.in_parallel`."""
+
+    def learners(self, **changes):
+        """Two learners; built one after the other, because building seeds torch's global generator."""
+        systems = [build_system(tiny(**changes)) for _ in range(2)]
+        return lambda processes: Learner(systems[processes.rank], processes)
+
+    def test_they_train_one_agent_on_lifetimes_of_their_own(self):
+        make, run = self.learners(), RunFolder(temporary_folder())
+
+        def work(processes):
+            learner = make(processes)
+            self.assertTrue(train(learner, run))
+            return learner
+
+        one, other = in_parallel(work)
+        for name, module in one.system.modules().items():
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
+        self.assertEqual(one.metrics, other.metrics)
+        self.assertFalse(torch.equal(one.store.experience.action, other.store.experience.action))
+        alone = Learner(build_system(tiny()))
+        train(alone)
+        self.assertEqual((one.update, one.env_steps), (alone.update, alone.env_steps))
+        state, _ = run.load()
+        stores = [shard["store"] for shard in state["shards"]]
+        self.assertEqual([number % 2 for store in stores for number in store["numbers"]], [0] * 8 + [1] * 8)
+        names = {f"block-{number:06d}.pt" for store in stores for number in store["numbers"]}
+        self.assertEqual({path.name for path in run.blocks.iterdir()}, names)
+        with self.assertRaisesRegex(UserError, "trained by 2 processes, not 1: resume it with as many"):
+            alone.load_state_dict(state, run.blocks)
+
+    def test_their_state_decides_their_future(self):
+        run, first, second = RunFolder(temporary_folder()), self.learners(), self.learners()
+
+        def uninterrupted(processes):
+            learner = first(processes)
+            train(learner, until=17)
+            run.save(learner)
+            train(learner)
+            return learner
+
+        def resumed(processes):
+            learner = second(processes)
+            learner.load_state_dict(run.load()[0], run.blocks)
+            train(learner)
+            return learner
+
+        one, other = in_parallel(uninterrupted)[0], in_parallel(resumed)[0]
+        self.assertEqual(one.metrics, other.metrics)
+        for name, module in one.system.modules().items():
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
+
+    def test_each_has_its_share_of_every_batch(self):
+        sizes = {}
+        for count in (1, 2):
+            processes = Processes(0, count)
+            processes.average = processes.broadcast = lambda _: None  # the other process is absent
+            processes.all_gather = lambda tensor: tensor
+            processes.any_rank = bool
+            learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
+            with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
+                train(learner)
+            sizes[count] = [call.args[1] for call in sampled.call_args_list]
+            sizes[count] += [len(block) for block in learner.store.blocks]
+        self.assertEqual(sizes[1], [2 * size for size in sizes[2]])
+
+    def test_unequal_shares_are_refused(self):
+        with self.assertRaisesRegex(UserError, "batch is 9, which 2 processes cannot share equally: choose 10"):
+            tiny(training={"batch": 9}).training.share(2)
+
+    def test_weights_that_differ_are_noticed(self):
+        make = self.learners()
+
+        def work(processes):
+            learner = make(processes)
+            train(learner, until=1)
+            learner.state_dict()
+            learner.system.value.state_in.bias.data[0] += processes.rank
+            learner.state_dict()
+
+        with self.assertRaisesRegex(RuntimeError, "the processes' weights differ at update 1"):
+            in_parallel(work)
 
 
 def reachable(root: object) -> list[object]:
@@ -345,6 +521,11 @@ def reachable(root: object) -> list[object]:
         else:
             left += gc.get_referents(one)
     return list(found.values())
+
+
+def tensors_of(root: object) -> list[torch.Tensor]:
+    """Every tensor that references lead to from an object."""
+    return [one for one in reachable(root) if isinstance(one, torch.Tensor)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FiLM: identity at the start, the equation, and shapes."""
+"""FiLM: the identity at initialisation, the equation, and shapes."""
 
 import unittest
 
@@ -14,7 +14,7 @@ class TestFiLMLayer(unittest.TestCase):
             features = torch.randn(shape)
             self.assertTrue(torch.equal(layer(features, torch.randn(2, 5)), features))
 
-    def test_equation_in_every_layout(self):
+    def test_the_equation_holds_in_every_layout(self):
         layer, context = FiLMLayer(5, 3), torch.randn(2, 5)
         gamma, beta = layer.generator(context).chunk(2, -1)
         flat = torch.randn(2, 3)
@@ -24,31 +24,34 @@ class TestFiLMLayer(unittest.TestCase):
         image = torch.randn(2, 3, 4, 6)
         torch.testing.assert_close(layer(image, context)[:, :, 2, 5], layer(image[:, :, 2, 5], context))
 
-    def test_one_context_for_each_feature_vector(self):
+    def test_each_feature_vector_may_have_its_own_context(self):
         layer, features, context = FiLMLayer(5, 3), torch.randn(2, 7, 3), torch.randn(2, 7, 5)
         torch.testing.assert_close(layer(features, context)[1, 6], layer(features[1:, 6], context[1:, 6])[0])
 
-    def test_scale_multiplies_the_generator(self):
+    def test_scale_multiplies_the_weights_of_the_generator(self):
         torch.manual_seed(0)
         plain = FiLMLayer(5, 3)
         torch.manual_seed(0)
         torch.testing.assert_close(FiLMLayer(5, 3, scale=3).generator.weight, 3 * plain.generator.weight)
 
-    def test_context_changes_the_output_and_gets_a_gradient(self):
+    def test_the_context_receives_a_gradient(self):
         layer, context = FiLMLayer(5, 3), torch.randn(2, 5, requires_grad=True)
         layer(torch.randn(2, 3), context).sum().backward()
         self.assertGreater(context.grad.abs().sum(), 0)
 
-    def test_rows_that_share_a_context_are_modulated_as_if_each_had_its_own(self):
+    def test_rows_that_share_a_context_equal_rows_with_copies_of_it(self):
         layer, context, row = FiLMLayer(5, 3), torch.randn(2, 5), torch.tensor([1, 0, 1, 1])
         for features in (torch.randn(4, 3), torch.randn(4, 6, 3)):
             torch.testing.assert_close(layer(features, context, row), layer(features, context[row]))
 
     def test_errors_name_the_values(self):
-        with self.assertRaisesRegex(ValueError, "context_dim >= 1.*not 0"):
-            FiLMLayer(0, 3)
+        for sizes, words in (((0, 3), "context_dim >= 1.*not 0"), ((5, 0), "5, 0"), ((5, 3, -1), "scale >= 0.*-1")):
+            with self.assertRaisesRegex(ValueError, words):
+                FiLMLayer(*sizes)
         with self.assertRaisesRegex(ValueError, r"\(B, 3\)"):
             FiLMLayer(5, 3)(torch.randn(2, 4), torch.randn(2, 5))
+        with self.assertRaisesRegex(ValueError, r"not \(2, 3\) (by|and) \(2, 7, 5\)"):
+            FiLMLayer(5, 3)(torch.randn(2, 3), torch.randn(2, 7, 5))
 
 
 if __name__ == "__main__":

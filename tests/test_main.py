@@ -1,10 +1,10 @@
-"""The command line and the run: settings, errors, resume after a kill, what was trained on."""
+"""Settings and presets, the command line, runs that stop and resume, statistics of evaluations, and figures."""
 
-import ast
-import copy
 import dataclasses
+import importlib.util
+import itertools
 import json
-import subprocess
+import re
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -13,83 +13,93 @@ import numpy as np
 import torch
 
 import main
-from agent import Learner, Planner
-from context_engine import ContextInferenceEngine
-from environment import WORLDS, task_split
-from main import PRESETS, Settings, build_system, evaluate, train, with_preset
-from memory import RunFolder, UserError, merge
-from tests.benchmarks import references, report
-from tests.shared import ROOT, TINY, command, in_process, only_run, temporary_folder, tiny, tiny_folder
+from agent import Learner
+from environment import WORLDS
+from main import PRESETS, Settings, build_system, evaluate, load_system, train, with_preset
+from memory import RunFolder, merge
+from tests.shared import (
+    TINY,
+    TOTAL,
+    copy_of,
+    in_process,
+    only_run,
+    stopped_at,
+    temporary_folder,
+    tiny,
+    tiny_folder,
+    tiny_run,
+)
+
+COMMANDS = ("train", "evaluate", "resume", "watch")
+
+
+def unwrapped(printed: str) -> str:
+    """Printed text on one line, without the frames that tyro draws around its messages."""
+    return " ".join(printed.replace("│", " ").split())
+
+
+def new_run(arguments: list, folder: Path) -> dict:
+    """The config.json of a run that the command line starts and at once stops, as Ctrl-C would."""
+    with mock.patch.object(main, "train", return_value=False):
+        code, printed = in_process(arguments, folder)
+    assert code == 130, printed
+    return json.loads((only_run(folder) / "config.json").read_text())
 
 
 class TestSettings(unittest.TestCase):
-    def test_merge_checks_every_name_and_type(self):
+    def test_presets_are_valid(self):
+        for name in PRESETS:
+            settings = with_preset(Settings(), name)
+            self.assertEqual(settings.preset, name)
+            for key, value in WORLDS.get(name, {}).items():
+                self.assertEqual(getattr(settings.world, key), value)
+
+    def test_settings_that_do_not_fit_together_are_refused(self):
         for changes, words in (
-            ({"wrld": {}}, "unknown setting wrld.*world"),
-            ({"world": {"gird": 5}}, "unknown setting world.gird.*grid"),
-            ({"world": {"grid": "five"}}, "world.grid is 'five'.*int"),
-            ({"world": {"grid": 5.5}}, "world.grid is 5.5.*int"),
-            ({"world": {"grid": True}}, "world.grid is True"),
-            ({"world": 3}, "world. is 3.*object"),
-            ([1], "object of settings"),
+            ({"preset": "slow"}, "preset is 'slow'.*quick"),
+            ({"seed": -1}, "seed is -1"),
             ({"training": {"value_batch": 99}}, "training.value_batch is 99.*between 1 and 48"),
             ({"training": {"random_lifetimes": 100}}, "multiple of training.envs: choose 128"),
             ({"memory": {"budget_mb": 1}}, "raise memory.budget_mb"),
-            ({"planner": {"discount": float("nan")}}, "planner.discount is nan"),
-            ({"transition": {"reward_bins": [None]}}, "transition.reward_bins is .None.*tuple"),
         ):
             with self.subTest(changes=changes), self.assertRaisesRegex(ValueError, words):
                 merge(Settings(), changes)
+        with self.assertRaisesRegex(ValueError, "transition.reward_bins is .*world.reward_values has 2"):
+            build_system(tiny(world={"reward_values": [2, -1]}))
 
-    def test_integers_serve_as_floats_and_lists_as_tuples(self):
-        merge_equal = merge(Settings(), {"world": {"noise": 0}, "transition": {"reward_bins": [-1, 0, 1, 2]}})
-        self.assertEqual((merge_equal.world.noise, merge_equal.transition.reward_bins), (0.0, (-1.0, 0.0, 1.0, 2.0)))
+    def test_reward_bins_follow_the_reward_values(self):
+        for arguments, bins in (
+            (["--world.reward_values", "1", ".5", "-1"], [-1, 0, 0.5, 1]),
+            (["--preset", "everything", "--world.reward_values", "2", "-1"], [-1, 0, 2]),
+            (["--transition.reward-bins", "-2", "-1", "0", "1"], [-2, -1, 0, 1]),
+        ):
+            self.assertEqual(new_run(arguments, temporary_folder())["transition"]["reward_bins"], bins)
 
-    def test_presets_are_valid_and_complete_in_the_command_line(self):
-        for name in PRESETS:
-            self.assertIsInstance(with_preset(Settings(), name), Settings)
+    def test_flags_beat_the_file_and_the_file_beats_the_preset(self):
+        folder = tiny_folder()
+        content = TINY | {"preset": "quick", "world": TINY["world"] | {"slip": 0.2}}
+        (folder / "both.json").write_text(json.dumps(content))
+        config = new_run(["--config", "both.json", "--world.lifetime", "10"], folder)
+        self.assertEqual(config["preset"], "quick")
+        self.assertEqual(config["world"]["noise"], WORLDS["quick"]["noise"])  # from the preset
+        self.assertEqual((config["world"]["slip"], config["world"]["grid"]), (0.2, 4))  # from the file
+        self.assertEqual(config["world"]["lifetime"], 10)  # from the flag
 
-
-    def test_every_setting_refuses_values_of_another_type_and_out_of_its_range(self):
-        wrong = {
-            bool: ["yes", 1], int: ["a lot", -(10**12), 10**20, None, 1.5], float: ["a lot", -1e12, 1e20, None, float("nan")],
-            str: [5, "soft"], tuple: ["1", [None]],
-        }  # fmt: skip
-        cases = 0
-        for section, values in dataclasses.asdict(Settings()).items():
-            for name, value in values.items() if isinstance(values, dict) else ():
-                for bad in [{"x": 1}, *wrong[type(value)]]:
-                    with self.subTest(setting=f"{section}.{name}", value=bad):
-                        with self.assertRaisesRegex(ValueError, rf"{section}\.{name}"):
-                            merge(Settings(), {section: {name: bad}})
-                        cases += 1
-        self.assertGreater(cases, 400)
-
-
-class TestCode(unittest.TestCase):
-    def test_every_public_name_has_a_docstring(self):
-        def undocumented(node, path):
-            for child in node.body:
-                if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
-                    if not ast.get_docstring(child):
-                        yield f"{path}{child.name}"
-                    if isinstance(child, ast.ClassDef):
-                        yield from undocumented(child, f"{path}{child.name}.")
-
-        for file in sorted(ROOT.glob("*.py")):
-            self.assertEqual(list(undocumented(ast.parse(file.read_text()), f"{file.name}: ")), [])
-
-    def test_the_top_level_holds_what_the_design_card_lists(self):
-        card = {"agent.py", "context_engine.py", "environment.py", "film_layer.py", "main.py", "memory.py", "transition_model.py"}
-        card |= {"world_model.py", "tune_hyperparams.py", "tests", "requirements.txt", "README.md"}
-        tracked = subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        if tracked.returncode:
-            self.skipTest("not a git checkout")
-        self.assertEqual({name for name in tracked.stdout.split() if not name.startswith(".")}, card)
+    def test_the_configuration_of_a_run_starts_the_same_run(self):
+        config = tiny_run() / "config.json"
+        self.assertEqual(new_run(["--config", config], temporary_folder()), json.loads(config.read_text()))
+        self.assertEqual(json.loads(config.read_text()), json.loads(json.dumps(dataclasses.asdict(tiny()))))
 
 
 class TestCommandLine(unittest.TestCase):
-    def test_bad_input_stops_at_once_with_code_2_and_writes_nothing(self):
+    def refused(self, arguments: list, folder: Path, *words: str) -> None:
+        code, printed = in_process(arguments, folder)
+        self.assertEqual(code, 2, printed)
+        self.assertNotIn("Traceback", printed)
+        for each in words:
+            self.assertIn(each, unwrapped(printed))
+
+    def test_bad_input_stops_with_code_2_and_writes_nothing(self):
         folder = tiny_folder()
         (folder / "bad.json").write_text("{")
         (folder / "slow.json").write_text('{"preset": "slow"}')
@@ -100,6 +110,7 @@ class TestCommandLine(unittest.TestCase):
             (["--world.grid", "2"], "world.grid is 2"),
             (["--world.grid", "six"], "six"),
             (["--preset", "slow"], "slow"),
+            (["--preset", "gym"], "world.gym"),
             (["--config", "slow.json"], "preset is 'slow'"),
             (["--config", "list.json"], "preset is ['quick']"),
             (["--world.edges", "wrap", "--transition.kernel", "31"], "at most 13"),
@@ -107,210 +118,333 @@ class TestCommandLine(unittest.TestCase):
             (["--device", "abacus"], "abacus"),
             (["--config", "bad.json"], "bad.json"),
             (["--config", "missing.json"], "missing.json"),
-            (["evaluate", "empty"], "not a run"),
-            (["evaluate", "nowhere"], "not a run"),
-            (["resume", "empty"], "not a run"),
+            (["--init-from", "nowhere"], "nowhere"),
+            (["evaluate", "empty"], "empty is not a run"),
+            (["evaluate", "nowhere"], "nowhere is not a run"),
+            (["resume", "empty"], "empty is not a run"),
             (["watch", "empty", "--seed", "-1"], "seed is -1"),
+            (["watch", "empty", "--fps", "0"], "fps is 0"),
             (["evaluate", "empty", "--split", "exam"], "exam"),
         ):
             with self.subTest(arguments=arguments):
-                code, errors = in_process(arguments, folder)
-                self.assertEqual(code, 2, errors)
-                self.assertIn(words, errors.replace("\n", " "))
-        done = command("--world.grid", "2", folder=folder)
-        self.assertEqual(done.returncode, 2)
-        self.assertNotIn("Traceback", done.stderr)
+                self.refused(arguments, folder, words)
         self.assertFalse((folder / "runs").exists())
 
-    def test_more_lifetimes_than_the_exact_filter_has_room_for_are_refused_before_they_are_lived(self):
-        system = build_system(merge(tiny(), {"world": {"walls": 2, "edges": "hidden", "wind": 0.4}}))
-        with mock.patch("main.rollout", side_effect=AssertionError), self.assertRaisesRegex(ValueError, "at most [0-9,]+ "):
-            evaluate(system, "test", 10**6)
+    def test_unknown_and_deleted_settings_are_refused_by_name(self):
+        folder = temporary_folder()
+        for section, name, value in (
+            ("planner", "imagine", 1),
+            ("planner", "reward_mass", 0.9),
+            ("planner", "promising", 0.2),
+            ("world", "asynchronous", True),
+            ("training", "worlds", 64),
+            ("training", "no_such_setting", 1),
+        ):
+            with self.subTest(setting=f"{section}.{name}"):
+                for spelling in {name, name.replace("_", "-")}:
+                    self.refused([f"--{section}.{spelling}", str(value)], folder, f"--{section}.{spelling}")
+                (folder / "old.json").write_text(json.dumps({section: {name: value}}))
+                self.refused(["--config", "old.json"], folder, f"unknown setting {section}.{name}", "old.json")
+        self.assertFalse((folder / "runs").exists())
 
-    def test_help_explains_every_setting(self):
-        done = command("--help", folder=temporary_folder())
-        self.assertEqual(done.returncode, 0)
-        for name in ("--seed", "--world.grid", "--training.updates", "--planner.discount", "--config"):
-            self.assertIn(name, done.stdout)
+    def test_help_shows_every_command(self):
+        code, printed = in_process(["--help"], temporary_folder())
+        self.assertEqual(code, 0, printed)
+        for name in COMMANDS:
+            self.assertRegex(printed, rf"(?m)^\W*{name}\s+\w+")
 
-    def test_reward_bins_follow_what_things_are_worth(self):
-        for arguments, bins in (
-            (["--world.reward_values", "1", ".5", "-1"], [-1, 0, 0.5, 1]), (["--preset", "everything", "--world.reward_values", "2", "-1"], [-1, 0, 2]),
-        ):  # fmt: skip
-            folder = temporary_folder()
-            with mock.patch.object(main, "train_and_evaluate"):
-                code, errors = in_process(arguments, folder)
-            self.assertEqual(code, 0, errors)
-            self.assertEqual(json.loads((only_run(folder) / "config.json").read_text())["transition"]["reward_bins"], bins)
+    def test_help_of_train_shows_every_setting(self):
+        code, printed = in_process(["train", "--help"], temporary_folder())
+        self.assertEqual(code, 0, printed)
+        settings = dataclasses.asdict(Settings())
+        sections = {name: values for name, values in settings.items() if isinstance(values, dict)}
+        names = [f"{section}.{name}" for section, values in sections.items() for name in values]
+        names += [name for name in settings if name not in sections] + ["config", "run"]
+        self.assertGreater(len(names), 60)
+        flags = ["--" + re.sub(r"_(?=\w)", "-", name) for name in names]
+        self.assertEqual([flag for flag in flags if f"{flag} " not in printed], [])
 
-    def test_flags_beat_the_file_and_the_file_beats_the_preset(self):
-        folder = tiny_folder()
-        content = TINY | {"preset": "quick", "world": TINY["world"] | {"slip": 0.2}}
-        (folder / "both.json").write_text(json.dumps(content))
-        done = command("--config", "both.json", "--world.lifetime", "10", folder=folder)
-        self.assertEqual(done.returncode, 0, done.stderr)
-        config = json.loads((only_run(folder) / "config.json").read_text())
-        self.assertEqual(config["preset"], "quick")
-        self.assertEqual(config["world"]["noise"], WORLDS["quick"]["noise"])  # from the preset
-        self.assertEqual((config["world"]["slip"], config["world"]["grid"]), (0.2, 4))  # from the file
-        self.assertEqual(config["world"]["lifetime"], 10)  # from the flag
+    def test_help_of_the_other_commands_shows_their_options(self):
+        for name, options in (
+            ("evaluate", ("--lifetimes", "--split", "--device")),
+            ("resume", ("--updates",)),
+            ("watch", ("--seed", "--fps", "--output")),
+        ):
+            code, printed = in_process([name, "--help"], temporary_folder())
+            self.assertEqual(code, 0, printed)
+            for option in options:
+                self.assertIn(option, printed)
 
+    def test_a_misspelt_command_is_answered_with_the_nearest_one(self):
+        for wrong, right in (("evalute", "evaluate"), ("resum", "resume"), ("wacth", "watch"), ("trian", "train")):
+            self.refused([wrong, "runs/x"], temporary_folder(), f"did you mean {right}?")
 
-class TestInitFrom(unittest.TestCase):
-    def test_another_run_gives_what_it_has_learnt_or_is_refused(self):
-        folder = tiny_folder()
-        self.assertEqual(in_process(["--config", "tiny.json"], folder)[0], 0)
-        first = only_run(folder)
+    def test_evaluate_repeats_the_evaluation_of_the_run(self):
+        run = copy_of(tiny_run())
+        code, printed = in_process(["evaluate", run, "--device", "cpu"], run)
+        self.assertEqual(code, 0, printed)
+        self.assertEqual((run / "evaluation-test-16.json").read_bytes(), (run / "evaluation.json").read_bytes())
+        self.assertRegex(printed, r"agent\s+-?\d+\.\d\d \[.*\]\n")
+        code, printed = in_process(["evaluate", run, "--lifetimes", "4", "--split", "validation"], run)
+        self.assertEqual(code, 0, printed)
+        result = json.loads((run / "evaluation-validation-4.json").read_text())
+        self.assertEqual((result["split"], result["lifetimes"], len(result["returns"]["agent"])), ("validation", 4, 4))
+        self.refused(["evaluate", run, "--lifetimes", "1"], run, "lifetimes is 1")
+
+    def test_metrics_and_tensorboard_hold_the_same_numbers(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        lines = [json.loads(line) for line in (tiny_run() / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual([line["update"] for line in lines], [*range(3, TOTAL, 3), TOTAL])
+        events = EventAccumulator(str(tiny_run() / "tensorboard"), {"scalars": 0})
+        events.Reload()
+        for tag, name in (("charts/return", "return"), ("losses/context/filter", "context/filter")):
+            seen = {event.step: event.value for event in events.Scalars(tag)}
+            expected = {line["update"]: float(np.float32(line[name])) for line in lines if name in line}
+            self.assertEqual(seen, expected)
+
+    def test_another_run_gives_its_weights_or_is_refused(self):
+        folder, first, learners = tiny_folder(), tiny_run(), []
         weights = RunFolder(first).load()[0]["modules"]
-        with mock.patch.object(main, "train_and_evaluate", lambda run, learner: kept.append(learner)):
-            kept = []
-            code, errors = in_process(["--config", "tiny.json", "--seed", "1", "--init-from", str(first)], folder)
-        self.assertEqual(code, 0, errors)
-        (learner,) = kept
+        with mock.patch.object(main, "train", lambda learner, run: learners.append(learner)):
+            code, printed = in_process(["--config", "tiny.json", "--seed", "1", "--init-from", first], folder)
+        self.assertEqual(code, 130, printed)
+        (learner,) = learners
         for name, module in learner.system.modules().items():
             for key, tensor in module.state_dict().items():
                 self.assertTrue(torch.equal(tensor, weights[name][key]), f"{name}.{key}")
-        self.assertEqual(len(learner.store), 16)
-        frames, visual_context = learner.store.blocks[0].frames[:, 0], torch.zeros(8, 32)
-        before = learner.system.vae.encode(frames, visual_context)
-        train(learner, until=learner.update + 1)  # adapts at once: what is seen keeps its name
-        self.assertTrue(torch.equal(learner.system.vae.encode(frames, visual_context), before))
+        self.assertEqual((len(learner.store), learner.phase()), (16, ("adaptation", 0)))
+        frames, context = learner.store.blocks[0].frames[:, 0], torch.zeros(8, 32)
+        before = learner.system.vae.encode(frames, context)
+        train(learner, until=learner.update + 1)
+        self.assertTrue(torch.equal(learner.system.vae.encode(frames, context), before))
         self.assertIn("context/filter", learner.metrics)
-        self.assertIn("begun from", report.described(learner.settings))
-        runs = sorted((folder / "runs").iterdir())
-        for wrong, word in ((["--context.hidden", "9"], "other sizes"), (["--init-from", "nowhere"], "nowhere")):
-            code, errors = in_process(["--config", "tiny.json", "--init-from", str(first), *wrong], folder)
+        self.refused(["--config", "tiny.json", "--init-from", first, "--context.hidden", "9"], folder, "other sizes")
+        self.assertEqual(len(list((folder / "runs").iterdir())), 1)
+
+
+class TestNamedRuns(unittest.TestCase):
+    def test_a_name_is_that_of_a_folder(self):
+        for name in ("a/b", "..", "/tmp/run"):
+            code, printed = in_process(["--run", name], folder := temporary_folder())
+            self.assertEqual((code, name in printed), (2, True), printed)
+            self.assertEqual(list(folder.iterdir()), [])
+
+    def test_the_same_command_goes_on_with_a_run_that_died_before_its_first_checkpoint(self):
+        folder = tiny_folder(log_every=2, checkpoint_every=100)
+        line = ["--config", "tiny.json", "--run", "mine"]
+        with stopped_at(9, RuntimeError("as if killed")), self.assertRaisesRegex(RuntimeError, "as if killed"):
+            in_process(line, folder)
+        run = only_run(folder)
+        self.assertEqual((run.name, len((run / "metrics.jsonl").read_text().splitlines())), ("mine", 4))
+        (run / "store").mkdir()
+        (run / "store" / "block-000000.pt").write_bytes(b"of another training")
+        code, printed = in_process(line, folder)
+        self.assertEqual(code, 0, printed)
+        lines = [json.loads(line) for line in (only_run(folder) / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual([line["update"] for line in lines], list(range(2, 39, 2)))
+        self.assertEqual((run / "evaluation.json").read_bytes(), (tiny_run() / "evaluation.json").read_bytes())
+        code, printed = in_process([*line, "--training.updates", "25"], folder)
+        self.assertEqual(code, 2)
+        self.assertRegex(unwrapped(printed), "training.updates.* 24 .*25 ")
+
+
+class TestResume(unittest.TestCase):
+    def assert_same_results(self, run: Path) -> None:
+        """As those of a run with tiny settings that nothing stopped."""
+        for name in ("metrics.jsonl", "evaluation.json"):
+            self.assertEqual((run / name).read_bytes(), (tiny_run() / name).read_bytes(), name)
+
+    def resume(self, run: Path, *options: str) -> tuple[int, str]:
+        code, printed = in_process(["resume", run, *options], run)
+        return code, unwrapped(printed)
+
+    def test_a_killed_run_that_is_resumed_equals_an_uninterrupted_one_byte_for_byte(self):
+        folder = tiny_folder(checkpoint_every=7)
+        with stopped_at(20, RuntimeError("as if killed")), self.assertRaisesRegex(RuntimeError, "as if killed"):
+            in_process(["--config", "tiny.json"], folder)
+        run = only_run(folder)
+        self.assertEqual(RunFolder(run).load()[0]["counters"][0], 14)
+        lines = [json.loads(line)["update"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual(lines[-1], 18)  # beyond the checkpoint
+        with open(run / "metrics.jsonl", "a") as log:
+            log.write("torn")  # what a kill in the middle of a line leaves
+        code, printed = self.resume(run)
+        self.assertEqual(code, 0, printed)
+        self.assert_same_results(run)
+
+    def test_ctrl_c_ends_the_update_and_saves_and_the_run_may_go_on_past_its_end(self):
+        folder = tiny_folder()
+        with stopped_at(10, interrupts=1):
+            code, printed = in_process(["--config", "tiny.json"], folder)
+        run = only_run(folder)
+        self.assertEqual(code, 130)
+        self.assertRegex(unwrapped(printed), f"update 11 .*python3 main.py resume runs/{run.name}")
+        self.assertEqual(RunFolder(run).load()[0]["counters"][0], 11)
+        self.assertFalse((run / "evaluation.json").exists())
+        longer = copy_of(run)
+        code, printed = self.resume(run)
+        self.assertEqual(code, 0, printed)
+        self.assert_same_results(run)
+        code, printed = self.resume(longer, "--updates", "30")
+        self.assertEqual(code, 0, printed)
+        lines = [json.loads(line) for line in (longer / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual([line["update"] for line in lines], [*range(3, 44, 3), 44])
+        self.assertEqual(RunFolder(longer).settings(Settings()).training.updates, 30)
+        code, printed = self.resume(longer, "--updates", "5")
+        self.assertEqual(code, 2)
+        self.assertIn("already past 5 updates", printed)
+
+    def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stays(self):
+        folder = tiny_folder()
+        with stopped_at(10, AssertionError("the update went on"), interrupts=2):
+            code, _ = in_process(["--config", "tiny.json"], folder)
+        self.assertEqual(code, 130)
+        self.assertEqual(RunFolder(only_run(folder)).load()[0]["counters"][0], 9)
+
+    def test_a_full_disk_leaves_the_last_checkpoint_and_a_run_that_goes_on(self):
+        folder, save = tiny_folder(), torch.save
+
+        def full(content: dict, file: object) -> None:
+            if content.get("learner", {}).get("counters", [0])[0] == 12:
+                file.write(b"half")
+                raise RuntimeError("unexpected pos 128 vs 22")  # what torch says when a disk is full
+            save(content, file)
+
+        with mock.patch("torch.save", full):
+            code, printed = in_process(["--config", "tiny.json"], folder)
+        run = only_run(folder)
+        self.assertEqual(code, 2)
+        self.assertRegex(unwrapped(printed), "could not write .*checkpoint.pt .*MB .*last checkpoint")
+        self.assertEqual(RunFolder(run).load()[0]["counters"][0], 9)
+        self.assertEqual(self.resume(run)[0], 0)
+        self.assert_same_results(run)
+
+    def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(self):
+        folder, loss, calls = tiny_folder(checkpoint_every=12), main.Planner.loss, itertools.count()
+
+        def diverging(*arguments: object) -> dict:
+            losses = loss(*arguments)
+            return losses | {"value": losses["value"] * torch.nan} if next(calls) == 8 else losses  # at update 24
+
+        with mock.patch.object(main.Planner, "loss", diverging):
+            code, printed = in_process(["--config", "tiny.json"], folder)
+        run = only_run(folder)
+        self.assertEqual(code, 2)
+        self.assertRegex(unwrapped(printed), "is not finite at update 27.*[Tt]ry lower learning rates")
+        self.assertEqual(RunFolder(run).load()[0]["counters"][0], 24)
+        code, printed = self.resume(run)  # the loss is finite again
+        self.assertEqual(code, 0, printed)
+        self.assert_same_results(run)
+
+    def test_files_that_do_not_belong_together_are_refused(self):
+        edited, incomplete, damaged = (copy_of(tiny_run()) for _ in range(3))
+        config = json.loads((edited / "config.json").read_text())
+        config["context"]["hidden"] = 9
+        (edited / "config.json").write_text(json.dumps(config))
+        next((incomplete / "store").iterdir()).unlink()
+        (damaged / "checkpoint.pt").write_bytes(b"no checkpoint")
+        for run, words in ((edited, "does not fit"), (incomplete, "block-"), (damaged, "checkpoint.pt cannot be read")):
+            code, printed = self.resume(run)
             self.assertEqual(code, 2)
-            self.assertIn(word, errors)
-        self.assertEqual(sorted((folder / "runs").iterdir()), runs)
+            self.assertIn(words, printed)
+            self.assert_same_results(run)
+
+    def test_a_run_that_is_being_trained_is_refused(self):
+        run = copy_of(tiny_run())
+        with RunFolder(run).locked():
+            code, printed = self.resume(run)
+        self.assertEqual(code, 2)
+        self.assertIn("being trained by another process", printed)
 
 
-class TestLearner(unittest.TestCase):
-    def test_only_training_tasks_are_ever_stored(self):
-        for holdout in ("combinations", "permutations"):
-            learner = Learner(build_system(tiny(world={"holdout": holdout})))
-            train(learner)
-            stored = torch.cat([block.task for block in learner.store.blocks])
-            self.assertTrue(torch.isin(stored, task_split(learner.settings.world, "train")).all())
+class TestEvaluation(unittest.TestCase):
+    def test_it_holds_all_agents_and_the_nll_of_agent_and_exact_filter(self):
+        result = json.loads((tiny_run() / "evaluation.json").read_text())
+        for name in ("agent", "random", "thompson", "known_rule"):
+            self.assertEqual((len(result["returns"][name]), len(result[name]["by_step"])), (16, 12))
+            self.assertAlmostEqual(np.mean(result["returns"][name]), result[name]["return_mean"], places=5)
+            self.assertAlmostEqual(sum(result[name]["by_step"]), result[name]["return_mean"], places=5)
+        self.assertGreater(result["known_rule"]["return_mean"], result["random"]["return_mean"])
+        agent, exact = (np.array(result["belief_nll"][name]) for name in ("agent", "exact"))
+        self.assertAlmostEqual(result["belief_nll"]["late_excess"], (agent - exact)[6:].mean())
+        lines = [json.loads(line) for line in (tiny_run() / "metrics.jsonl").read_text().splitlines()]
+        self.assertEqual(result["env_steps"], lines[-1]["env_steps"])
 
-    def test_gradients_do_not_cross(self):
+    def test_an_external_environment_has_only_the_random_agent_to_compare_with(self):
+        world = {"gym_id": "Room-v0", "lifetime": 12, "cell": 4, "grid": 6, "episode_limit": 18}
+        result = evaluate(build_system(tiny(world=world)), "test", 4)
+        self.assertEqual(set(result["returns"]), {"agent", "random"})
+        self.assertNotIn("normalised", result)
+        self.assertIsNone(result["belief_nll"]["late_excess"])
+        self.assertNotIn("exact", result["belief_nll"])
+
+    def test_more_lifetimes_than_the_exact_filter_has_room_for_are_refused_first(self):
+        system = build_system(tiny(world={"walls": 2, "edges": "hidden", "wind": 0.4}))
+        with (
+            mock.patch("main.rollout", side_effect=AssertionError),
+            self.assertRaisesRegex(ValueError, "at most [0-9,]+"),
+        ):
+            evaluate(system, "test", 10**6)
+
+    def test_it_repeats_and_leaves_the_random_streams_of_the_training_alone(self):
         learner = Learner(build_system(tiny()))
-        train(learner, until=20)
-        modules = {"vae": learner.system.vae, "num_effects": learner.system.transition.effects, "value": learner.system.value}
-        before = {name: [p.detach().clone() for p in module.parameters()] for name, module in modules.items()}
-        rows = learner.store.sample(8, learner.sampler)
-        learner.learn_context(learner.store.experience.rows(rows))
-        for name, module in modules.items():
-            self.assertTrue(all(torch.equal(p, old) for p, old in zip(module.parameters(), before[name])), name)
+        train(learner, until=1)
+        before = [learner.generator.get_state(), learner.sampler.get_state()]
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)  # whatever else is random in the process
+            results.append(evaluate(learner.system, "validation", 8))
+        self.assertEqual(*results)
+        for one, other in zip(before, (learner.generator.get_state(), learner.sampler.get_state()), strict=True):
+            self.assertTrue(torch.equal(one, other))
 
-    def test_an_inferred_appearance_learns_with_the_pictures_and_is_kept_in_checkpoints(self):
-        settings = tiny(world={"tint": 0.8}, context={"appearance": 4})
-        learner = Learner(build_system(settings))
-        weights = [p.detach().clone() for p in learner.system.appearance.parameters()]
-        train(learner, until=12)
-        self.assertTrue(all(not torch.equal(p, old) for p, old in zip(learner.system.appearance.parameters(), weights)))
-        folder = temporary_folder()
-        learner.store.save_blocks(folder)
-        again = Learner(build_system(settings))
-        again.load_state_dict(copy.deepcopy(learner.state_dict()), folder)
-        for one in (learner, again):
-            train(one)
-        for name, module in learner.system.modules().items():
-            for key, tensor in module.state_dict().items():
-                self.assertTrue(torch.equal(tensor, again.system.modules()[name].state_dict()[key]), f"{name}.{key}")
-        self.assertTrue(np.isfinite(evaluate(learner.system, "test", 8)["return_mean"]))
+    def test_evaluation_seeds_are_beyond_those_of_every_training(self):
+        largest = merge(Settings(), {"seed": 1_000_000}).seed
+        self.assertGreater(min(main.EVALUATION_SEEDS.values()), (largest + 1) * 2**32 + 2**32)
 
-    def test_an_engine_of_ones_own_takes_the_place_of_ours(self):
-        class Forgetful(ContextInferenceEngine):
-            def context(self, belief):
-                return super().context(belief) * 0
-
-        learner = Learner(build_system(tiny(), engine=Forgetful))
-        train(learner)
-        system = learner.system
-        rows = system.transition.log_prior(system.engine.context(system.engine.initial_belief(1))[:, :-1])[0]
-        self.assertTrue(torch.equal(rows[0], rows[1]))  # without a context all actions are alike
-
-    def test_a_planner_of_ones_own_takes_the_place_of_ours(self):
-        class Still(Planner):
-            def action_values(self, codes, context, depth=2, predict=None):
-                return torch.zeros(len(codes), context.shape[1] - 1)
-
-            def loss(self, value, experience, context):
-                return {"none": sum(p.sum() for p in value.parameters()) * 0}
-
-        learner = Learner(build_system(tiny(), planner=Still))
-        train(learner)
-        self.assertIsInstance(learner.system.planner, Still)
-        self.assertIn("value/none", learner.metrics)
-
-    def test_codes_are_renewed_under_the_version_that_made_them(self):
-        learner = Learner(build_system(tiny()))
-        train(learner)
-        self.assertGreater(min(learner.store.version), 0)
-        index = learner.store.oldest()
-        learner.reencode(index)
-        self.assertEqual(learner.store.version[index], learner.update)
+    def test_a_loaded_system_acts_as_the_trained_one(self):
+        system, state = load_system(tiny_run())
+        self.assertEqual(state["counters"][0], TOTAL)
+        result = json.loads((tiny_run() / "evaluation.json").read_text())
+        self.assertEqual(evaluate(system, "test", 16)["returns"], result["returns"])
 
 
-class TestReport(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.folder = tiny_folder()
-        for seed in ("0", "1"):
-            code, errors = in_process(["--config", "tiny.json", "--seed", seed], cls.folder)
-            assert code == 0, errors
-        cls.runs = sorted(map(str, (cls.folder / "runs").iterdir()))
+class TestFigures(unittest.TestCase):
+    def watch(self, *options: object) -> tuple[int, str]:
+        code, printed = in_process(["watch", self.run_folder, *options], self.run_folder)
+        return code, unwrapped(printed)
 
-    def test_runs_that_differ_in_the_seed_alone_are_joined(self):
-        code, errors = self.report(*self.runs, output="joined")
-        self.assertEqual(code, 0, errors)
-        ((name, joined),) = json.loads((self.folder / "joined/report.json").read_text()).items()
-        self.assertTrue(name.startswith("default, world.grid 4, "))
-        self.assertEqual(joined["seeds"], [0, 1])
-        singles = [json.loads((Path(run) / "evaluation.json").read_text()) for run in self.runs]
-        self.assertAlmostEqual(joined["return_mean"], sum(one["return_mean"] for one in singles) / 2)
-        text = (self.folder / "joined/report.md").read_text()
-        for words in ("| all 2 |", "| known rule | 1 |", "over seeds the mean return is"):
-            self.assertIn(words, text)
-        for picture in ("adaptation-0.png", "episodes-0.png"):
-            self.assertGreater((self.folder / "joined" / picture).stat().st_size, 5_000)
+    def setUp(self):
+        self.run_folder = copy_of(tiny_run())
 
-    def test_an_existing_folder_and_an_unfinished_run_are_refused(self):
-        (self.folder / "mine").mkdir(exist_ok=True)
-        self.assertEqual(self.report(*self.runs, output="mine")[0], 2)
-        unfinished = self.folder / "unfinished"
-        unfinished.mkdir(exist_ok=True)
-        (unfinished / "config.json").write_text((Path(self.runs[0]) / "config.json").read_text())
-        for content in (None, "{", '{"preset": "default"}'):  # none, damaged, of an earlier version
-            if content is not None:
-                (unfinished / "evaluation.json").write_text(content)
-                (unfinished / "timing.json").write_text('{"total": 1}')
-            code, errors = self.report(str(unfinished), output="none")
-            self.assertEqual(code, 2)
-            self.assertIn("main.py resume", errors)
-        self.assertFalse((self.folder / "none").exists())
+    def test_a_run_ends_with_its_figures(self):
+        for name in ("adaptation.png", "lifetime.gif"):
+            self.assertGreater((self.run_folder / name).stat().st_size, 10_000)
+        self.assertEqual((self.run_folder / "lifetime.gif").read_bytes()[:6], b"GIF89a")
 
-    def report(self, *runs, output):
-        """Exit code and message of the benchmark of that name."""
-        try:
-            report.main(tuple(self.folder / run for run in runs), self.folder / output)
-        except (UserError, ValueError) as error:
-            return 2, str(error)
-        return 0, ""
+    def test_another_seed_shows_another_lifetime(self):
+        code, printed = self.watch("--seed", 3, "--fps", 50)
+        self.assertEqual((code, "lifetime-3.gif" in printed), (0, True), printed)
+        other = (self.run_folder / "lifetime-3.gif").read_bytes()
+        self.assertNotEqual(other, (self.run_folder / "lifetime.gif").read_bytes())
 
-    def test_references_are_computed_once_and_reported(self):
-        ask = references.Arguments(run=self.folder / self.runs[0], lifetimes=4, rollouts=2)
-        references.main(ask)
-        (kept,) = (self.folder / "runs/references").iterdir()
-        content = json.loads(kept.read_text())
-        self.assertEqual((content["lifetimes"], content["rollouts"], content["world"]["grid"]), (4, 2, 4))
-        names = {"random", "thompson", "known_rule", "bayes_adaptive"}
-        self.assertEqual(set(content["agents"]), names)
-        with mock.patch.object(references, "references", side_effect=AssertionError("computed again")):
-            references.main(ask)
-        self.assertEqual(self.report(self.runs[1], output="with")[0], 0)
-        self.assertIn("(4 lifetimes, 2 rollouts an action)", (self.folder / "with/report.md").read_text())
+    @unittest.skipUnless(importlib.util.find_spec("imageio_ffmpeg"), "needs pip install -r tests/requirements.txt")
+    def test_an_mp4_is_written_once(self):
+        path = self.run_folder / "film.mp4"
+        code, printed = self.watch("--output", path)
+        self.assertEqual(code, 0, printed)
+        self.assertEqual(path.read_bytes()[4:8], b"ftyp")
+        code, printed = self.watch("--output", path)
+        self.assertEqual((code, "exists" in printed), (2, True), printed)
+
+    def test_other_files_and_an_mp4_without_ffmpeg_are_refused(self):
+        code, printed = self.watch("--output", self.run_folder / "film.avi")
+        self.assertEqual((code, ".mp4" in printed), (2, True), printed)
+        with mock.patch("matplotlib.animation.FFMpegWriter.isAvailable", return_value=False):
+            code, printed = self.watch("--output", self.run_folder / "film.mp4")
+        self.assertEqual((code, "needs ffmpeg" in printed), (2, True), printed)
+        self.assertFalse([path for path in self.run_folder.iterdir() if "film" in path.name])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,26 @@
-"""The VAE: shapes, the bound, seeding, and the context's place in it."""
+"""The VAE: shapes, the evidence lower bound, codes, modulation by the context; and the statistics of evaluations."""
 
 import unittest
 from unittest import mock
 
+import numpy as np
 import torch
 
 from environment import HiddenRulesWorld, WorldSettings
-from world_model import VAE, VAESettings
+from world_model import (
+    VAE,
+    Trajectories,
+    VAESettings,
+    belief_nll,
+    bootstrap_ci,
+    compare,
+    mean,
+    probability_of_improvement,
+    ratio_of_means,
+    report,
+    statistics,
+    summary,
+)
 
 
 def frames_of(noise=0.1, batch=64):
@@ -19,13 +33,13 @@ def vae_of(**settings):
 
 
 class TestVAE(unittest.TestCase):
-    def test_one_code_a_patch_and_back_to_a_picture(self):
+    def test_one_code_for_each_patch_and_back_to_a_frame(self):
         vae, context = vae_of(), torch.randn(64, 5)
         codes = vae.encode(frames_of(), context)
         self.assertEqual((codes.shape, codes.dtype, vae.grid), ((64, 36), torch.uint8, (6, 6)))
         self.assertEqual(vae.decode(codes, context).shape, (64, 24, 24, 3))
 
-    def test_a_patch_decides_its_own_code_and_place(self):
+    def test_a_patch_affects_only_its_own_code_and_its_own_pixels(self):
         vae, context = vae_of(), torch.zeros(1, 5)
         frames = frames_of(noise=0, batch=1)
         changed = frames.clone()
@@ -38,15 +52,15 @@ class TestVAE(unittest.TestCase):
         differs = (vae.decode(codes, context) != vae.decode(other, context)).any(-1)[0].nonzero()
         self.assertEqual((differs.amin(0).tolist(), differs.amax(0).tolist()), ([8, 16], [11, 19]))
 
-    def test_context_is_the_identity_at_first_and_can_be_learnt(self):
+    def test_the_context_changes_nothing_at_first_and_can_be_learnt(self):
         vae, frames = vae_of(), frames_of()
         one, other = torch.randn(64, 5), torch.randn(64, 5)
         self.assertTrue(torch.equal(vae.logits(frames, one), vae.logits(frames, other)))
         sum(vae.loss(frames, one).values()).backward()
-        for animate_lifetime in (vae.encoder_film, vae.decoder_film):
-            self.assertGreater(animate_lifetime.generator.weight.grad.abs().sum(), 0)
+        for layer in (vae.encoder_film, vae.decoder_film):
+            self.assertGreater(layer.generator.weight.grad.abs().sum(), 0)
 
-    def test_the_bound_is_the_sum_of_its_terms_by_hand(self):
+    def test_the_terms_of_the_bound_equal_those_computed_by_hand(self):
         vae, frames, context = vae_of(obs_std=0.5), frames_of(), torch.zeros(64, 5)
         q = vae.logits(frames, context).softmax(-1)
         by_hand = (q * (q / (1 / 6)).log()).sum((1, 2)).mean()  # the prior is uniform at the start
@@ -58,7 +72,7 @@ class TestVAE(unittest.TestCase):
         expected = ((frames / 255.0 - 0.5) ** 2).sum((1, 2, 3)).mean() / (2 * 0.25)
         torch.testing.assert_close(vae.loss(frames, context)["reconstruction"], expected)
 
-    def test_the_bound_sums_over_codes_by_hand(self):
+    def test_the_reconstruction_term_is_the_exact_sum_over_codes(self):
         vae, frames, context = vae_of(obs_std=0.5), frames_of(batch=3), torch.randn(3, 5)
         torch.nn.init.normal_(vae.decoder_film.generator.weight)
         q, expected = vae.logits(frames, context).softmax(-1), 0.0
@@ -71,25 +85,26 @@ class TestVAE(unittest.TestCase):
         sum(loss.values()).backward()
         self.assertGreater(float(vae.encoder_in.weight.grad.abs().sum()), 0)
 
-    def test_seeding_separates_background_and_colours_on_every_seed(self):
+    def test_initialisation_gives_every_colour_its_own_code_on_every_seed(self):
         for seed in range(5):
             torch.manual_seed(seed)
             vae, frames = VAE(VAESettings(patch=4), (24, 24, 3), 5), frames_of()
             self.assertGreaterEqual(vae.init_codes_kmeans(frames, torch.zeros(64, 5)), 4)
             codes = vae.encode(frames, torch.zeros(64, 5))
             clear = frames_of(noise=0).view(64, 6, 4, 6, 4, 3)[:, :, 0, :, 0].flatten(1, 2)  # (64, 36, 3), same places
-            kinds = {tuple(colour): set(codes[(clear == colour).all(-1)].tolist()) for colour in clear.flatten(0, 1).unique(dim=0)}
+            colours = clear.flatten(0, 1).unique(dim=0)
+            kinds = {tuple(colour): set(codes[(clear == colour).all(-1)].tolist()) for colour in colours}
             self.assertEqual(len(kinds), 4)
             self.assertEqual(len(set().union(*kinds.values())), sum(map(len, kinds.values())))
 
-    def test_codes_that_can_be_exchanged_are_merged_and_no_others(self):
+    def test_only_codes_that_are_interchangeable_are_merged(self):
         vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
         vae.init_codes_kmeans(frames, context)
         before = vae.encode(frames, context)
         used = before.unique().tolist()
         self.assertEqual(len(used), 4)
         clear = vae.patches(frames)
-        with torch.no_grad():  # a decoder that knows what each code stands for
+        with torch.no_grad():  # a decoder that rebuilds each code's patches exactly
             wanted = torch.zeros(6, 48)
             for code in used:
                 wanted[code] = clear[before == code][0]
@@ -97,24 +112,138 @@ class TestVAE(unittest.TestCase):
         self.assertEqual(vae.merge_codes(frames, context), 0)
         self.assertTrue(torch.equal(vae.encode(frames, context), before))
         first, second = used[0], used[1]
-        # Now two stand for the same, halfway between both kinds.
+        # Now two codes are rebuilt alike, halfway between both kinds of patch.
         wanted[[first, second]] = (clear[before == first][0] + clear[before == second][0]) / 2
         self.assertEqual(vae.merge_codes(frames, context), 1)
         self.assertEqual(len(vae.encode(frames, context).unique()), 3)
-        third = used[2]  # a chain: the third can be exchanged for the first, the first for the second
+        third = used[2]  # a chain: the third is replaced by the first, the first by the second
         with mock.patch.object(vae, "_square_errors", lambda *_: torch.zeros(64, 36, 6)):
             self.assertEqual(vae.merge_codes(frames, context), 3)  # of four that are used
         self.assertEqual(len(vae.encode(frames, context).unique()), 1)
         self.assertEqual(int(vae.code_alias[third]), int(vae.code_alias[first]))
-        again = vae_of(obs_std=0.1)
-        again.load_state_dict(vae.state_dict())
-        self.assertTrue(torch.equal(again.encode(frames, context), vae.encode(frames, context)))
+        restored = vae_of(obs_std=0.1)
+        restored.load_state_dict(vae.state_dict())
+        self.assertTrue(torch.equal(restored.encode(frames, context), vae.encode(frames, context)))
 
     def test_bad_sizes_are_refused(self):
         with self.assertRaisesRegex(ValueError, "vae.patch is 5.*24x24.*such as 24"):
             VAE(VAESettings(patch=5), (24, 24, 3), 5)
+        with self.assertRaisesRegex(ValueError, "vae.patch is 0"):
+            VAE(VAESettings(), (24, 24, 3), 5)
         with self.assertRaisesRegex(ValueError, "uint8, not"):
             vae_of().encode(torch.zeros(1, 24, 24, 3), torch.zeros(1, 5))
+
+
+def lifetimes(reward: list[list[float]], truncated: list[list[bool]] | None = None) -> Trajectories:
+    """Trajectories in which every reward ends an episode."""
+    rewards = torch.tensor(reward, dtype=torch.float32)
+    ended = torch.zeros_like(rewards).bool() if truncated is None else torch.tensor(truncated)
+    return Trajectories(rewards, rewards != 0, ended, torch.zeros_like(rewards).long())
+
+
+class TestStatistics(unittest.TestCase):
+    def test_the_summary_of_known_lifetimes(self):
+        reward = torch.zeros(8, 4)
+        reward[:, 1] = torch.tensor([1, 1, 1, 1, 1, 1, 1, -1.0])
+        truncated = torch.zeros(8, 4, dtype=torch.bool)
+        truncated[:2, 3] = True
+        result = summary(Trajectories(reward, reward != 0, truncated, torch.zeros(8, 4, dtype=torch.int64)))
+        self.assertEqual((result["return_mean"], result["return_iqm"]), (0.75, 1.0))
+        self.assertEqual(result["by_step"], [0, 0.75, 0, 0])
+        self.assertEqual((result["goals"], result["hazards"], result["timeouts"]), (0.875, 0.125, 0.25))
+        low, high = result["return_mean_ci95"]
+        self.assertTrue(-1 <= low < 0.75 < high <= 1)
+
+    def test_intervals_have_their_coverage(self):
+        random, covered = np.random.default_rng(0), 0
+        for _ in range(100):
+            low, high = bootstrap_ci(mean, random.normal(3, 1, (1, 100)))
+            covered += low <= 3 <= high
+        self.assertGreaterEqual(covered, 88)
+        self.assertLessEqual(covered, 99)
+
+    def test_pairing_narrows_the_interval_of_a_ratio(self):
+        random = np.random.default_rng(0)
+        common = random.normal(10, 3, 200)
+        low, high = bootstrap_ci(ratio_of_means, np.stack([common + random.normal(0, 0.1, 200), common]))
+        self.assertLess(high - low, 0.01)
+
+    def test_runs_are_strata(self):
+        """Resampling lifetimes within two runs, each without spread, leaves no doubt about their mean."""
+        self.assertEqual(bootstrap_ci(mean, np.full((1, 50), 3.0), np.full((1, 50), 9.0)), [6.0, 6.0])
+
+    def test_random_numbers_that_runs_have_in_common_count_once(self):
+        random = np.random.default_rng(0)
+        one, *others = (random.normal(3, 1, (1, 400)) for _ in range(4))
+
+        def width(*strata: np.ndarray) -> float:
+            low, high = bootstrap_ci(mean, *strata)
+            return high - low
+
+        self.assertAlmostEqual(width(one, one, one, one) / width(one), 1)
+        self.assertAlmostEqual(width(one, *others) / width(one), 0.5, delta=0.1)
+
+    def test_a_ratio_to_zero_has_no_value(self):
+        self.assertEqual(bootstrap_ci(ratio_of_means, np.stack([np.ones(10), np.zeros(10)])), [None, None])
+
+    def test_the_probability_of_improvement_counts_ties_half(self):
+        ties = probability_of_improvement(np.array([1, 2, 3, 4.0]), np.array([1, 1, 4, 4.0]))
+        self.assertEqual(float(ties), 0.5)
+        self.assertEqual(float(probability_of_improvement(np.array([2.0, 1.0]), np.array([1.0, 1.0]))), 0.75)
+
+    def test_the_nll_of_the_belief_is_averaged_over_lifetimes_and_late_steps(self):
+        agent, exact = torch.arange(12.0).view(6, 2), torch.arange(6.0).view(6, 1).expand(-1, 2)
+        found = belief_nll(list(agent), list(exact))
+        self.assertEqual(found["agent"], [0.5, 2.5, 4.5, 6.5, 8.5, 10.5])
+        self.assertEqual((found["exact"], found["late"]), ([0, 1, 2, 3, 4, 5], 3))
+        self.assertEqual(found["late_excess"], 8.5 - 4)
+        self.assertEqual(belief_nll(list(agent), None), {"agent": found["agent"], "late": 3, "late_excess": None})
+
+
+class TestComparison(unittest.TestCase):
+    def setUp(self):
+        random = torch.Generator().manual_seed(0)
+        rates = {"random": -0.1, "thompson": 0.5, "agent": 0.7, "known_rule": 0.9}
+        self.lifetimes = {}
+        for name, rate in rates.items():
+            happened = (torch.rand(40, 16, generator=random) < abs(rate)).float()
+            self.lifetimes[name] = lifetimes((happened * np.sign(rate)).tolist())
+
+    def test_the_agent_is_compared_with_the_references(self):
+        result = compare(self.lifetimes)
+        returns = {name: np.array(values) for name, values in result["returns"].items()}
+        self.assertAlmostEqual(result["of_thompson"], returns["agent"].mean() / returns["thompson"].mean())
+        scale = returns["known_rule"].mean() - returns["random"].mean()
+        self.assertAlmostEqual(result["normalised"], (returns["agent"].mean() - returns["random"].mean()) / scale)
+        late = {name: one.reward[:, -2:].sum(1).mean() for name, one in self.lifetimes.items()}
+        self.assertAlmostEqual(result["late_of_known_rule"], float(late["agent"] / late["known_rule"]), places=5)
+        self.assertGreater(result["probability_of_improvement"], 0.8)
+        low, high = result["normalised_ci95"]
+        self.assertTrue(low < result["normalised"] < high)
+
+    def test_the_report_shows_every_agent_with_an_interval(self):
+        result = compare(self.lifetimes) | {"lifetimes": 40, "split": "test", "belief_nll": {"late_excess": None}}
+        lines = report(result).splitlines()
+        known = next(line for line in lines if line.split()[0] == "known_rule")
+        low, high = result["known_rule"]["return_mean_ci95"]
+        self.assertEqual(known.split()[1], f"{result['known_rule']['return_mean']:.2f}")
+        self.assertTrue(known.endswith(f"[{low:.2f}, {high:.2f}]"))
+        self.assertFalse([line for line in lines if "nats" in line])
+        nothing = lifetimes([[0.0]] * 40)
+        nothing = compare(dict.fromkeys(self.lifetimes, nothing))
+        nothing |= {"lifetimes": 40, "split": "test", "belief_nll": {"late_excess": 0.25, "late": 16}}
+        self.assertRegex(report(nothing), r"of_thompson +-\n")  # a ratio to zero
+        self.assertRegex(report(nothing), r"\+0.250 nats .* step 16")
+
+    def test_the_statistics_of_several_runs_are_those_of_their_mean(self):
+        one, other = (
+            compare(self.lifetimes),
+            compare(self.lifetimes | {"agent": self.lifetimes["known_rule"]}),
+        )
+        joined = statistics(one, other)
+        for name in ("return_mean", "of_thompson", "probability_of_improvement", "normalised"):
+            self.assertAlmostEqual(joined[name], (one[name] + other[name]) / 2)
+        self.assertEqual(statistics(one)["return_iqm_ci95"], one["return_iqm_ci95"])
 
 
 if __name__ == "__main__":
