@@ -1,7 +1,9 @@
 """Settings and presets, the command line, runs that stop and resume, statistics of evaluations, and figures."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import re
@@ -9,16 +11,19 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+import gymnasium
 import numpy as np
 import torch
 
 import main
 from agent import Learner
-from environment import WORLDS
+from environment import WORLDS, permutation_split
 from main import PRESETS, Settings, build_system, evaluate, load_system, train, with_preset
-from memory import RunFolder, merge
+from memory import RunFolder, UserError, merge
+from tests.benchmarks import references, report
 from tests.shared import (
     TINY,
+    Room,
     TOTAL,
     copy_of,
     in_process,
@@ -445,6 +450,129 @@ class TestFigures(unittest.TestCase):
             code, printed = self.watch("--output", self.run_folder / "film.mp4")
         self.assertEqual((code, "needs ffmpeg" in printed), (2, True), printed)
         self.assertFalse([path for path in self.run_folder.iterdir() if "film" in path.name])
+
+
+class TestEveryEnvironment(unittest.TestCase):
+    """Training on every kind of rules, and the command line with external environments."""
+
+    def test_rewards_without_a_bin_and_too_many_rules_are_refused(self):
+        with self.assertRaisesRegex(ValueError, "reward_bins.*0.5: add it"):
+            Learner(build_system(tiny(world={"reward_values": (1.0, 0.5)})))
+        with self.assertRaisesRegex(ValueError, "403,200 rules.*at most 665"):
+            merge(Settings(), {"world": {"actions": 8, "edges": "hidden", "wind": 0.4}})
+
+    def test_every_kind_of_rules_trains_a_tiny_agent_at_a_small_and_the_largest_grid(self):
+        rules = {"edges": "hidden", "walls": 3, "wind": 0.3, "actions": 6, "reward_values": (1.0, 0.5, -1.0)}
+        rules |= {"switch": 0.05, "tint": 0.3, "lifetime": 6}
+        bins = {"reward_bins": (-1.0, 0.0, 0.5, 1.0)}
+        for grid in (5, 16):
+            settings = tiny(world=rules | {"grid": grid}, transition=bins, training={"updates": 6})
+            learner = Learner(build_system(settings))
+            train(learner)
+            self.assertTrue(all(torch.isfinite(value) for value in learner.metrics.values()))
+
+    def external(self, *arguments, **world):
+        """A new folder with a configuration; exit code and errors of a command in it."""
+        folder = temporary_folder()
+        (folder / "tiny.json").write_text(json.dumps(TINY | {"world": {"lifetime": 12, "cell": 4, **world}}))
+        return folder, *in_process(["--config", "tiny.json", *arguments], folder)
+
+    def test_an_external_environment_is_trained_on_evaluated_and_repeated(self):
+        folder, code, errors = self.external("--world.gym-id", "Room-v0", "--world.shuffled", *"0123")
+        self.assertEqual(code, 0, errors)
+        run = only_run(folder)
+        config = json.loads((run / "config.json").read_text())
+        self.assertEqual((config["preset"], config["transition"]["reward_bins"]), ("gym", [0.0, 0.5, 1.0]))
+        result = json.loads((run / "evaluation.json").read_text())
+        self.assertNotIn("thompson", result)
+        self.assertNotIn("normalised", result)
+        self.assertEqual(set(result["returns"]), {"agent", "random"})
+        code, errors = in_process(["evaluate", str(run)], folder)
+        self.assertEqual(code, 0, errors)
+        repeated = run / f"evaluation-test-{result['lifetimes']}.json"
+        self.assertEqual(repeated.read_bytes(), (run / "evaluation.json").read_bytes())
+        code, errors = in_process(["evaluate", str(run), "--split", "permutations"], folder)
+        self.assertEqual(code, 2)
+        self.assertIn("permutations", errors)
+        code, errors = in_process(["watch", str(run)], folder)
+        self.assertEqual(code, 0, errors)
+        with contextlib.redirect_stdout(io.StringIO()):
+            report.main((run,), folder / "report")
+        with self.assertRaisesRegex(UserError, "no exact solution"):
+            references.main(references.Arguments(run=run))
+
+    def test_the_preset_is_found_and_reward_bins_belong_to_their_environment(self):
+        room, other = {"cell": 4, "gym_id": "Room-v0"}, {"cell": 4, "gym_id": "OtherRoom-v0"}
+        option, bins = ["--world.gym-id", "Room-v0"], ["--transition.reward-bins", "-1", "0", "1"]
+        for arguments, content, expected in (
+            (["--world.gym_id", "Room-v0"], {"world": {"cell": 4}}, [0.0, 0.5, 1.0]),
+            ([], {"world": room}, [0.0, 0.5, 1.0]),
+            ([], {"world": room, "transition": {"reward_bins": [0, 0.5]}}, [0.0, 0.5]),
+            (option, {"world": other, "transition": {"reward_bins": [0, 9]}}, [0.0, 0.5, 1.0]),
+            ([*option, *bins], {"world": {"cell": 4}}, [-1.0, 0.0, 1.0]),
+        ):
+            folder = temporary_folder()
+            (folder / "some.json").write_text(json.dumps(content))
+            with self.subTest(arguments, **content), mock.patch.object(main, "train_and_evaluate"):
+                code, errors = in_process(["--config", "some.json", *arguments], folder)
+                self.assertEqual(code, 0, errors)
+                config = json.loads((only_run(folder) / "config.json").read_text())
+                self.assertEqual((config["preset"], config["transition"]["reward_bins"]), ("gym", expected))
+        code, errors = in_process(["--preset", "gym"], temporary_folder())
+        self.assertEqual(code, 2)
+        self.assertIn("--world.gym-id", errors)
+
+    def test_training_uses_only_rules_of_the_training_split(self):
+        settings = merge(merge(with_preset(Settings(), "gym"), TINY), {"world": {"gym_id": "Room-v0", "cell": 4}})
+        learner = Learner(build_system(settings))
+        train(learner)
+        ranks = [int(rank) for block in learner.store.blocks for rank in block.task]
+        self.assertEqual({permutation_split(rank) for rank in ranks}, {"train"})
+        self.assertEqual(learner.system.engine.actions, 5)
+        with self.assertWarnsRegex(UserWarning, "beyond transition.reward_bins, -1 to 0.25"):
+            learner.settings = merge(settings, {"transition": {"reward_bins": (-1, 0, 0.25)}})
+            for _ in range(4):
+                learner.collect(exploration=1.0)
+        learner.settings = settings
+        result = evaluate(learner.system, "test", 4)
+        self.assertTrue(np.isfinite(result["return_mean"]))
+
+    def test_a_run_whose_environment_fails_resumes_to_the_same_result(self):
+        class Fragile(Room):
+            steps, fails = 0, ()
+
+            def step(self, action):
+                Fragile.steps += 1  # of all environments together
+                if Fragile.steps in Fragile.fails:
+                    raise RuntimeError("the roof came down")
+                return super().step(action)
+
+        gymnasium.register("Fragile-v0", entry_point=Fragile)
+        results = []
+        for fails in ((), (96 + 250, 96 + 400)):  # after the 96 steps for the reward bins and after a checkpoint each
+            Fragile.steps, Fragile.fails = 0, fails
+            folder, code, errors = self.external("--world.gym-id", "Fragile-v0", lifetime=6)
+            for _ in fails:
+                self.assertEqual(code, 2)
+                self.assertIn("Fragile-v0 failed: RuntimeError: the roof came down", errors)
+                code, errors = in_process(["resume", str(only_run(folder))], folder)
+            self.assertEqual(code, 0, errors)
+            results.append([(only_run(folder) / name).read_bytes() for name in ("metrics.jsonl", "evaluation.json")])
+        self.assertEqual(results[0], results[1])
+
+    def test_unsupported_environments_are_refused_before_anything_is_written(self):
+        folder, room = temporary_folder(), ["--world.gym-id", "Room-v0"]
+        for arguments, message in (
+            (["--world.gym-id", "Nowhere-v0"], "Nowhere-v0"),
+            (["--world.gym-id", "CartPole-v1"], "must be uint8"),
+            ([*room, "--world.cell", "5"], "does not divide"),
+            ([*room, "--world.cell", "4", "--world.shuffled", "0", "1"], "4 to 20"),
+            (["--world.shuffled", "0", "1", "2", "3"], "give world.gym_id"),
+        ):
+            code, errors = in_process(arguments, folder)
+            self.assertEqual(code, 2, errors)
+            self.assertIn(message, " ".join(errors.split()))
+        self.assertFalse((folder / "runs").exists())
 
 
 if __name__ == "__main__":

@@ -1,35 +1,94 @@
-"""Benchmarks: they print figures and assert nothing; the product never imports them."""
+"""Benchmarks: programs that print measurements and assert nothing; the product never imports them.
 
+`python3 -m tests.benchmarks` lists them, `python3 -m tests.benchmarks.NAME --help` shows the options of one. The
+project's modules and other large ones are imported inside the functions here, so that the list appears at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from main import format_ci
-
-
-def named_runs(benchmark: str, several: bool = True) -> list[Path]:
-    """The run folders on a benchmark's command line; exits with its usage where there are none, or more than it takes."""
-    runs = [Path(argument) for argument in sys.argv[1:]]
-    if not runs or (len(runs) > 1 and not several):
-        sys.exit(f"usage: python3 -m tests.benchmarks.{benchmark} RUN" + (" [RUN ...]" if several else ""))
-    return runs
+    from agent import System
 
 
-def scores(said: dict[str, Any]) -> list[str]:
-    """Return and normalised return of an evaluation, or of several joined, with their intervals: two cells of a table."""
-    return [format_ci(said[key], said[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3))]
+def descriptions() -> dict[str, str]:
+    """First line of the docstring of every benchmark by its name; reads the files, imports none."""
+    files = sorted(Path(__file__).parent.glob("[!_]*.py"))
+    return {file.stem: ast.get_docstring(ast.parse(file.read_text())).splitlines()[0] for file in files}
 
 
-def collected(run: Path) -> np.ndarray:
-    """Seconds since the first line of metrics, frames, and return of the latest collection: (lines, 3)."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
+def command_line(main: Callable[..., int | None]) -> None:
+    """Call `main` with the command line's arguments and exit with the code it returns, 0 for None.
+
+    Its signature and the Args of its docstring define the options, the docstring of its module the text above them.
+    Errors that the user can fix end with exit code 2 and one sentence on stderr (`main.run_program`).
+    """
+    import tyro
+
+    from main import run_program
+
+    module = sys.modules["__main__"]
+    program = module.__spec__.name
+    parse = functools.partial(tyro.cli, main, prog=f"python3 -m {program}", description=module.__doc__)
+    no_pairs = (tyro.conf.FlagCreatePairsOff,)  # --record without --no-record
+    run_program(program.removeprefix("tests.benchmarks."), lambda: sys.exit(parse(config=no_pairs)))
+
+
+def load_systems(runs: Sequence[Path]) -> list[System]:
+    """The trained agents of run folders; UserError if none is named or one cannot be loaded."""
+    from main import load_system
+    from memory import UserError
+
+    if not runs:
+        raise UserError("name the folder of at least one run.")
+    return [load_system(run)[0] for run in runs]
+
+
+def read_result(run: Path, name: str) -> dict[str, Any]:
+    """A JSON file that finished runs have, such as evaluation.json; UserError if it is missing or damaged."""
+    from memory import UserError
+
+    try:
+        return json.loads((run / name).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} is not a finished run, because {name} cannot be read: {error}") from error
+
+
+def score_cells(stats: dict[str, Any]) -> list[str]:
+    """Two cells of a Markdown table: return and normalised return with their confidence intervals.
+
+    Args:
+        stats: an evaluation, or `world_model.statistics` of several.
+    """
+    from world_model import format_ci
+
+    return [
+        format_ci(stats[key], stats[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3))
+    ]
+
+
+def training_curve(run: Path) -> np.ndarray:
+    """How the return of collected lifetimes grows in a run.
+
+    Returns:
+        (n, 3) float64, a row for each logged update: seconds since the first one, environment steps, mean return.
+    """
+    import numpy as np
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
     events.Reload()
-    seen = events.Scalars("charts/return")
+    returns = events.Scalars("charts/return")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    frames = {line["update"]: line["env_steps"] for line in lines}
-    return np.array([(event.wall_time - seen[0].wall_time, frames[event.step], event.value) for event in seen])
+    env_steps = {line["update"]: line["env_steps"] for line in lines}
+    start = returns[0].wall_time
+    return np.array([(event.wall_time - start, env_steps[event.step], event.value) for event in returns])

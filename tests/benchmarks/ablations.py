@@ -1,11 +1,13 @@
-"""What each part is worth: `python3 -m tests.benchmarks.ablations [RUN ...] [--seeds 0 1 2] [--output runs/ablations]`.
+"""What each part of the agent contributes: ablations at decision time and in training.
 
-With RUNs: takes every part of `Ablation` from these trained agents, whose weights stay. Without: trains the whole agent
-and every variant of TRAINED for each seed, at a third of the default updates, and takes parts from the whole one in the same
-way. All live the same held-out lifetimes, and differences are paired by lifetime. What is done is kept in the output folder,
-so the same command goes on where it was stopped, and several processes with different seeds may fill one folder. The last
-line of the table is another kind of agent: RecurrentPPO of sb3-contrib with previous action, reward and restart in its
-observation (RL2, Duan et al., 2016), for the same seconds of training.
+With RUNs: disables every part of `Ablation` in these trained agents, whose weights otherwise stay. Without: trains
+the full agent and every variant of TRAINED for each seed, at a third of the default updates, and ablates the full one
+in the same way. All are evaluated in the same held-out lifetimes, and differences are paired by lifetime. Results are
+kept in the output folder: the same command continues where it was stopped, and several processes with different seeds
+may share one folder.
+
+The last row of the table is another kind of agent: RecurrentPPO of sb3-contrib, which observes the previous action,
+reward and end of an episode too (RL2, Duan et al., 2016), trained for the same number of seconds.
 """
 
 from __future__ import annotations
@@ -13,86 +15,106 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import sys
+import re
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
 from agent import AgentController, Learner, Planner, System
 from film_layer import FiLMLayer
-from main import Settings, build_system, evaluate, bootstrap_ci, load_system, mean, format_ci, statistics, train
-from memory import Experience, WorldStep, merge, write_json
+from main import Settings, build_system, evaluate, train
+from memory import Experience, UserError, WorldStep, merge, write_json
+from tests.benchmarks import command_line, load_systems, score_cells
 from transition_model import EffectCache, Value
-from tests.benchmarks import scores
+from world_model import bootstrap_ci, format_ci, mean, statistics
 
 BASE = Settings()
-TRAINED: dict[str, dict] = {  # what a variant does without: the settings that take it away
-    "hindsight decoding": {"context": {"decoding_weight": 0.0}},
-    "labels consistent over the lifetime": {"transition": {"warmup_updates": 900}},  # of at most 684 outcome updates
+FULL = "nothing"  # what is removed from the full agent
+TRAINED: dict[str, dict] = {  # the settings that remove a part from the training
+    "trajectory decoding": {"context": {"decoding_weight": 0.0}},
+    "effects consistent over the lifetime": {"transition": {"warmup_updates": 900}},  # of at most 684 effect updates
     "initial scales": {"context": {"token_scale": 1.0, "context_scale": 1.0}, "transition": {"film_scale": 1.0}},
-    "look-ahead": {},
+    "look-ahead": {},  # by `ModelFree`
 }
+# What can be disabled at decision time. belief: it stays initial. depth: the search has depth 1. All others: the part
+# is modulated by the initial context, whatever was inferred.
 Ablation = Literal["belief", "perception", "prior", "reward_and_termination", "value", "depth"]
-"""What an agent can do without at decision time: its belief stays initial; one of its parts is modulated by the initial context
-alone; the search has depth 1."""
-PEER = "everything: RecurrentPPO"
+PEER = "everything (RecurrentPPO instead)"
 PEERS = [PEER] if importlib.util.find_spec("sb3_contrib") else []
 
 
 class FrozenBelief(AgentController):
-    """An agent whose belief stays as it was before any experience."""
+    """An agent whose belief stays the initial one."""
 
     def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Remember, but infer nothing."""
+        """Remember the step, but infer nothing from it."""
         super().observe(action, step)
         self.belief = self.engine.initial_belief(len(self.obs))
 
 
 def agent_without(system: System, part: Ablation) -> AgentController:
-    """The agent of a copy of `system`, whose weights otherwise stay, without one part."""
+    """An agent with the weights of `system`, in which one part is disabled; `system` itself stays as it is."""
     system = copy.deepcopy(system)
     with torch.no_grad():
-        first = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
-        held = {
-            "perception": (system.vae, system.appearance.unseen() if system.appearance else first[-1]),
-            "prior": (system.transition.prior_film, first[0]),
-            "reward_and_termination": (system.transition.contact_film, first[-1]),
-            "value": (system.target_value, system.target_value.pool(first[None])[0]),
-        }  # fmt: skip
-    module, context = held.get(part, (None, None))
+        initial = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
+        modules = {
+            "perception": (system.vae, system.appearance.unseen() if system.appearance else initial[-1]),
+            "prior": (system.transition.prior_film, initial[0]),
+            "reward_and_termination": (system.transition.contact_film, initial[-1]),
+            "value": (system.target_value, system.target_value.pool(initial[None])[0]),
+        }
+    module, context = modules.get(part, (None, None))
     for layer in module.modules() if module else ():
         if isinstance(layer, FiLMLayer):
-            hold(layer, context)
-    return system.controller(FrozenBelief if part == "belief" else AgentController, search_depth=1 if part == "depth" else 2)
+            fix_context(layer, context)
+    kind = FrozenBelief if part == "belief" else AgentController
+    return kind(system, search_depth=1 if part == "depth" else 2)
 
 
-def hold(layer: FiLMLayer, context: Tensor) -> None:
-    """Let the layer modulate as under `context` (D,) from now on, whatever context it is given."""
+def fix_context(layer: FiLMLayer, context: Tensor) -> None:
+    """Make the layer modulate as under `context` (D,), whatever context it is given later."""
     with torch.no_grad():
         layer.generator.bias += layer.generator.weight @ context
         layer.generator.weight.zero_()
 
 
 class ModelFree(Planner):
-    """No look-ahead: the same value network, reading the row of one action in the place of the mean over all of them, is
-    Q(z, c, a), and learns by Watkins' Q(lambda) (1989) along the same stored lifetimes."""
+    """Q-learning instead of look-ahead, with the same value network and the same stored lifetimes.
 
-    def action_values(self, codes: Tensor, context: Tensor, depth: int = 1, predict: EffectCache | None = None) -> Tensor:
-        """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D), of the slow value."""
+    Reading the context row of one action instead of the mean over all of them, the network is Q(z, c, a). It learns by
+    Watkins' Q(lambda) (1989).
+    """
+
+    def action_values(
+        self, codes: Tensor, context: Tensor, depth: int = 1, predict: EffectCache | None = None
+    ) -> Tensor:
+        """Q (B, A) of the target network for code grids (B, S) uint8 under contexts (B, A + 1, D)."""
         with torch.no_grad():
             return self._values(self.value, codes, context)
 
     def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:
-        """Mean squared error of Q(z_t, c_t, a_t) from lambda-returns that are cut where another action was better."""
+        """Mean squared error of Q against lambda-returns along each lifetime, with the target network's Q-:
+
+            v_t  = max_a Q-(z_t, c_t, a),  z_T: the codes that the lifetime ended on
+            g_t  = r_t + discount (lambda h_t+1 + (1 - lambda) v_t+1)
+            h_t  = g_t if a_t = argmax_a Q-(z_t, c_t, a), else v_t: the trace is cut;  h_T = v_T
+            loss = mean over (B, T) of (Q(z_t, c_t, a_t) - g_t)^2
+
+        Args:
+            value: the network that learns.
+            experience: (B, T, ...).
+            context: (B, T + 1, A + 1, D), without gradient.
+
+        Returns:
+            value: scalar, in squared units of reward.
+        """
         B, T = experience.action.shape
         following_codes = torch.cat([experience.codes[:, 1:], experience.next_codes[:, -1:]], 1)
         now, after = context[:, :-1].flatten(0, 1), context[:, 1:].flatten(0, 1)
@@ -110,95 +132,106 @@ class ModelFree(Planner):
 
     @staticmethod
     def _values(value: Value, codes: Tensor, context: Tensor) -> Tensor:
-        seen, world = value.statistics(codes), context.shape[1] - 1
-        return torch.stack([value(seen, value.pool(context[:, [action, world]])) for action in range(world)], 1)
+        statistics, world = value.statistics(codes), context.shape[1] - 1
+        return torch.stack([value(statistics, value.pool(context[:, [a, world]])) for a in range(world)], 1)
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """What each part is worth."""
-
-    runs: Positional[tuple[Path, ...]] = ()
-    """Folders of trained runs to take parts from; if there are none, agents are trained without each."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the trainings."""
-    updates: int = 333
-    """Updates of each training."""
-    lifetimes: int = 512
-    """Held-out lifetimes of each evaluation."""
-    output: Path = Path("runs/ablations")
-    """Where results are kept."""
-
-
-def results_of(variant: str, seed: int, arguments: Arguments) -> dict[str, Any]:
-    """Evaluations of one trained variant, by what was taken away: made now, or kept from before."""
-    path = arguments.output / f"{variant.replace(' ', '-').replace(':', '')}-{seed}.json"
-    if not path.exists():
-        print(f"training without {variant}, seed {seed}", flush=True)
-        settings = merge(BASE, {"seed": seed, "training": {"updates": arguments.updates}})
-        if variant in PEERS:
-            from tests.benchmarks.peers import evaluate_peer, train_recurrent_ppo  # needs tests/requirements.txt
-
-            seconds = results_of("nothing", seed, arguments)["seconds"]
-            model, _ = train_recurrent_ppo(settings.world, seed, seconds)
-            results = {variant: evaluate_peer(model, settings, arguments.lifetimes)}
-        else:
-            results, seconds = train_variant(variant, settings, arguments.lifetimes)
-        write_json(results | {"seconds": seconds}, path)
-    return json.loads(path.read_text())
-
-
-def train_variant(variant: str, settings: Settings, lifetimes: int) -> tuple[dict[str, Any], float]:
-    """Train, and evaluate; the whole agent also without each part at decision time."""
-    settings = merge(settings, TRAINED.get(variant, {}))
-    learner = Learner(build_system(settings, planner=ModelFree if variant == "look-ahead" else Planner))
-    started = time.perf_counter()
-    train(learner)
-    seconds = time.perf_counter() - started
-    return decided_without(learner.system, variant, lifetimes), seconds
-
-
-def decided_without(system: System, variant: str, lifetimes: int) -> dict[str, Any]:
-    """Evaluations of a trained agent, and of the whole agent ("nothing") also without each part at decision time."""
-    results = {variant: evaluate(system, "test", lifetimes)}
-    if variant == "nothing":
-        results |= {part: evaluate(system, "test", lifetimes, agent_without(system, part)) for part in get_args(Ablation)}
+def evaluate_without(system: System, removed: str, lifetimes: int) -> dict[str, Any]:
+    """Evaluations of a trained agent by what is removed; the full agent is ablated at decision time too."""
+    results = {removed: evaluate(system, "test", lifetimes)}
+    if removed == FULL:
+        for part in get_args(Ablation):
+            results[part] = evaluate(system, "test", lifetimes, agent_without(system, part))
     return results
 
 
-def trained(arguments: Arguments) -> Iterator[dict[str, Any]]:
-    """Results of every variant and seed, what is missing trained first."""
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    asked, begun = {"updates": arguments.updates, "lifetimes": arguments.lifetimes}, arguments.output / "arguments.json"
-    if begun.exists() and json.loads(begun.read_text()) != asked:
-        sys.exit(f"{arguments.output} was begun with {json.loads(begun.read_text())}: use the same or another --output.")
-    write_json(asked, begun)
+def train_variant(removed: str, settings: Settings, lifetimes: int) -> dict[str, Any]:
+    """Train without one part, and evaluate: see `evaluate_without`; `seconds` of the training besides."""
+    settings = merge(settings, TRAINED.get(removed, {}))
+    learner = Learner(build_system(settings, planner=ModelFree if removed == "look-ahead" else Planner))
+    start = time.perf_counter()
+    train(learner)
+    seconds = time.perf_counter() - start
+    return evaluate_without(learner.system, removed, lifetimes) | {"seconds": seconds}
+
+
+def train_peer(settings: Settings, lifetimes: int, seconds: float) -> dict[str, Any]:
+    """Train RecurrentPPO for so many seconds, and evaluate it in the same lifetimes."""
+    from tests.benchmarks.peers import evaluate_peer, train_recurrent_ppo  # needs tests/requirements.txt
+
+    model, _ = train_recurrent_ppo(settings.world, settings.seed, seconds)
+    return {PEER: evaluate_peer(model, settings, lifetimes), "seconds": seconds}
+
+
+def cached_results(output: Path, removed: str, seed: int, updates: int, lifetimes: int) -> dict[str, Any]:
+    """Results of `train_variant` or `train_peer`, read from the output folder if they are there already."""
+    path = output / f"{re.sub('[^a-z-]+', '-', removed.lower()).strip('-')}-{seed}.json"
+    if not path.exists():
+        print(f"training, seed {seed}, removed: {removed}", flush=True)
+        settings = merge(BASE, {"seed": seed, "training": {"updates": updates}})
+        if removed == PEER:
+            seconds = cached_results(output, FULL, seed, updates, lifetimes)["seconds"]
+            results = train_peer(settings, lifetimes, seconds)
+        else:
+            results = train_variant(removed, settings, lifetimes)
+        write_json(results, path)
+    return json.loads(path.read_text())
+
+
+def train_missing(output: Path, seeds: tuple[int, ...], updates: int, lifetimes: int) -> Iterator[dict[str, Any]]:
+    """Results of every variant and seed by what is removed; trains those that the output folder lacks."""
+    arguments, path = {"updates": updates, "lifetimes": lifetimes}, output / "arguments.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (begun := json.loads(path.read_text())) != arguments:
+        raise UserError(f"{output} was begun with {begun}: give the same, or another --output.")
+    write_json(arguments, path)
     if not PEERS:
         print("RecurrentPPO is left out: pip install -r tests/requirements.txt")
-    for variant in ("nothing", *TRAINED, *PEERS):
-        for seed in arguments.seeds:
-            results = results_of(variant, seed, arguments)
+    for removed in (FULL, *TRAINED, *PEERS):
+        for seed in seeds:
+            results = cached_results(output, removed, seed, updates, lifetimes)
             yield {name: result for name, result in results.items() if name != "seconds"}
 
 
-def main(arguments: Arguments) -> None:
-    """Evaluate, train what is missing, and print the table."""
+def print_table(found: dict[str, list[dict]]) -> None:
+    """One row for each ablation: its evaluations joined, and the paired difference to the full agent's."""
+    print("| removed | return | normalised | difference | each run |\n|---|---|---|---|---|")
+    for name, results in found.items():
+        pairs = zip(results, found[FULL], strict=True)
+        lost = [np.array([one["returns"]["agent"]]) - np.array([full["returns"]["agent"]]) for one, full in pairs]
+        difference = "" if name == FULL else format_ci(float(np.mean(lost)), bootstrap_ci(mean, *lost), 2)
+        each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
+        print("| " + " | ".join([name, *score_cells(statistics(*results)), difference, each]) + " |")
+
+
+def main(
+    runs: Positional[tuple[Path, ...]] = (),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    updates: int = 333,
+    lifetimes: int = 512,
+    output: Path = Path("runs/ablations"),
+) -> None:
+    """Evaluate, after training what is missing, and print the table.
+
+    Args:
+        runs: Folders of trained runs to ablate; without any, new agents are trained.
+        seeds: Seeds of the trainings.
+        updates: Updates of each training.
+        lifetimes: Held-out lifetimes of each evaluation, at least 2.
+        output: Folder for the results of the trainings.
+    """
     found: dict[str, list[dict]] = {}
-    given = (decided_without(load_system(run)[0], "nothing", arguments.lifetimes) for run in arguments.runs)
-    for results in given if arguments.runs else trained(arguments):
+    if runs:
+        evaluations = (evaluate_without(system, FULL, lifetimes) for system in load_systems(runs))
+    else:
+        evaluations = train_missing(output, seeds, updates, lifetimes)
+    for results in evaluations:
         for name, result in results.items():
             found.setdefault(name, []).append(result)
-    print("| without | return | normalised | difference | of which seeds |\n|---|---|---|---|---|")
-    whole = found["nothing"]
-    for name, results in found.items():
-        said = statistics(*results)
-        lost = [np.array([one["returns"]["agent"]]) - np.array([all_["returns"]["agent"]]) for one, all_ in zip(results, whole)]
-        difference = "" if name == "nothing" else format_ci(float(np.mean(lost)), bootstrap_ci(mean, *lost), 2)
-        each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
-        print("| " + " | ".join([name, *scores(said), difference, each]) + " |")
-    available_metrics = "as they are" if arguments.runs else f"of {arguments.updates} updates each"
-    print(f"\n{arguments.lifetimes} lifetimes on the test split, {len(whole)} runs {available_metrics}")
+    print_table(found)
+    trained = "" if runs else f", trained for {updates} updates each"
+    print(f"\n{lifetimes} lifetimes on the test split for each of {len(found[FULL])} runs{trained}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    command_line(main)

@@ -1,46 +1,47 @@
-"""Other people's agents in this world: `python3 -m tests.benchmarks.peers RUN`.
+"""RecurrentPPO of sb3-contrib in the same environment, as an agent without any code for adaptation.
 
-RecurrentPPO of sb3-contrib as RL2 (Duan et al., 2016), without adaptation code, beside this project's agent of a RUN: trained
-for as many frames, for as many seconds, and for five times as many seconds, and evaluated in the same lifetimes. The seconds
-of RUN compare only where nothing else ran beside it. Needs tests/requirements.txt.
+It is RL2 (Duan et al., 2016): a recurrent policy that observes its previous action and reward too. Trained for as
+many environment steps as the agent of RUN, for as many seconds, and for five times as many seconds; all are evaluated
+in the same lifetimes. The seconds of RUN are comparable only if nothing else ran beside it. Figure: peers.png in the
+run's folder. Needs tests/requirements.txt.
 
-It is the only one: of the public meta-RL baselines AMAGO, variBAD and RL2's own are in no package registry, garage (2021) asks
-for packages that no Python of today has, popularl (2025) knows nothing but a pole on a cart, and metarl (2024) is MAML alone.
+No other peer can be installed: of the public meta-RL baselines AMAGO, variBAD and the original RL2 are in no package
+registry, garage (2021) needs packages that no current Python has, popularl (2025) knows only a pole on a cart, and
+metarl (2024) is MAML alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import gymnasium
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from tyro.conf import Positional
 
-from agent import rollout
+from context_engine import references, rollout
 from environment import WorldSettings, make_worlds
-from main import EVALUATION_SEEDS, Settings, compare, plot_curve, evaluate, bootstrap_ci, load_system, normalised, references, format_ci
-from memory import WorldStep
-from tests.benchmarks import collected, named_runs, scores
+from main import EVALUATION_SEEDS, Settings, evaluate, load_system
+from memory import UserError, WorldStep
+from tests.benchmarks import command_line, read_result, score_cells, training_curve
+from world_model import bootstrap_ci, compare, format_ci, normalised, plot_curve
 
-WORLDS = 32
-
-
-LIFETIMES = 512
+WORLDS = 32  # that it trains in at once
+LIFETIMES = 512  # of each evaluation
 
 
 class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
-    """Shows what led to each picture, for recurrent agents that must find the rules out (RL2, Duan et al., 2016).
+    """Adds to each observation what led to it, for recurrent agents that infer the rules (RL2, Duan et al., 2016).
 
-    Observations become {"picture": as before, "previous": (A + 2,) float32}: the previous action as one-hot, its reward,
+    Observations become {"frame": as before, "previous": (A + 2,) float32}: the previous action as one-hot, its reward,
     and 1 where an episode inside the lifetime has just ended; zeros after a reset.
     """
 
@@ -48,146 +49,183 @@ class PreviousStep(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         gymnasium.utils.RecordConstructorArgs.__init__(self)
         gymnasium.Wrapper.__init__(self, env)
         previous = gymnasium.spaces.Box(-np.inf, np.inf, (env.action_space.n + 2,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict({"picture": env.observation_space, "previous": previous})
+        self.observation_space = gymnasium.spaces.Dict({"frame": env.observation_space, "previous": previous})
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict]:
         """As the wrapped environment's."""
-        picture, info = self.env.reset(seed=seed, options=options)
-        return {"picture": picture, "previous": np.zeros(self.observation_space["previous"].shape, np.float32)}, info
+        frame, info = self.env.reset(seed=seed, options=options)
+        return {"frame": frame, "previous": np.zeros(self.observation_space["previous"].shape, np.float32)}, info
 
     def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
         """As the wrapped environment's."""
-        picture, reward, terminated, truncated, info = self.env.step(action)
+        frame, reward, terminated, truncated, info = self.env.step(action)
         ended = info.get("episode_terminated", False) or info.get("episode_truncated", False)
         previous = previous_step(np.asarray(action), np.asarray(reward), np.asarray(ended), self.env.action_space.n)
-        return {"picture": picture, "previous": previous}, reward, terminated, truncated, info
+        return {"frame": frame, "previous": previous}, reward, terminated, truncated, info
 
 
 def previous_step(action: np.ndarray, reward: np.ndarray, ended: np.ndarray, actions: int) -> np.ndarray:
-    """What `PreviousStep` shows of steps (...): (..., actions + 2) float32."""
+    """What `PreviousStep` adds after steps (...): (..., actions + 2) float32."""
     return np.concatenate([np.eye(actions)[action], np.stack([reward, ended], -1)], -1).astype(np.float32)
 
 
-class Watch(BaseCallback):
-    """Ends training after so many seconds; `progress` has seconds and the mean return of the latest lifetimes, rollout by rollout."""
+class TimeLimit(BaseCallback):
+    """Ends the training after so many seconds.
+
+    `progress` lists for each rollout the seconds so far and the mean return of the last lifetimes.
+    """
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.begin, self.seconds, self.progress = time.perf_counter(), seconds, []
+        self.start, self.seconds = time.perf_counter(), seconds
+        self.progress: list[tuple[float, float]] = []
 
     def _on_step(self) -> bool:
-        return time.perf_counter() - self.begin < self.seconds
+        return time.perf_counter() - self.start < self.seconds
 
     def _on_rollout_end(self) -> None:
         returns = [lifetime["r"] for lifetime in self.model.ep_info_buffer]
-        self.progress.append((time.perf_counter() - self.begin, float(np.mean(returns))))
+        self.progress.append((time.perf_counter() - self.start, float(np.mean(returns))))
 
 
 def enlarged(world: WorldSettings) -> WorldSettings:
-    """The same world in larger pictures: its convolutions need 36 pixels and more."""
+    """The same environment with larger frames: the peer's convolutions need at least 36 pixels."""
     return dataclasses.replace(world, cell=math.ceil(48 / world.grid))
 
 
 def train_recurrent_ppo(
-    world: WorldSettings, seed: int, seconds: float = np.inf, frames: int = 10**12
-) -> tuple[RecurrentPPO, list[tuple[float, float]]]:  # fmt: skip
-    """Train on the training tasks of `world`, for so many seconds or frames; about as many weights as our agent has. With it the
-    `Watch.progress`."""
+    world: WorldSettings, seed: int, seconds: float = math.inf, env_steps: int = 10**12
+) -> tuple[RecurrentPPO, list[tuple[float, float]]]:
+    """Train on the training tasks of `world` for so many seconds or steps, with about as many weights as our agent has.
+
+    Returns:
+        the model, and `TimeLimit.progress`.
+    """
     worlds = make_vec_env(
         "HiddenRules-v0", WORLDS, seed=seed, env_kwargs={"settings": enlarged(world)}, wrapper_class=PreviousStep
-    )  # fmt: skip
+    )
     policy = {
-        "lstm_hidden_size": 128, "shared_lstm": True, "enable_critic_lstm": False,
-        "net_arch": [64], "features_extractor_kwargs": {"cnn_output_dim": 64},
-    }  # fmt: skip
+        "lstm_hidden_size": 128,
+        "shared_lstm": True,
+        "enable_critic_lstm": False,
+        "net_arch": [64],
+        "features_extractor_kwargs": {"cnn_output_dim": 64},
+    }
     model = RecurrentPPO(
-        "MultiInputLstmPolicy", worlds, n_steps=world.lifetime, batch_size=8 * world.lifetime, n_epochs=4, learning_rate=1e-3,
-        gamma=0.95, ent_coef=0.01, policy_kwargs=policy, seed=seed, device="cpu",
-    )  # fmt: skip
-    watch = Watch(seconds)
-    return model.learn(frames, callback=watch), watch.progress
+        "MultiInputLstmPolicy",
+        worlds,
+        n_steps=world.lifetime,
+        batch_size=8 * world.lifetime,
+        n_epochs=4,
+        learning_rate=1e-3,
+        gamma=0.95,
+        ent_coef=0.01,
+        policy_kwargs=policy,
+        seed=seed,
+        device="cpu",
+    )
+    limit = TimeLimit(seconds)
+    return model.learn(env_steps, callback=limit), limit.progress
 
 
 class PeerAgent:
-    """A trained recurrent policy behind the interface of `agent.Agent`; greedy."""
+    """A trained recurrent policy behind the interface that `context_engine.rollout` needs; greedy."""
 
     def __init__(self, model: RecurrentPPO) -> None:
         self.model = model
 
     def reset(self, frames: torch.Tensor) -> None:
-        """A lifetime begins: the recurrent state with it."""
+        """Begin a lifetime with a new recurrent state."""
         self.state, self.starts = None, np.ones(len(frames), bool)
         previous = np.zeros((len(frames), *self.model.observation_space["previous"].shape), np.float32)
-        self.seen = {"picture": frames.numpy(), "previous": previous}
+        self.obs = {"frame": frames.numpy(), "previous": previous}
 
     def act(self) -> torch.Tensor:
-        """The likeliest actions (B,) int64."""
-        pictures = self.seen["picture"].transpose(0, 3, 1, 2)  # as its policy was trained on
-        action, self.state = self.model.predict(self.seen | {"picture": pictures}, self.state, self.starts, deterministic=True)
+        """The most probable actions (B,) int64."""
+        obs = self.obs | {"frame": self.obs["frame"].transpose(0, 3, 1, 2)}  # channels first, as in its training
+        action, self.state = self.model.predict(obs, self.state, self.starts, deterministic=True)
         self.starts = np.zeros_like(self.starts)
         return torch.as_tensor(action)
 
     def observe(self, action: torch.Tensor, step: WorldStep) -> None:
-        """What `PreviousStep` shows."""
-        seen = (action.numpy(), step.reward.numpy(), step.ended.numpy())
-        self.seen = {"picture": step.obs.numpy(), "previous": previous_step(*seen, self.model.action_space.n)}
+        """Keep the next observation, as `PreviousStep` makes it."""
+        parts = (action.numpy(), step.reward.numpy(), step.ended.numpy())
+        self.obs = {"frame": step.obs.numpy(), "previous": previous_step(*parts, self.model.action_space.n)}
 
 
 def evaluate_peer(model: RecurrentPPO, settings: Settings, lifetimes: int) -> dict[str, Any]:
-    """As `main.evaluate`, with the same tasks, starts and slips, on pictures of its own size."""
-    world = make_worlds(enlarged(settings.world), lifetimes, "test", EVALUATION_SEEDS["test"])
-    lived = {"agent": rollout(world, PeerAgent(model))} | references(settings.world, lifetimes, "test", torch.device("cpu"))
+    """As `main.evaluate`, with the same tasks, starts and slips, on larger frames; adds `env_steps` and `weights`."""
+    seed = EVALUATION_SEEDS["test"]
+    world = make_worlds(enlarged(settings.world), lifetimes, "test", seed)
+    trajectories = {"agent": rollout(world, PeerAgent(model))}
+    trajectories |= references(settings.world, lifetimes, "test", seed, torch.device("cpu"))
     weights = sum(parameter.numel() for parameter in model.policy.parameters())
-    return compare(lived) | {"frames": model.num_timesteps, "weights": weights}
+    return compare(trajectories) | {"env_steps": model.num_timesteps, "weights": weights}
 
 
-def draw(results: dict[str, dict[str, Any]], progress: dict[str, np.ndarray], path: Path) -> None:
-    """As PNG: what training lifetimes return over its seconds, and reward by step of the held-out lifetime of every agent and of the
-    references, see `agent.plot_curve`."""
+def normalised_gap(own: np.ndarray, peer: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """How much the normalised return of `peer` is below that of `own`; see `world_model.normalised`."""
+    return normalised(own, low, high) - normalised(peer, low, high)
+
+
+def plot(results: dict[str, dict[str, Any]], progress: dict[str, np.ndarray], path: Path) -> None:
+    """Returns over the seconds of training, and reward by step of the held-out lifetime, to `path` (PNG).
+
+    Args:
+        results: evaluations by agent; the references of the first one are plotted too.
+        progress: seconds and mean return of training lifetimes (n, 2) by agent.
+    """
     figure = Figure(figsize=(11, 4), layout="constrained")
-    (learning, axes), first = figure.subplots(1, 2), next(iter(results.values()))
+    (learning, adaptation), first = figure.subplots(1, 2), next(iter(results.values()))
     for name, points in progress.items():
         learning.plot(*points.T, label=name)
-    learning.set(xlabel="seconds of training", ylabel="return of lifetimes in training")
+    learning.set(xlabel="seconds of training", ylabel="return of training lifetimes")
     curves = {name: result["agent"] for name, result in results.items()}
-    curves |= {label: first[name] for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling")) if name in first}
+    curves |= {label: first[name] for name, label in (("known_rule", "known rule"), ("thompson", "Thompson sampling"))}
     for name, curve in curves.items():
-        plot_curve(axes, curve["by_step"], curve["by_step_error"], name)
-    axes.legend(fontsize="small")
+        plot_curve(adaptation, curve["by_step"], curve["by_step_error"], name)
+    adaptation.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
-def main(run: Path) -> None:
-    """Train the peers, print the table, draw adaptation curves to peers.png in the run's folder."""
+def main(run: Positional[Path]) -> None:
+    """Train the peers, print the table and save the figure after each.
+
+    Args:
+        run: Folder of a finished run to compare with.
+    """
     system, state = load_system(run)
-    settings, seconds = system.settings, json.loads((run / "timing.json").read_text())["total"]
-    ours = evaluate(system, "test", LIFETIMES)
-    budgets = {
-        "as many frames": {"frames": state["counters"][2]}, "as many seconds": {"seconds": seconds},
-        "five times the seconds": {"seconds": 5 * seconds},
-    }  # fmt: skip
-    heads = ["agent", "seconds", "frames", "return", "normalised", "less than ours, normalised"]
+    settings, env_steps = system.settings, state["counters"][2]
+    if settings.world.gym_id:
+        raise UserError(f"{run} was trained in {settings.world.gym_id}: peers are for built-in environments.")
+    seconds = read_result(run, "timing.json")["total"]
+    curve = training_curve(run)[:, [0, 2]]
+    curve[:, 0] += seconds - curve[-1, 0]  # logging begins after the first collections and ends with the training
+    result = evaluate(system, "test", LIFETIMES)
+    own = np.array([result["returns"][name] for name in ("agent", "random", "known_rule")], float)
+    heads = ["agent", "seconds", "environment steps", "return", "normalised", "normalised, less than this project's"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-    own_progress = collected(run)[:, [0, 2]]
-    own_progress[:, 0] += seconds - own_progress[-1, 0]  # metrics begin after the first lifetimes, and end with the training
-    results, progress = {}, {}
-    own = np.array([ours["returns"][name] for name in ("agent", "random", "known_rule")], float)
-    for name, budget in ({"this project's": None} | budgets).items():
-        result, spent, frames, points = ours, seconds, state["counters"][2], own_progress
-        if budget is not None:
-            started = time.perf_counter()
-            model, points = train_recurrent_ppo(settings.world, settings.seed, **budget)
-            spent, result = time.perf_counter() - started, evaluate_peer(model, settings, LIFETIMES)
-            frames, name = result["frames"], f"RecurrentPPO, {name}"
+    print(f"| this project's | {seconds:.0f} | {env_steps:,} | {' | '.join(score_cells(result))} | |", flush=True)
+    results, progress = {"this project's": result}, {"this project's": curve}
+    budgets = {
+        "as many steps": {"env_steps": env_steps},
+        "as many seconds": {"seconds": seconds},
+        "five times the seconds": {"seconds": 5 * seconds},
+    }
+    for budget, limits in budgets.items():
+        start, name = time.perf_counter(), f"RecurrentPPO, {budget}"
+        model, points = train_recurrent_ppo(settings.world, settings.seed, **limits)
+        spent, result = time.perf_counter() - start, evaluate_peer(model, settings, LIFETIMES)
         results[name], progress[name] = result, np.array(points)
-        theirs = np.array([result["returns"]["agent"]], float)
-        less = lambda x, y, low, high: normalised(x, low, high) - normalised(y, low, high)  # noqa: E731
-        strata = [np.stack([own[0], theirs[0], own[1], own[2]])]
-        gap = format_ci(float(less(*strata[0])), bootstrap_ci(less, *strata), 3) if budget else ""
-        print(f"| {name} | {spent:.0f} | {frames:,} | {' | '.join(scores(result))} | {gap} |", flush=True)
-        draw(results, progress, run / "peers.png")
+        quantities = np.stack([own[0], np.array(result["returns"]["agent"], float), own[1], own[2]])
+        gap = format_ci(float(normalised_gap(*quantities)), bootstrap_ci(normalised_gap, quantities), 3)
+        cells = [name, f"{spent:.0f}", f"{result['env_steps']:,}", *score_cells(result), gap]
+        print("| " + " | ".join(cells) + " |", flush=True)
+        plot(results, progress, run / "peers.png")
     print(f"\n{LIFETIMES} lifetimes on the test split; figure in {run / 'peers.png'}")
 
 
 if __name__ == "__main__":
-    main(*named_runs("peers", several=False))
+    command_line(main)

@@ -1,64 +1,63 @@
-"""What a second process brings: `python3 -m tests.benchmarks.processes --alone RUN [RUN ...] --together RUN [RUN ...]`.
+"""How much faster several training processes are than one, and whether they learn as well.
 
-The runs are whole trainings of one preset, one for each seed, by one process and by several of one thread each:
+The runs are complete trainings of one preset, one for each seed, by one process and by several of one thread each:
 
     OMP_NUM_THREADS=1 python3 main.py --seed 0
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 main.py --seed 0
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 main.py --seed 0 --run NAME
 
-Draws what they collect over frames and over seconds, and prints the held-out return and the seconds of every part.
+Prints held-out returns and the seconds of the training; plots the return of collected lifetimes over environment steps
+and over seconds.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
+from matplotlib.figure import Figure
 
-from main import statistics
-from tests.benchmarks import collected, scores
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Compare runs by one process and by several."""
-
-    alone: tuple[Path, ...]
-    """Finished runs of one process."""
-    together: tuple[Path, ...]
-    """Finished runs of several processes."""
-    output: Path = Path("processes.png")
-    """The figure; written over."""
+from memory import UserError
+from tests.benchmarks import command_line, read_result, score_cells, training_curve
+from world_model import statistics
 
 
-def main(arguments: Arguments) -> None:
-    """Print the tables, draw the figure."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), constrained_layout=True, sharey=True)
-    seconds = {}
-    print("| processes | seconds, mean | return, held out | normalised | each run |\n|---|---|---|---|---|")
-    for colour, (name, runs) in zip(("C0", "C1"), (("one", arguments.alone), ("several", arguments.together))):
-        results = [json.loads((run / "evaluation.json").read_text()) for run in runs]
-        timings = [json.loads((run / "timing.json").read_text()) for run in runs]
-        seconds[name] = {part: float(np.mean([timing[part] for timing in timings])) for part in timings[0]}
-        each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
-        print(f"| {name} | {seconds[name]['total']:.0f} | {' | '.join(scores(statistics(*results)))} | {each} |")
+def plot(groups: dict[str, tuple[Path, ...]], path: Path) -> None:
+    """Return of collected lifetimes over environment steps and over seconds, one line for each run, to `path` (PNG)."""
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    by_steps, by_seconds = figure.subplots(1, 2, sharey=True)
+    for colour, (name, runs) in zip(("C0", "C1"), groups.items(), strict=True):
         for number, run in enumerate(runs):
-            points = collected(run)
-            for axis, column in zip(axes, (1, 0)):
-                axis.plot(points[:, column], points[:, 2], colour, alpha=0.6, label=None if number else name)
-    print("\n| part | one, seconds | several | times faster |\n|---|---|---|---|")
-    for part, spent in sorted(seconds["one"].items(), key=lambda item: -item[1]):
-        print(f"| {part} | {spent:.0f} | {seconds['several'][part]:.0f} | {spent / seconds['several'][part]:.2f} |")
-    axes[0].set(xlabel="frames", ylabel="return of collected lifetimes")
-    axes[1].set(xlabel="seconds")
-    axes[0].legend(title="processes")
-    figure.savefig(arguments.output, dpi=110)
-    pyplot.close(figure)
+            seconds, env_steps, returns = training_curve(run).T
+            label = None if number else name
+            by_steps.plot(env_steps, returns, colour, alpha=0.6, label=label)
+            by_seconds.plot(seconds, returns, colour, alpha=0.6, label=label)
+    by_steps.set(xlabel="environment steps", ylabel="return of collected lifetimes")
+    by_seconds.set(xlabel="seconds")
+    by_steps.legend(title="processes")
+    figure.savefig(path, dpi=110)
+
+
+def main(one: tuple[Path, ...], several: tuple[Path, ...], output: Path = Path("processes.png")) -> None:
+    """Print the table and save the figure.
+
+    Args:
+        one: Folders of finished runs by one process.
+        several: Folders of finished runs by several processes.
+        output: File of the figure (PNG); overwritten.
+    """
+    if not one or not several:
+        raise UserError("give at least one run each to --one and --several.")
+    groups = {"one": one, "several": several}
+    print("| processes | seconds, mean | return, held out | normalised | each run |\n|---|---|---|---|---|")
+    seconds = {}
+    for name, runs in groups.items():
+        results = [read_result(run, "evaluation.json") for run in runs]
+        seconds[name] = float(np.mean([read_result(run, "timing.json")["total"] for run in runs]))
+        each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
+        print(f"| {name} | {seconds[name]:.0f} | {' | '.join(score_cells(statistics(*results)))} | {each} |")
+    plot(groups, output)
+    print(f"\nspeed-up {seconds['one'] / seconds['several']:.2f}; figure in {output}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    command_line(main)

@@ -1,48 +1,43 @@
-"""Whether tuning pays: `python3 -m tests.benchmarks.tuning --tuned RUN [RUN ...] --baseline RUN [RUN ...]`.
+"""Whether tuned settings beat those that the search began from, on held-out tasks.
 
-The runs are whole trainings, one for each seed, with the best set of a study and with the set that the study began from.
-Their final evaluations are compared on the test split, which the study never read. All live the same lifetimes, so the
-difference is paired by lifetime. The study behind the README's figures lies in `tests/benchmarks/study/`.
+The runs are complete trainings, one for each seed, with the best settings of a study (tune_hyperparams.py) and with
+its first. Their final evaluations are on the test split, which the study never used. All agents are evaluated in the
+same lifetimes, so the difference is paired by lifetime. The study behind the README's figures is in
+tests/benchmarks/study/.
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
-from main import bootstrap_ci, mean, format_ci, statistics
-from tests.benchmarks import scores
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Compare runs of two sets of settings on held-out tasks."""
-
-    tuned: tuple[Path, ...]
-    """Finished runs with the best set."""
-    baseline: tuple[Path, ...]
-    """Finished runs with the set that the search began from; as many."""
+from memory import UserError
+from tests.benchmarks import command_line, read_result, score_cells
+from world_model import bootstrap_ci, format_ci, mean, statistics
 
 
-def main(arguments: Arguments) -> None:
-    """Print the table."""
-    sets = {"baseline": arguments.baseline, "tuned": arguments.tuned}
+def main(tuned: tuple[Path, ...], baseline: tuple[Path, ...]) -> None:
+    """Print the table.
+
+    Args:
+        tuned: Folders of finished runs with the best settings.
+        baseline: Folders of finished runs with the settings that the search began from; as many.
+    """
+    if not tuned or len(tuned) != len(baseline):
+        raise UserError(f"{len(tuned)} tuned and {len(baseline)} baseline runs: give as many of both, at least one.")
     print("| settings | return | normalised | difference | each run |\n|---|---|---|---|---|")
-    earned = {}
-    for name, runs in sets.items():
-        results = [json.loads((run / "evaluation.json").read_text()) for run in runs]
-        earned[name] = np.array([result["returns"]["agent"] for result in results], float)
+    returns = {}
+    for name, runs in {"baseline": baseline, "tuned": tuned}.items():
+        results = [read_result(run, "evaluation.json") for run in runs]
+        returns[name] = np.array([result["returns"]["agent"] for result in results], float)  # (runs, lifetimes)
         difference = ""
         if name == "tuned":
-            paired = (earned["tuned"] - earned["baseline"])[:, None]  # (runs, 1, lifetimes)
+            paired = (returns["tuned"] - returns["baseline"])[:, None]  # (runs, 1, lifetimes)
             difference = format_ci(float(paired.mean()), bootstrap_ci(mean, *paired), 2)
-        each = ", ".join(f"{returns.mean():.2f}" for returns in earned[name])
-        print(f"| {name} | {' | '.join(scores(statistics(*results)))} | {difference} | {each} |")
+        each = ", ".join(f"{run.mean():.2f}" for run in returns[name])
+        print(f"| {name} | {' | '.join(score_cells(statistics(*results)))} | {difference} | {each} |")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    command_line(main)
