@@ -1,7 +1,9 @@
 """The planner, the controller, what the agent may know, and the learner, alone and in several processes."""
 
+import contextlib
 import copy
 import gc
+import io
 import types
 import unittest
 import warnings
@@ -13,7 +15,7 @@ import torch
 from agent import AgentController, Learner, Planner, PlannerSettings
 from context_engine import ContextInferenceEngine, ExactFilter, rollout
 from environment import HiddenRulesWorld, Rule, task_split
-from main import build_system, train
+from main import build_system, run_training, train
 from memory import LifetimeStore, Processes, RunFolder, UserError, WorldStep
 from tests.shared import TOTAL, in_parallel, make_generator, temporary_folder, tiny
 from transition_model import EffectCache, contact_pairs
@@ -432,10 +434,13 @@ class TestSeveralProcesses(unittest.TestCase):
 
         def work(processes):
             learner = make(processes)
-            self.assertTrue(train(learner, run))
+            run_training(run, learner)
             return learner
 
-        one, other = in_parallel(work)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            one, other = in_parallel(work)
+        self.assertEqual(printed.getvalue().count("training "), 1)  # one of them writes
+        self.assertTrue((run.folder / "evaluation.json").exists())
         for name, module in one.system.modules().items():
             for key, tensor in module.state_dict().items():
                 self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")

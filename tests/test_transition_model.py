@@ -66,6 +66,22 @@ class TestEffects(unittest.TestCase):
         grids, _ = model_of().effects.predict(codes)
         self.assertGreater(float((grids == codes[:, None]).float().mean()), 0.9)
 
+    def test_circular_padding_sees_the_other_side_and_where_the_edges_are(self):
+        def features(padding, column, changed):
+            codes = torch.zeros(1, 16, dtype=torch.uint8)
+            codes[0, 4 + column] = 1 + changed
+            network = model_of(padding=padding).effects
+            return network.hidden(torch.nn.functional.one_hot(codes.long(), 3).float())[0].view(4, 4, -1)
+
+        for padding, seen in (("zeros", False), ("circular", True)):
+            with mock.patch("torch.nn.GroupNorm", torch.nn.Identity):  # whose statistics depend on all patches
+                one, other = (features(padding, 3, changed) for changed in (0, 1))
+            self.assertEqual(not torch.equal(one[1, 0], other[1, 0]), seen)  # the leftmost column
+            self.assertFalse(torch.equal(one[1, 3], other[1, 3]))
+        with mock.patch("torch.nn.GroupNorm", torch.nn.Identity):
+            inner, outer = features("circular", 1, 0)[:, 1], features("circular", 3, 0)[:, 3]
+        self.assertFalse(torch.allclose(inner, outer))  # the same surroundings, but for the edge
+
     def test_an_effect_that_mixes_several_is_split_until_each_is_apart(self):
         """Three effects are modelled by one; its copies are too rare to become different by themselves."""
         torch.manual_seed(0)
