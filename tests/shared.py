@@ -90,6 +90,7 @@ class Room(gymnasium.Env):
 
 
 gymnasium.register("Room-v0", entry_point=Room)
+gymnasium.register("OtherRoom-v0", entry_point=Room)
 
 
 def tiny(**changes: dict) -> Settings:

@@ -21,7 +21,6 @@ from tests.shared import Room, temporary_folder
 
 CLEAR = WorldSettings(noise=0, slip=0)
 ROOM = WorldSettings(gym_id="Room-v0", lifetime=25, cell=4, slip=0, noise=0)
-gymnasium.register("OtherRoom-v0", entry_point=Room)  # a second one of the same kind
 
 
 def world_of(settings=CLEAR, batch=64, split="train", seed=0):
