@@ -140,7 +140,8 @@ def main(run: Positional[Path]) -> None:
         run: Folder of a trained run with the default rules.
     """
     system, _ = load_system(run)
-    if rule_space_of(system.settings.world) is not rule_space_of(WorldSettings()) or system.settings.world.gym_id:
+    world = system.settings.world
+    if world.gym_id or len(rule_space_of(world)) != len(rule_space_of(WorldSettings())):
         raise UserError("the linear probe is for runs with the default rules, of 4 actions, 2 objects, and no wind.")
     held_out, training = record(system, "test", EVALUATION_SEED + 1), record(system, "train", EVALUATION_SEED + 50)
     found = probe(training, held_out)

@@ -2,8 +2,7 @@
 
 The runs are complete trainings, one for each seed, with the best settings of a study (tune_hyperparams.py) and with
 its first. Their final evaluations are on the test split, which the study never used. All agents are evaluated in the
-same lifetimes, so the difference is paired by lifetime. The study behind the README's figures is in
-tests/benchmarks/study/.
+same lifetimes, so the difference is paired by lifetime.
 """
 
 from __future__ import annotations
