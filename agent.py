@@ -43,16 +43,16 @@ from world_model import VAE
 class PlannerSettings:
     """Search and the value that it ends in."""
 
-    discount: float = 0.95  # of rewards, for each step, in (0, 1)
+    discount: float = 0.95  # discount of rewards per step, in (0, 1)
     top_p: float = 0.85  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
     expand_margin: float = 0.2  # actions whose value is this close to the best one's get a second step; 0 for none
-    # of these, effects that happen, without ending the episode, with a probability above this, in [0, .999]
+    # effects of these actions get it that happen, without ending the episode, with more than this, in [0, .999]
     min_branch_prob: float = 0.3
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1
-    lambda_: float = 0.8  # of the lambda-returns that the value learns from, in [0, 1]
-    tau: float = 0.2  # share of the way that the target value goes towards the learnt one at each update, in (0, 1]
-    learning_rate: float = 4e-3  # Adam's, of the value, in [0, 1]; it decays with the run
+    lambda_: float = 0.8  # lambda of the lambda-returns that the value learns from, in [0, 1]
+    tau: float = 0.2  # the target value moves this share of the way to the learnt one at each update, in (0, 1]
+    learning_rate: float = 4e-3  # Adam's initial learning rate of the value, in [0, 1]; it decays with the run
 
     def __post_init__(self) -> None:
         require_all("planner", self, discount=(1e-3, 0.9999), top_p=(1e-6, 1), expand_margin=(0, 1e6))
@@ -221,7 +221,7 @@ class AgentController:
     """Perceives, infers the rules, plans and acts, in B environments at once.
 
     Args:
-        system: its parts. Where one infers the appearance, that context modulates the VAE, else the world's row does.
+        system: its parts. The appearance context modulates the VAE if the system has one, else the context's world row.
         keep_frames: keep the observations in `memory`, for the store of past lifetimes.
         search_depth: 1 or 2 steps.
     """
@@ -253,7 +253,7 @@ class AgentController:
 
     @torch.no_grad()
     def act(self) -> Tensor:
-        """Choose actions (B,) int64: greedy on the planner's values, or random where exploring."""
+        """Choose actions (B,) int64, once a step: greedy on the planner's values, or random where exploring."""
         self.visual_context = self._visual_context()  # both observations around this action are encoded under it
         self.codes = self.vae.encode(self.obs, self.visual_context)
         if self.exploration >= 1:  # nothing to plan
@@ -298,13 +298,13 @@ class TrainingSettings:
     envs: int = 64  # environments that are collected from at once, at least 1
     random_lifetimes: int = 512  # lifetimes collected at random before anything is learnt; a multiple of `envs`
     perception_updates: int = 150  # updates of the VAE alone, first, at least 1
-    effect_updates: int = 600  # updates of the effects alone, second, at least 1
+    effect_updates: int = 600  # updates of the effects alone, after perception, at least 1
     batch: int = 48  # stored lifetimes in an update of the context engine, at least 1
     value_batch: int = 16  # of these, lifetimes in an update of the value, 1 to `batch`
     effect_batch: int = 8  # stored lifetimes in an update of the effects, at least 1
     frame_batch: int = 256  # stored frames in an update of the VAE, at least 1
     value_from: int = 100  # first update of adaptation at which the value learns
-    plan_from: int = 200  # first one that collects with the planner; before it at random, a quarter as often
+    plan_from: int = 200  # first one that collects with the planner; before it at random and a quarter as often
     collect_every: int = 16  # updates between collections of new lifetimes, at least 1
     effect_every: int = 4  # updates between updates of the effects, at least 1
     perception_every: int = 8  # updates between updates of the VAE, at least 1
@@ -372,8 +372,7 @@ class Learner:
             "value": system.value.parameters(),
         }
         self.optimizers = {name: torch.optim.Adam(parameters, fused=True) for name, parameters in groups.items()}
-        t = self.training
-        self.total = t.perception_updates + t.effect_updates + t.updates
+        self.total = sum((self.training.perception_updates, self.training.effect_updates, self.training.updates))
         self.update = self.collections = self.env_steps = 0
         self.metrics: dict[str, Tensor] = {}
         self.seconds = 0.0  # of training, so far
@@ -423,8 +422,7 @@ class Learner:
         self.env_steps += trajectories.reward.numel() * self.processes.count
         self.metrics["return"] = trajectories.reward.sum(1).mean()
         if trajectories.reward.min() < bins[0] or trajectories.reward.max() > bins[-1]:
-            ends = f"{bins[0]:g} to {bins[-1]:g}"
-            warnings.warn(f"rewards beyond transition.reward_bins, {ends}, are clipped: widen them.", stacklevel=2)
+            warnings.warn(f"rewards beyond transition.reward_bins, {bins}, are clipped: widen them.", stacklevel=2)
 
     def reencode_all(self) -> None:
         """`reencode` every block of the store."""
@@ -581,6 +579,8 @@ class Learner:
         Raises:
             UserError: another number of processes made it.
         """
+        if "shards" not in state:
+            raise UserError("a checkpoint of a tuning trial can be evaluated and watched, not resumed.")
         shards, rank = state["shards"], self.processes.rank
         if len(shards) != self.processes.count:
             text = (

@@ -95,9 +95,8 @@ class Settings:
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
         envs, budget = self.training.envs, self.memory.budget_mb
-        needed = (
-            2 * math.prod(self.world.sizes.obs_shape) * self.world.lifetime * envs / 2**20
-        )  # with final observations
+        # Frames, and as many final observations at the most.
+        needed = 2 * math.prod(self.world.sizes.obs_shape) * self.world.lifetime * envs / 2**20
         if needed > budget:
             raise ValueError(
                 f"memory.budget_mb is {budget:g}, but {envs} lifetimes may take {needed:.0f} MB: "
@@ -120,7 +119,7 @@ def with_file(settings: Settings, path: Path | None, preset: str | None, gym_id:
         preset = preset or given.get("preset") or ("gym" if gym_id or world.get("gym_id") else "default")
         if isinstance(preset, str) and preset in PRESETS:  # `merge` refuses any other, with the names that exist
             settings = with_preset(settings, preset)
-        return merge(settings, overrides), given
+        return merge(settings, {**overrides, "preset": preset} if given is overrides else overrides), given
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -195,7 +194,8 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
     """
     t, store, processes = learner.training, learner.store, learner.processes
     end, stopped = learner.total if until is None else until, False
-    writes, started = run is not None and processes.is_main, time.perf_counter() - learner.seconds
+    writes = run is not None and processes.is_main and learner.update < end
+    started = time.perf_counter() - learner.seconds
     board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1) if writes else nullcontext()
     bar = tqdm(total=learner.total, initial=learner.update, disable=not (writes and sys.stderr.isatty()))
     with ctrl_c() as asked, board, bar:
@@ -309,9 +309,8 @@ def watch(system: System, seed: int, path: Path, fps: int = 4) -> None:
 class TrainArguments(Settings):
     """Meta-train, then evaluate on held-out tasks. Precedence: default < preset < --config < flags."""
 
-    config: Path | None = (
-        None  # a JSON file of settings, such as a run's config.json or a tuned best.json; may be partial
-    )
+    # a JSON file of settings, such as a run's config.json or a tuned best.json; it may be partial
+    config: Path | None = None
     run: str = ""  # name of the run's folder in runs/; the same command again goes on with it
 
 
@@ -333,7 +332,7 @@ def train_command(arguments: list[str]) -> None:
         raise UserError("name the run, so that all processes share it: torchrun ... -- main.py --run NAME.")
     named = RunFolder.named(parsed.run, settings) if parsed.run else None
     learner = Learner(build_system(settings), Processes.from_torchrun())  # refuses what does not fit, before it writes
-    if settings.init_from:
+    if settings.init_from and not (named and named.checkpoint.exists()):
         learner.warm_start(RunFolder(Path(settings.init_from)))
     run_training(named or RunFolder.new(settings), learner)
 

@@ -282,7 +282,7 @@ class LifetimeStore:
     Args:
         settings: see `MemorySettings`.
         device: where `experience` lives; frames stay in main memory.
-        shard, shards: which of how many stores this is, one for each process; they share budget and block numbers.
+        shard, shards: rank and number of stores, one for each process; they share budget and block numbers.
     """
 
     def __init__(self, settings: MemorySettings, device: Device = "cpu", shard: int = 0, shards: int = 1) -> None:
@@ -462,6 +462,7 @@ class RunFolder:
         run = cls(Path("runs") / name)
         if run.config.exists():
             started, given = flatten(run.settings(settings)), flatten(settings)
+            started.pop("device")  # a run may go on elsewhere
             other = [
                 f"{key} is {value} there and {given[key]} here" for key, value in started.items() if value != given[key]
             ]

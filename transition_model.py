@@ -93,7 +93,7 @@ def merge_equal(mass: Tensor, first: Tensor) -> Tensor:
 
 
 def top_p_filter(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The smallest set of entries of probabilities (..., n) that has at least `top_p` (bool), renormalised to one."""
+    """Mask (..., n) of the fewest entries that together have at least `top_p`, and their probabilities renormalised."""
     ordered, index = probability.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
     kept = torch.zeros_like(probability, dtype=torch.bool).scatter_(-1, index, (before < top_p) & (ordered > 0))

@@ -150,7 +150,7 @@ def objective(trial: optuna.Trial, space: Space, base: Settings, arguments: Tune
             if not main.train(learner, run, until=learner.total - left, checkpoints=False):
                 raise KeyboardInterrupt
             result = main.evaluate(learner.system, "validation", arguments.lifetimes)
-            score = result.get("normalised", result["return_mean"])
+            score = result["return_mean"] if result.get("normalised") is None else result["normalised"]
             trial.report(score, seed * PRUNING_POINTS + point - 1)
             if (seed, point) != (arguments.seeds - 1, PRUNING_POINTS) and trial.should_prune():
                 raise optuna.TrialPruned
@@ -304,17 +304,17 @@ def conclude(study: optuna.Study, base: Settings, overrides: dict[str, Any], fol
         raise UserError("no trial was completed yet, so there is no best set: give more --trials.")
     start = [t for t in best if all(value == value_of(base, name) for name, value in t.params.items())][:1]
     results = [{"number": t.number, "state": t.state.name, "score": t.value, "params": t.params} for t in study.trials]
-    results = [result | trial.user_attrs for result, trial in zip(results, study.trials)]
+    results = [result | trial.user_attrs for result, trial in zip(results, study.trials, strict=True)]
     write_json({"baseline": start[0].number if start else None, "trials": results}, folder / "trials.json")
     tuned = {section: overrides.get(section, {}) | fields for section, fields in nested(best[0].params).items()}
     path = folder / "best.json"
     write_json(overrides | {"preset": base.preset} | tuned, path)
     print("best trials: " + ", ".join(f"{trial.value:.3f} (trial {trial.number})" for trial in best[:KEPT_CHECKPOINTS]))
-    began = "".join(f", where the search started {trial.value:.3f} (trial {trial.number})" for trial in start)
+    began = "".join(f"; the starting settings scored {trial.value:.3f} (trial {trial.number})" for trial in start)
     print(f"best score on validation tasks: {best[0].value:.3f} (trial {best[0].number}){began}")
     for name, value in best[0].params.items():
-        format_ci, was = (f"{x:.6g}" if isinstance(x, float) else x for x in (value, value_of(base, name)))
-        print(f"  --{name} {format_ci}   (was {was})")
+        new, was = (f"{x:.6g}" if isinstance(x, float) else x for x in (value, value_of(base, name)))
+        print(f"  --{name} {new}   (was {was})")
     print(f"figures in {folder}: {', '.join(save_figures(study, folder))}")
     print(f"apply it: python3 main.py --config {path}")
     return path

@@ -1,4 +1,4 @@
-"""The VAE: turns observations into grids of categorical codes and back, modulated by the context.
+"""The VAE, from observations to grids of categorical codes and back; below it, the scores and figures of rollouts.
 
 Each patch of a frame becomes one categorical code, so that inference and planning work on grids of small integers.
 Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014.
@@ -242,8 +242,8 @@ class Trajectories(NamedTuple):
 def bootstrap_ci(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
     """95% percentile bootstrap interval, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
 
-    Runs are evaluated in the same environments, so lifetimes are resampled once for all strata and quantities: common
-    random numbers must not count as evidence as many times as there are runs.
+    All runs see the same lifetimes, so each resample picks lifetimes, the same ones in every run; otherwise the
+    interval would be too narrow.
 
     Args:
         statistic: reduces the last axis of k arrays (..., runs * n).
@@ -336,8 +336,9 @@ def summary(trajectories: Trajectories) -> dict[str, Any]:
 
 
 def belief_nll(agent: list[Tensor], exact: list[Tensor] | None, late: int = 16) -> dict[str, Any]:
-    """The mean negative log-likelihood (nats) of each step, from those in every lifetime (B,), to the agent and to the
-    exact filter; and the agent's `late_excess` from step `late` on (None without a filter)."""
+    """Mean negative log-likelihood (nats) of each step, of the agent and of the exact filter, each from T tensors (B,).
+    `late_excess` is the agent's mean minus the filter's from step `late` on, None without a filter. The agent's is of
+    code grids, the filter's of positions, which determine each other: encoding errors count against the agent."""
     nll = {"agent": agent} | ({} if exact is None else {"exact": exact})
     nll = {name: torch.stack(steps).double().mean(1).tolist() for name, steps in nll.items()}
     late = min(late, len(agent) // 2)

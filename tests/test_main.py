@@ -522,7 +522,7 @@ class TestEveryEnvironment(unittest.TestCase):
         ranks = [int(rank) for block in learner.store.blocks for rank in block.task]
         self.assertEqual({permutation_split(rank) for rank in ranks}, {"train"})
         self.assertEqual(learner.system.engine.actions, 5)
-        with self.assertWarnsRegex(UserWarning, "beyond transition.reward_bins, -1 to 0.25"):
+        with self.assertWarnsRegex(UserWarning, r"beyond transition.reward_bins, \(-1.0, 0.0, 0.25\)"):
             learner.settings = merge(settings, {"transition": {"reward_bins": (-1, 0, 0.25)}})
             for _ in range(4):
                 learner.collect(exploration=1.0)
