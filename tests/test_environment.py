@@ -565,7 +565,7 @@ class TestExternalWorlds(unittest.TestCase):
 
     def test_reward_bins_are_found_from_random_lifetimes(self):
         def bins(reward):
-            with mock.patch.object(Room, "step", lambda env, action: (env._sample(), reward(), False, False, {})):
+            with mock.patch.object(Room, "step", lambda env, action: (env._render(), reward(), False, False, {})):
                 return infer_reward_bins(ROOM)
 
         self.assertEqual(infer_reward_bins(ROOM), (0.0, 0.5, 1.0))  # a trained agent may get more than was observed
