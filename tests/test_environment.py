@@ -83,7 +83,7 @@ class TestRules(unittest.TestCase):
             ({"edges": "soft"}, "'soft'.*block, wrap or hidden"),
             ({"holdout": "all"}, "'all'.*combinations or permutations"),
             ({"reward_values": (-1.0,)}, "one above 0"),
-            ({"reward_values": (1.0, 0.0)}, "nonzero"),
+            ({"reward_values": (1.0, 0.0)}, "not 0"),
             ({"reward_values": (1.0, 2.0, 3.0, 4.0, 5.0)}, "1 to 4"),
             ({"reward_values": (1.0, 1.0, -1.0)}, "different"),
             ({"reward_values": (float("nan"),)}, "reward_values is nan"),
