@@ -304,7 +304,7 @@ def conclude(study: optuna.Study, base: Settings, overrides: dict[str, Any], fol
         raise UserError("no trial was completed yet, so there is no best set: give more --trials.")
     start = [t for t in best if all(value == value_of(base, name) for name, value in t.params.items())][:1]
     results = [{"number": t.number, "state": t.state.name, "score": t.value, "params": t.params} for t in study.trials]
-    results = [result | trial.user_attrs for result, trial in zip(results, study.trials)]
+    results = [result | trial.user_attrs for result, trial in zip(results, study.trials, strict=True)]
     write_json({"baseline": start[0].number if start else None, "trials": results}, folder / "trials.json")
     tuned = {section: overrides.get(section, {}) | fields for section, fields in nested(best[0].params).items()}
     path = folder / "best.json"
