@@ -394,7 +394,10 @@ class TestLearner(unittest.TestCase):
             happened = step(world, action)
             return happened._replace(reward=2 * happened.reward)
 
-        with mock.patch.object(HiddenRulesWorld, "step", doubled), self.assertWarnsRegex(UserWarning, "-1 to 1"):
+        with (
+            mock.patch.object(HiddenRulesWorld, "step", doubled),
+            self.assertWarnsRegex(UserWarning, r"\(-1.0, 0.0, 1.0\)"),
+        ):
             learner.collect(exploration=1.0)
 
     def test_another_engine_takes_the_place_of_the_built_in_one(self):

@@ -276,8 +276,8 @@ class TestStudy(unittest.TestCase):
         content = json.loads((folder / STUDY / "best.json").read_text())
         tuned = merge(tiny(), tune_hyperparams.nested(best.params))
         self.assertEqual((content.pop("preset"), merge(Settings(), content)), ("default", tuned))
-        began = f"where the search started {trials[0].value:.3f} (trial 0)"
-        self.assertIn(f"best score on validation tasks: {best.value:.3f} (trial {best.number}), {began}", printed)
+        began = f"the starting settings scored {trials[0].value:.3f} (trial 0)"
+        self.assertIn(f"best score on validation tasks: {best.value:.3f} (trial {best.number}); {began}", printed)
         self.assertIn(f"--planner.tau {best.params['planner.tau']:.6g}   (was 0.2)", printed)
 
     def test_progress_shows_result_best_and_what_is_left_and_failures_count(self):
