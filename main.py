@@ -121,7 +121,7 @@ def with_file(settings: Settings, path: Path | None, preset: str | None, gym_id:
             settings = with_preset(settings, preset)
         return merge(settings, {**overrides, "preset": preset} if given is overrides else overrides), given
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}" if path else str(error)) from error
 
 
 def with_reward_bins(settings: Settings, overrides: dict) -> Settings:
