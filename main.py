@@ -218,7 +218,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                 if update == 0:  # effects are new, so stored effect posteriors are stale
                     learner.reencode_all()
                 if update % (t.collect_every if update >= t.plan_from else 4 * t.collect_every) == 0:
-                    learner.collect(learner.exploration(update))
+                    learner.collect(learner.exploration(update))  # environment -> episodic memory -> store
                     learner.reencode(store.oldest())
                 if update % t.effect_every == 0:
                     learner.learn_effects(t.effect_updates + update)

@@ -90,6 +90,12 @@ class TestSettings(unittest.TestCase):
         self.assertEqual((config["world"]["slip"], config["world"]["grid"]), (0.2, 4))  # from the file
         self.assertEqual(config["world"]["lifetime"], 10)  # from the flag
 
+    def test_the_preset_that_is_asked_for_keeps_its_name_over_that_of_a_file(self):
+        path = temporary_folder() / "some.json"
+        path.write_text(json.dumps({"preset": "quick", "world": {"slip": 0.3}}))
+        settings, _ = main.with_file(Settings(), path, "large")
+        self.assertEqual((settings.preset, settings.world.grid, settings.world.slip), ("large", 8, 0.3))
+
     def test_the_configuration_of_a_run_starts_the_same_run(self):
         config = tiny_run() / "config.json"
         self.assertEqual(new_run(["--config", config], temporary_folder()), json.loads(config.read_text()))
