@@ -597,4 +597,4 @@ class Processes:
 
     def any_rank(self, happened: bool) -> bool:
         """Whether it happened in any process; waits for all of them."""
-        return any(self.all_gather_object(happened))
+        return bool(self.all_gather(torch.tensor([int(happened)])).any())

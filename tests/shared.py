@@ -274,19 +274,20 @@ def stopped_at(update: int, what: BaseException | None = None, interrupts: int =
 # -------------------------------------------------------------------------------------------------- trained runs
 
 
+def complete_run(*arguments: str, folder: Path) -> Path:
+    """Run the command line in this process; the folder of the run that it makes."""
+    code, printed = in_process(list(arguments), folder)
+    assert code == 0, printed
+    return only_run(folder)
+
+
 @functools.cache
 def tiny_run() -> Path:
     """The folder of a complete run with tiny settings; tests that write into it use `copy_of`."""
-    folder = tiny_folder()
-    code, printed = in_process(["--config", "tiny.json"], folder)
-    assert code == 0, printed
-    return only_run(folder)
+    return complete_run("--config", "tiny.json", folder=tiny_folder())
 
 
 @functools.cache
 def quick_run() -> Path:
     """The folder of a run of `--preset quick`, trained once for all tests of this process."""
-    folder = temporary_folder()
-    code, printed = in_process(["--preset", "quick"], folder)
-    assert code == 0, printed
-    return only_run(folder)
+    return complete_run("--preset", "quick", folder=temporary_folder())
