@@ -35,7 +35,8 @@ from memory import (
     require,
     require_all,
 )
-from transition_model import EffectCache, TransitionModel, Value, contact_pairs, entropy, merge_equal, top_p_filter
+from transition_model import EffectCache, TransitionModel, Value, contact_pairs, entropy, find_effects, merge_equal
+from transition_model import top_p_filter
 from world_model import VAE
 
 
@@ -211,8 +212,15 @@ class System:
         names = ("vae", "transition", "engine", "appearance", "value", "target_value")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def set_num_effects(self, num_effects: int) -> None:
+        """Make what is as large as the number of effects K anew; they depend on the seed alone."""
+        torch.manual_seed(self.settings.seed)
+        self.transition.set_num_effects(num_effects)
+        self.engine.set_num_effects(num_effects)
+
     def load(self, states: dict[str, dict]) -> None:
         """Take over the weights of all parts, from their `state_dict`s by name."""
+        self.set_num_effects(len(states["transition"]["effects.marginal"]))
         for name, module in self.modules().items():
             module.load_state_dict(states[name])
 
@@ -245,7 +253,7 @@ class AgentController:
         obs = as_tensor(obs) if isinstance(obs, np.ndarray) else obs
         obs = obs.to(next(self.vae.parameters()).device)
         self.obs = obs[None] if obs.ndim == 3 else obs
-        batch, patches, effects = len(self.obs), math.prod(self.vae.grid), self.transition.settings.num_effects
+        batch, patches, effects = len(self.obs), math.prod(self.vae.grid), self.transition.effects.num_effects
         self.memory = EpisodicMemory(batch, self.lifetime, patches, effects, obs.device, self.keep_frames)
         self.belief, self.appearance_state = self.engine.initial_belief(batch), None
         self.effect_cache = EffectCache(self.transition.effects)
@@ -298,7 +306,7 @@ class TrainingSettings:
     envs: int = 64  # environments that are collected from at once, at least 1
     random_lifetimes: int = 512  # lifetimes collected at random before anything is learnt; a multiple of `envs`
     perception_updates: int = 150  # updates of the VAE alone, first, at least 1
-    effect_updates: int = 600  # updates of the effects alone, after perception, at least 1
+    effect_updates: int = 200  # updates of the effects alone, after perception, at least 1
     batch: int = 48  # stored lifetimes in an update of the context engine, at least 1
     value_batch: int = 16  # of these, lifetimes in an update of the value, 1 to `batch`
     effect_batch: int = 8  # stored lifetimes in an update of the effects, at least 1
@@ -354,6 +362,8 @@ class Learner:
         processes: that learn together, each with a Learner of its own.
     """
 
+    LABELLED = ("codes", "next_codes", "action", "segment")  # what `find_effects` reads
+
     def __init__(self, system: System, processes: Processes | None = None) -> None:
         self.system, self.settings, self.device = system, system.settings, system.device
         self.processes = processes or Processes()
@@ -362,6 +372,15 @@ class Learner:
         self.store = LifetimeStore(self.settings.memory, self.device, rank, count)
         self.generator = make_generator(self.settings.seed, 4 + 100 * rank, self.device)
         self.sampler = make_generator(self.settings.seed, 5 + 100 * rank)  # of stored lifetimes, on the CPU
+        self.optimizers = self._make_optimizers()
+        self.total = sum((self.training.perception_updates, self.training.effect_updates, self.training.updates))
+        self.update = self.collections = self.env_steps = 0
+        self.metrics: dict[str, Tensor] = {}
+        self.seconds = 0.0  # of training, so far
+
+    def _make_optimizers(self) -> dict[str, torch.optim.Adam]:
+        """One for each group of parts that learn together."""
+        system = self.system
         encoder = [p for name, p in system.vae.named_parameters() if name.startswith("encoder")]
         decoder = [p for name, p in system.vae.named_parameters() if not name.startswith("encoder")]
         appearance = [{"params": system.appearance.parameters()}] if system.appearance else []
@@ -371,11 +390,7 @@ class Learner:
             "context": [*system.engine.parameters(), *system.transition.contextual_parameters()],
             "value": system.value.parameters(),
         }
-        self.optimizers = {name: torch.optim.Adam(parameters, fused=True) for name, parameters in groups.items()}
-        self.total = sum((self.training.perception_updates, self.training.effect_updates, self.training.updates))
-        self.update = self.collections = self.env_steps = 0
-        self.metrics: dict[str, Tensor] = {}
-        self.seconds = 0.0  # of training, so far
+        return {name: torch.optim.Adam(parameters, fused=True) for name, parameters in groups.items()}
 
     def phase(self) -> tuple[str, int]:
         """The present phase (perception, effects or adaptation), and the number of the present update in it."""
@@ -487,17 +502,26 @@ class Learner:
         self.system.vae.merge_codes(*(self.processes.all_gather(x[:, ::every].flatten(0, 1)) for x in sample))
         self.processes.broadcast(self.system.vae)
 
-    def learn_effects(self, update: int) -> None:
-        """Update number `update` of the effects, which decides about annealing and split moves."""
-        batch, transition = self.training.effect_batch, self.system.transition
-        if transition.settings.splits_at(update):
-            sample = self.store.experience.rows(self.store.sample(4 * batch, self.sampler))
-            grids = (self.processes.all_gather(x.flatten(0, 1)) for x in (sample.codes, sample.next_codes))
-            transition.effects.split(*grids, self.generator)
-            self.processes.broadcast(transition.effects)
-        experience = self.store.experience.rows(self.store.sample(batch, self.sampler).to(self.device))
-        exponent = transition.settings.likelihood_exponent(update)
-        losses = transition.effect_loss(experience, self.system.engine.actions, exponent)
+    def find_effects(self) -> None:
+        """Find out from the stored random lifetimes which effects there are; labels take the place of posteriors."""
+        stored, system, every = self.store.experience, self.system, self.processes
+        sample = stored._replace(**{name: every.all_gather(getattr(stored, name)) for name in self.LABELLED})
+        most, seed = self.settings.transition.max_effects, self.settings.seed
+        found = find_effects(sample, system.engine.actions, system.vae.grid, most, seed)
+        label, number = every.all_gather_object(found)[0]  # the main process's
+        system.set_num_effects(number)
+        system.transition.effects.init_marginal(label)
+        every.broadcast(system.transition), every.broadcast(system.engine)
+        mine = slice(every.rank * len(stored.action), (every.rank + 1) * len(stored.action))
+        self.store.experience = stored._replace(posterior=F.one_hot(label[mine], number).half())
+        self.optimizers = self._make_optimizers()
+        self.metrics["effects/found"] = torch.tensor(float(number))
+
+    def learn_effects(self, labelled: bool = False) -> None:
+        """One update of the effects, from stored lifetimes; see `TransitionModel.effect_loss`."""
+        rows = self.store.sample(self.training.effect_batch, self.sampler)
+        experience = self.store.experience.rows(rows.to(self.device))
+        losses = self.system.transition.effect_loss(experience, self.system.engine.actions, labelled)
         self.optimizer_step("effects", losses, clip=20)
 
     def learn_context(self, experience: Experience) -> Tensor:
@@ -588,6 +612,7 @@ class Learner:
             )
             raise UserError(text)
         self.system.load(state["modules"])
+        self.optimizers = self._make_optimizers()
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         for generator, saved in zip((self.generator, self.sampler), shards[rank]["generators"], strict=True):

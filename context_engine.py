@@ -38,8 +38,8 @@ class ContextSettings:
 
     hidden: int = 64  # size H of each row of the belief, at least 1
     context: int = 32  # size D of each row of the context, at least 1
-    contact_features: int = 16  # contact features in a token of the world row, at least 1
-    token_scale: float = 10.0  # initial token weights over PyTorch's default: tokens are sparse, yet each must count
+    contact_features: int = 64  # contact features in a token of the world row, at least 1
+    token_scale: float = 5.0  # initial token weights over PyTorch's default: tokens are sparse, yet each must count
     context_scale: float = 3.0  # initial weights from belief to context over PyTorch's default, at least 0
     # weight of predicting the effects at other times, at least 0; with 0, reward and termination too only at their own
     decoding_weight: float = 2.0
@@ -61,27 +61,34 @@ class ContextInferenceEngine(nn.Module):
     Args:
         settings: see `ContextSettings`.
         actions: A.
-        num_effects: K.
         codes: C, categories of a patch.
+        num_effects: K, see `set_num_effects`.
     """
 
-    def __init__(self, settings: ContextSettings, actions: int, num_effects: int, codes: int) -> None:
+    def __init__(self, settings: ContextSettings, actions: int, codes: int, num_effects: int = 1) -> None:
         super().__init__()
-        self.settings, self.actions, self.num_effects, self.codes = settings, actions, num_effects, codes
+        self.settings, self.actions, self.codes = settings, actions, codes
         hidden = settings.hidden
-        self.own_effect = nn.Linear(num_effects, hidden)
-        self.others_effect = nn.Linear(num_effects, hidden)
-        self.world_event = nn.Linear(num_effects + 1 + settings.contact_features, hidden)
         self.contact_features = nn.Linear(2 * codes, settings.contact_features)
         self.gru = nn.GRU(hidden, hidden, batch_first=True)
         self.initial = nn.Parameter(torch.zeros(2, hidden))  # initial belief about an action, and about the world
         self.to_context = nn.Linear(hidden, settings.context)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
+        self.set_num_effects(num_effects)
+        with torch.no_grad():
+            self.to_context.weight.mul_(settings.context_scale)
+            self.gru.bias_ih_l0[hidden : 2 * hidden] = 1.0  # update gate: remember by default
+
+    def set_num_effects(self, num_effects: int) -> None:
+        """Make the layers that read K effects anew."""
+        settings, hidden, device = self.settings, self.settings.hidden, self.initial.device
+        self.num_effects = num_effects
+        self.own_effect = nn.Linear(num_effects, hidden, device=device)
+        self.others_effect = nn.Linear(num_effects, hidden, device=device)
+        self.world_event = nn.Linear(num_effects + 1 + settings.contact_features, hidden, device=device)
         with torch.no_grad():
             for layer in (self.own_effect, self.others_effect, self.world_event):
                 layer.weight.mul_(settings.token_scale)
-            self.to_context.weight.mul_(settings.context_scale)
-            self.gru.bias_ih_l0[hidden : 2 * hidden] = 1.0  # update gate: remember by default
 
     def initial_belief(self, batch: int) -> Tensor:
         """The belief before any experience: (batch, A + 1, H)."""

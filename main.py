@@ -42,9 +42,8 @@ from world_model import VAE, VAESettings, animate_lifetime, belief_nll, compare,
 PRESETS: dict[str, dict] = {
     "default": {},
     "quick": {
-        "transition": {"warmup_updates": 150, "annealed_updates": 100},
         "planner": {"discount": 0.9},
-        "training": dict(updates=280, envs=32, random_lifetimes=256, perception_updates=100, effect_updates=270)
+        "training": dict(updates=280, envs=32, random_lifetimes=256, perception_updates=100, effect_updates=150)
         | dict(batch=40, value_batch=8, value_from=100, plan_from=112, final_lr_scale=0.3, evaluation_lifetimes=512),
     },
     "large": {},
@@ -56,8 +55,8 @@ PRESETS: dict[str, dict] = {
     },
     "everything": {
         "vae": {"num_codes": 7, "cluster_radius": 0.25},
-        "transition": dict(num_effects=48, reward_bins=(-1.0, 0.0, 0.5, 1.0), warmup_updates=600, annealed_updates=300),
-        "training": dict(updates=2500, batch=32, value_batch=8, effect_batch=4, effect_updates=1200)
+        "transition": {"reward_bins": (-1.0, 0.0, 0.5, 1.0)},
+        "training": dict(updates=2500, batch=32, value_batch=8, effect_batch=8, effect_updates=400)
         | dict(evaluation_lifetimes=256),
     },
     "gym": {  # for an external environment
@@ -158,12 +157,12 @@ def build_system(settings: Settings, engine: type = ContextInferenceEngine, plan
     perception = dataclasses.replace(s.vae, patch=s.vae.patch or s.world.cell)
     padding = s.transition.padding or ("zeros" if s.world.edges == "block" else "circular")
     dynamics = dataclasses.replace(s.transition, padding=padding)
-    codes, effects, context_dim = s.vae.num_codes, s.transition.num_effects, s.context.context
+    codes, context_dim = s.vae.num_codes, s.context.context
 
     torch.manual_seed(s.seed)
     vae = VAE(perception, obs_shape=sizes.obs_shape, context_dim=context_dim).to(device)
     transition = TransitionModel(dynamics, codes=codes, grid=vae.grid, context_dim=context_dim).to(device)
-    inference = engine(s.context, actions=sizes.actions, num_effects=effects, codes=codes).to(device)
+    inference = engine(s.context, actions=sizes.actions, codes=codes).to(device)
     appearance = None
     if s.context.appearance:
         appearance = AppearanceEngine(s.context, pixels=3 * perception.patch**2).to(device)
@@ -212,7 +211,8 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                 if update == 0:  # perception is new, so stored codes are stale
                     learner.merge_codes()
                     learner.reencode_all()
-                learner.learn_effects(update)
+                    learner.find_effects()
+                learner.learn_effects(labelled=True)
 
             else:  # adaptation
                 if update == 0:  # effects are new, so stored effect posteriors are stale
@@ -221,7 +221,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.collect(learner.exploration(update))  # environment -> episodic memory -> store
                     learner.reencode(store.oldest())
                 if update % t.effect_every == 0:
-                    learner.learn_effects(t.effect_updates + update)
+                    learner.learn_effects()
                 rows = store.sample(t.batch, learner.sampler)
                 experience = store.experience.rows(rows.to(learner.device))
                 beliefs = learner.learn_context(experience)

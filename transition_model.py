@@ -1,8 +1,9 @@
 """The transition model: which effects exist, which one an action will have in this task, and what follows from it.
 
 *Effects* p(z'|z, k), k = 1..K, depend on neither action nor context. They are the changes of the code grid that can
-occur in any task ("the red object moves left"). The *effect posterior* q(k|z, z') identifies which one did occur.
-The rest is FiLM-modulated by the context, which stands for the task: the *prior* pi(k|a, c) of the effects; the *reward
+occur in any task ("the red object moves left"). Within one task an action has one effect, so what each action does over
+whole lifetimes says which effects there are and how many: `find_effects`. The *effect posterior* q(k|z, z') identifies
+which one did occur. The rest is FiLM-modulated by the context, which stands for the task: the *prior* pi(k|a, c) of the effects; the *reward
 and termination heads*, which read the *contact features*, that is, which pairs (code before, code after) occur at some
 patch; and the *value*.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,44 +29,28 @@ ABSENT = -1e4  # stands for minus infinity in a masked maximum, without NaN grad
 class TransitionSettings:
     """Effects, their prior, reward and termination."""
 
-    num_effects: int = 24  # number K of effects, which all tasks share, 2 to 255
+    max_effects: int = 64  # effects that are told apart at most, 2 to 255; how many there are is found
     width: int = 24  # channels of the effect network, at least 1
     kernel: int = 3  # side of the effect network's convolutions in patches, odd
     # beyond the grid's edge the effect network sees zeros or, if circular, the opposite side, and then edges are marked
     # in its input; empty: circular if edges may wrap, else zeros
     padding: Literal["", "zeros", "circular"] = ""
     prior_width: int = 64  # hidden features of the prior, at least 1
-    contact_width: int = 16  # features of a pair (code before, code after), at least 1
+    contact_width: int = 64  # features of a pair (code before, code after), at least 1
     reward_bins: tuple[float, ...] = (-1.0, 0.0, 1.0)  # rewards that the environment gives, at least two, increasing
     film_scale: float = 3.0  # initial FiLM weights over PyTorch's: one experience must visibly change predictions
-    warmup_updates: int = 300  # first effect updates, whose labels ignore the rest of the lifetime
-    annealed_updates: int = 200  # effect updates after those, in which the likelihood's exponent in labels rises to 1
-    split_every: int = 25  # effect updates between split moves, from a third of the warm-up to the last annealed update
     learning_rate: float = 6e-3  # Adam's initial learning rate of the effects, in [0, 1]; it decays with the run
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("warmup_updates", "annealed_updates"), (0, 10**9))
         widths = dict.fromkeys(("width", "prior_width", "contact_width"), (1, 4096))
-        require_all("transition", self, num_effects=(2, 255), kernel=(1, 31), film_scale=(0, 100), learning_rate=(0, 1))
-        require_all("transition", self, **widths, **counts, split_every=(1, 10**9))
+        require_all("transition", self, max_effects=(2, 255), kernel=(1, 31), film_scale=(0, 100), learning_rate=(0, 1))
+        require_all("transition", self, **widths)
         if self.kernel % 2 == 0:
             raise ValueError(f"transition.kernel is {self.kernel}, but must be odd: choose {self.kernel + 1}.")
         if self.padding not in ("", "zeros", "circular"):
             raise ValueError(f"transition.padding is {self.padding!r}: choose zeros, circular, or leave it empty.")
         if len(self.reward_bins) < 2 or any(a >= b for a, b in pairwise(self.reward_bins)):
             raise ValueError(f"transition.reward_bins is {self.reward_bins}: give at least two increasing numbers.")
-
-    def likelihood_exponent(self, update: int) -> float:
-        """Exponent of the likelihood in the labels of effect update `update`: 0 in the warm-up, then .1 to 1."""
-        if update < self.warmup_updates:
-            return 0.0
-        done = (update - self.warmup_updates) / max(1, self.annealed_updates)
-        return min(1.0, 0.1 + 0.9 * done)
-
-    def splits_at(self, update: int) -> bool:
-        """Whether effect update number `update` begins with a split move, see `EffectNetwork.split`."""
-        possible = self.warmup_updates // 3 <= update < self.warmup_updates + self.annealed_updates
-        return possible and update % self.split_every == 0
 
 
 def contact_pairs(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
@@ -106,6 +91,224 @@ def entropy(probability: Tensor) -> Tensor:
     return -(probability * probability.clamp_min(math.exp(-30)).log()).sum(-1)
 
 
+def change_keys(codes: Tensor, next_codes: Tensor, columns: int, first: Tensor) -> Tensor:
+    """A hash (N, S) int64 of every change from codes to next_codes (N, S) uint8: of all patches that changed and have the
+    same `first` (N, S) patch, wherever that patch lies, at that patch. Zero elsewhere."""
+    place = torch.arange(codes.shape[1], device=codes.device)
+    down, right = place // columns - first // columns, place % columns - first % columns
+    digits = (down.clamp_min(0), right + columns, codes.long(), next_codes.long())
+    index = digits[0]
+    for digit, base in zip(digits[1:], (2 * columns, 256, 256), strict=True):
+        index = index * base + digit
+    # Multiplication by odd constants and shifts mix the bits (Steele et al., "SplitMix", 2014).
+    for factor in (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
+        index = (index ^ (index >> 29)) * factor
+    return torch.zeros_like(index).scatter_add_(1, first, index * (codes != next_codes))
+
+
+def connected(changed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """For every patch that changed the first one of those connected with it, diagonals included: (N, S) int64 of (N, S)
+    bool. Any other patch has the last number."""
+    S = changed.shape[1]
+    label = torch.where(changed, torch.arange(S, device=changed.device), S).float().view(-1, 1, *grid)
+    while True:
+        lowest = torch.where(changed.view_as(label), -F.max_pool2d(-label, 3, 1, 1), label)
+        if torch.equal(lowest, label):
+            return label.flatten(1).long().clamp_max(S - 1)
+        label = lowest
+
+
+def change_counts(
+    experience: Experience, n_actions: int, grid: tuple[int, int], least: int = 8
+) -> tuple[Tensor, Tensor]:
+    """How often which change happened after which action of which lifetime.
+
+    A change is all that differs between two grids, wherever it lies, or if that occurs less often than `least`, each
+    connected part of it. Changes that occur less often still are left out, and all but the 512 most frequent.
+
+    Returns:
+        counts (L, A, D) float32 for the L lifetimes under one rule in experience (n, T, ...), and which of them each
+        step belongs to: (n, T) int64.
+    """
+    codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
+    changed, columns = codes != next_codes, grid[1]
+    whole = change_keys(codes, next_codes, columns, changed.byte().argmax(1, keepdim=True).expand_as(codes)).sum(1)
+    _, index, count = whole.unique(return_inverse=True, return_counts=True)
+    rare = (count[index] < least).nonzero()[:, 0]
+    parts = change_keys(codes[rare], next_codes[rare], columns, connected(changed[rare], grid))
+    of, at = parts.nonzero(as_tuple=True)
+    common = (count[index] >= least).nonzero()[:, 0]
+    step, key = torch.cat([common, rare[of]]), torch.cat([whole[common], parts[of, at]])
+    _, change, count = key.unique(return_inverse=True, return_counts=True)
+    column = torch.full_like(count, -1)
+    kept = count.argsort(descending=True, stable=True)[: min(512, int((count >= least).sum()))]
+    column[kept] = torch.arange(len(kept), device=kept.device)
+    column = column[change]
+    step, column = step[column >= 0], column[column >= 0]
+    lifetime = torch.arange(len(experience.action), device=codes.device)[:, None] * 256 + experience.segment.long()
+    lifetime = lifetime.unique(return_inverse=True)[1]  # (n, T)
+    rows = (lifetime * n_actions + experience.action).flatten()[step]
+    counts = torch.bincount(rows * len(kept) + column, minlength=(int(lifetime.max()) + 1) * n_actions * len(kept))
+    return counts.view(-1, n_actions, len(kept)).float(), lifetime
+
+
+class ChangeMixture(NamedTuple):
+    """A mixture of M multinomials over D changes, for A actions of L lifetimes that are of W kinds.
+
+    An action of lifetime l has component m with probability prior(m | kind of l), and then each change d after it is
+
+        p(d) = (1 - slip_l) change(d|m) + slip_l sum_k background_l(k) change(d|k).
+    """
+
+    change: Tensor  # (M, D)
+    prior: Tensor  # (W, M)
+    background: Tensor  # (L, M): what happens in a lifetime whatever the action, such as gusts
+    slip: Tensor  # (L,)
+
+    SMOOTHING = 0.05  # added to counts of changes
+    SLIPS = 8.0  # weight, in changes, of the initial share of slips
+
+    @classmethod
+    def of(cls, label: Tensor, counts: Tensor, kind: Tensor, slip: float) -> ChangeMixture:
+        """The mixture of hard labels (L, A) for counts (L, A, D) of lifetimes of kinds (L,)."""
+        one_hot = F.one_hot(label).float()  # (L, A, M)
+        change = torch.einsum("lam,lad->md", one_hot, counts) + cls.SMOOTHING
+        prior = F.one_hot(kind).float().T @ one_hot.sum(1) + 0.01
+        prior = prior / prior.sum(1, keepdim=True)
+        slips = torch.full((len(counts),), slip, device=counts.device)
+        return cls(change / change.sum(1, keepdim=True), prior, prior[kind], slips)
+
+    def expect(self, counts: Tensor, kind: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which component each action has (L, A, M), its own changes (M, D), those of the background (L, D), and the log
+        likelihood, of counts (L, A, D)."""
+        own = (1 - self.slip)[:, None, None] * self.change  # (L, M, D)
+        mixed = own + (self.slip[:, None] * (self.background @ self.change))[:, None]
+        joint = torch.einsum("lad,lmd->lam", counts, mixed.log()) + self.prior.log()[kind][:, None]
+        label = joint.softmax(-1)
+        explained = torch.einsum("lam,lad->lmd", label, counts)
+        own = explained * own / mixed
+        return label, own.sum(0), (explained - own).sum(1), joint.logsumexp(-1).sum()
+
+    def fit(self, counts: Tensor, kind: Tensor, rounds: int, slip: float) -> ChangeMixture:
+        """Rounds of expectation maximization."""
+        mixture, kinds = self, F.one_hot(kind).float()
+        for _ in range(rounds):
+            label, own, others, _ = mixture.expect(counts, kind)
+            background = mixture.background @ mixture.change
+            share = (others / background.clamp_min(1e-12)) @ mixture.change.T * mixture.background
+            share = share + 2 * mixture.prior[kind]
+            change, prior = own + self.SMOOTHING, kinds.T @ label.sum(1) + 0.01
+            mixture = ChangeMixture(
+                change=change / change.sum(1, keepdim=True),
+                prior=prior / prior.sum(1, keepdim=True),
+                background=share / share.sum(1, keepdim=True),
+                slip=(others.sum(1) + self.SLIPS * slip) / (counts.sum((1, 2)) + self.SLIPS),
+            )
+        return mixture
+
+    def without(self, component: int, into: int, change: Tensor) -> ChangeMixture:
+        """The mixture with one component merged into another, which then has the counts of changes (D,)."""
+        kept = torch.arange(len(self.change), device=change.device) != component
+        merged = self.change.clone(), self.prior.clone(), self.background.clone()
+        merged[0][into] = (change + self.SMOOTHING) / (change + self.SMOOTHING).sum()
+        for part in merged[1:]:
+            part[:, into] += part[:, component]
+        return ChangeMixture(merged[0][kept], merged[1][:, kept], merged[2][:, kept], self.slip)
+
+
+def merge_components(
+    mixture: ChangeMixture, counts: Tensor, kind: Tensor, slip: float, penalty: float, most: int
+) -> tuple[Tensor, float]:
+    """Merge components while the penalised likelihood gains, and until there are at most so many.
+
+    Returns:
+        labels (L, A) int64 from 0 on, and the penalised likelihood.
+    """
+    groups, smoothing = counts.shape[0] * counts.shape[1], mixture.SMOOTHING
+    kinds = F.one_hot(kind).float()
+    while True:
+        label, own, _, likelihood = mixture.expect(counts, kind)
+        mass = torch.einsum("lw,lam->mw", kinds, label)  # (M, W): actions by component and kind
+
+        def alone(change: Tensor, mass: Tensor) -> Tensor:
+            """Log likelihood of what is one component."""
+            p = (change + smoothing) / (change + smoothing).sum(-1, keepdim=True)
+            return torch.special.xlogy(change, p).sum(-1) + torch.special.xlogy(mass, mass / kinds.sum(0)).sum(-1)
+
+        each, both = alone(own, mass), own[:, None] + own
+        loss = each[:, None] + each - alone(both, mass[:, None] + mass)
+        loss = (loss - penalty * (both > 2).sum(-1) * math.log(groups)).fill_diagonal_(torch.inf)
+        if mass.sum(1).min() < 1.5 and len(mass) > 1:  # a component of nearly nothing goes to where it costs least
+            j = int(mass.sum(1).argmin())
+            i = int(loss[j].argmin())
+        else:
+            i, j = divmod(int(loss.argmin()), len(mass))
+            if len(mass) == 1 or (loss[i, j] > 0 and len(mass) <= most):
+                penalised = likelihood - penalty * (own > 1).sum() * math.log(groups)
+                return label.argmax(-1).unique(return_inverse=True)[1], float(penalised)
+        mixture = mixture.without(j, i, both[i, j]).fit(counts, kind, 5, slip)
+
+
+def cluster_changes(
+    counts: Tensor, features: Tensor, kind: Tensor, clusters: int, slip: float, penalty: float, most: int, generator
+) -> tuple[Tensor, float]:
+    """Labels (L, A) of counts (L, A, D): k-means++ in `features` (L, A, D) for each kind, a mixture from there, merged."""
+    label = torch.zeros(counts.shape[:2], dtype=torch.int64, device=counts.device)
+    for number in range(int(kind.max()) + 1):
+        points = features[kind == number].flatten(0, 1)
+        centres = points[torch.randint(len(points), (1,), generator=generator, device=points.device)]
+        while len(centres) < clusters:
+            weight = torch.cdist(points, centres).amin(1).square().clamp_min(1e-9)
+            centres = torch.cat([centres, points[torch.multinomial(weight, 1, generator=generator)]])
+        nearest = torch.cdist(points, centres).argmin(1).view(-1, counts.shape[1])
+        label[kind == number] = number * clusters + nearest
+    label = label.unique(return_inverse=True)[1]
+    mixture = ChangeMixture.of(label, counts, kind, slip).fit(counts, kind, 30, slip)
+    return merge_components(mixture, counts, kind, slip, penalty, most)
+
+
+@torch.no_grad()
+def find_effects(
+    experience: Experience, n_actions: int, grid: tuple[int, int], most: int, seed: int, restarts: int = 3
+) -> tuple[Tensor, int]:
+    """Which effect every action has in every lifetime, and how many effects there are.
+
+    Two steps, on counts of changes alone. First lifetimes are clustered by all that happened in them, into kinds: a
+    lifetime has one body and one kind of edge. Then actions are clustered, by what happened after them beyond what
+    happened in their lifetime anyway, beginning within each kind and merging over all of them. Both begin with too many
+    clusters and merge two while the Bayesian information criterion gains (Figueiredo & Jain, "Unsupervised Learning of
+    Finite Mixture Models", 2002); the best of some restarts is taken.
+
+    Args:
+        experience: (n, T, ...), random behaviour.
+        n_actions: A.
+        grid: (rows, columns).
+        most: number of effects at most.
+        seed: of the restarts.
+
+    Returns:
+        labels (n, T) int64, from 0 on, of every step: the effect of its action, and the number of effects. That is one
+        more than there are labels where no action does nothing: then only slips leave everything as it is.
+    """
+    counts, lifetime = change_counts(experience, n_actions, grid)
+    generator = torch.Generator(counts.device).manual_seed(seed)
+    none = torch.zeros(len(counts), dtype=torch.int64, device=counts.device)
+    share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+    beyond = (share - share.amin(1, keepdim=True)).sqrt()  # what happens after all actions says nothing about one
+    together = counts.sum(1, keepdim=True)
+    overall = (together / together.sum(-1, keepdim=True).clamp_min(1)).sqrt()
+    best = (none, -math.inf)
+    for _ in range(restarts):
+        # Twice the penalty: how often what happens varies with the wind and where the body went.
+        kind, _ = cluster_changes(together, overall, none, 24, 0.0, 1.0, len(together), generator)
+        found = cluster_changes(counts, beyond, kind[:, 0], 2 * n_actions, 0.25, 0.5, most, generator)
+        best = max(best, found, key=lambda labelled: labelled[1])
+    label = best[0][lifetime, experience.action]
+    still = (experience.codes == experience.next_codes).all(-1).flatten().double()
+    share = torch.bincount(label.flatten(), still) / torch.bincount(label.flatten())  # of steps without any change
+    return label, len(share) + int(share.max() < 0.5)
+
+
 class EffectNetwork(nn.Module):
     """The effects p(z'|z, k): a categorical for every patch, by two convolutions over the grid of codes.
 
@@ -116,10 +319,10 @@ class EffectNetwork(nn.Module):
         ValueError: a circular kernel that would reach around the whole grid.
     """
 
-    def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int]) -> None:
+    def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int], num_effects: int) -> None:
         super().__init__()
-        kernel, width, K = settings.kernel, settings.width, settings.num_effects
-        self.codes, self.grid, self.num_effects = codes, grid, K
+        kernel, width = settings.kernel, settings.width
+        self.codes, self.grid = codes, grid
         padding = settings.padding or "zeros"
         if padding == "circular" and kernel > 2 * min(grid) + 1:
             limit = f"in a grid of {grid[0]}x{grid[1]} whose edges wrap it may be at most {2 * min(grid) + 1}"
@@ -133,11 +336,23 @@ class EffectNetwork(nn.Module):
         for channels in (codes + len(self.edges), width):
             layers += [nn.Conv2d(channels, width, **convolution), nn.GroupNorm(1, width), nn.SiLU()]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(width, K * codes)
         self.stay = nn.Parameter(torch.tensor(4.0))  # added to the logit of the present code
-        self.marginal = nn.Parameter(torch.zeros(K))  # logits of p0(k), the context-free prior
+        self.set_num_effects(num_effects)
         bits = torch.randint(2**62, (grid[0] * grid[1],), generator=torch.Generator().manual_seed(0))
         self.register_buffer("fingerprint", bits, persistent=False)
+
+    def set_num_effects(self, num_effects: int) -> None:
+        """Begin anew with K effects, all equal but for their random initial weights."""
+        width, device = self.features[0].out_channels, self.stay.device
+        self.num_effects = num_effects
+        self.head = nn.Linear(width, num_effects * self.codes, device=device)
+        self.marginal = nn.Parameter(torch.zeros(num_effects, device=device))  # logits of p0(k), the context-free prior
+
+    @torch.no_grad()
+    def init_marginal(self, label: Tensor) -> None:
+        """Begin p0 with the shares of labels (...) int64, of which every effect has at least a twentieth part."""
+        count = torch.bincount(label.flatten(), minlength=self.num_effects)
+        self.marginal.copy_(count.clamp_min(label.numel() // 20 + 1).log())
 
     def hidden(self, codes: Tensor) -> Tensor:
         """Features (B, S, width) of one-hot code grids (B, S, C)."""
@@ -183,36 +398,6 @@ class EffectNetwork(nn.Module):
         """A hash (...) int64 of each grid (..., S), by 62 random bits per patch: equal keys mean equal grids."""
         return (codes * self.fingerprint).sum(-1)
 
-    @torch.no_grad()
-    def split(self, codes: Tensor, next_codes: Tensor, generator: torch.Generator, min_cost: float = 0.2) -> bool:
-        """Split an effect that stands for two: a disturbed copy of it replaces the effect that is needed least.
-
-        A mixture trained by gradient descent can end with one component for two effects and several components for
-        another, which the labels of a lifetime cannot undo later. The remedy is a split move (Ueda et al., "SMEM
-        Algorithm for Mixture Models", 2000): if the steps that effect k explains cost more than `min_cost` each, the
-        effect whose removal costs least becomes a copy of k plus noise, and the next updates separate the two.
-
-        `codes` and `next_codes` (N, S) uint8 are a sample of steps, `generator` makes the noise, `min_cost` is a mean
-        negative log-likelihood in nats per step. Returns whether an effect was split.
-        """
-        log_marginal = self.marginal.log_softmax(0)
-        joint = self.log_likelihood(codes, next_codes) + log_marginal
-        label = joint.softmax(-1)  # (N, K)
-        usage = label.mean(0)
-        cost = (label * -(joint - log_marginal)).mean(0) / usage.clamp_min(1e-6)  # nats per step that k explains
-        removal_cost = -torch.log1p(-label.clamp_max(1 - 1e-6)).mean(0)  # what the mixture would lose, nats per step
-        worst = (cost.masked_fill(usage < 0.01, 0) * usage).argmax()
-        spare = removal_cost.index_fill(0, worst, torch.inf).argmin()
-        if cost[worst] < min_cost or removal_cost[spare] > 0.1:
-            return False
-        for parameter in (self.head.weight, self.head.bias):
-            rows = parameter.view(self.num_effects, self.codes, -1)
-            noise = torch.randn(rows[worst].shape, generator=generator, device=rows.device)
-            rows[spare] = rows[worst] + 0.1 * rows[worst].std() * noise
-        self.marginal[worst] -= math.log(2)
-        self.marginal[spare] = self.marginal[worst]
-        return True
-
 
 class EffectCache:
     """A direct-mapped cache of `EffectNetwork.predict`: same arguments, same results, each grid computed once.
@@ -256,23 +441,37 @@ class TransitionModel(nn.Module):
         codes: number of codes C.
         grid: (rows, columns) of patches; S = rows * columns.
         context_dim: size D of one row of the context.
+        num_effects: number of effects K, see `set_num_effects`.
     """
 
-    def __init__(self, settings: TransitionSettings, codes: int, grid: tuple[int, int], context_dim: int) -> None:
+    def __init__(
+        self,
+        settings: TransitionSettings,
+        codes: int,
+        grid: tuple[int, int],
+        context_dim: int,
+        num_effects: int = 1,
+    ) -> None:
         super().__init__()
-        width, pair, K = settings.prior_width, settings.contact_width, settings.num_effects
+        width, pair = settings.prior_width, settings.contact_width
         self.settings, self.codes = settings, codes
-        self.effects = EffectNetwork(settings, codes, grid)
+        self.effects = EffectNetwork(settings, codes, grid, num_effects)
         self.action_features = nn.Parameter(torch.randn(1, 1, width))
         self.prior_film = FiLMLayer(context_dim, width, settings.film_scale)
         self.prior_out = nn.Sequential(
-            nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, K)
+            nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, num_effects)
         )
         self.contact_in = nn.Sequential(nn.Linear(2 * codes, pair), nn.SiLU(), nn.Linear(pair, pair))
         self.contact_film = FiLMLayer(context_dim, pair, settings.film_scale)
         self.contact_out = nn.Linear(pair, len(settings.reward_bins) + 1)
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
+
+    def set_num_effects(self, num_effects: int) -> None:
+        """Make everything that is as large as the number of effects K anew."""
+        last = self.prior_out[-1]
+        self.effects.set_num_effects(num_effects)
+        self.prior_out[-1] = nn.Linear(last.in_features, num_effects, device=last.weight.device)
 
     def contextual_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained with the context engine: all but the effect network's."""
@@ -319,51 +518,57 @@ class TransitionModel(nn.Module):
         low, high = F.one_hot(above - 1, len(bins)), F.one_hot(above, len(bins))
         return low * (1 - share[:, None]) + high * share[:, None]
 
-    def effect_loss(self, experience: Experience, n_actions: int, likelihood_exponent: float) -> dict[str, Tensor]:
-        """Learn which effects exist; in nats per step, mean over (B, T) steps.
+    def effect_loss(self, experience: Experience, n_actions: int, labelled: bool = False) -> dict[str, Tensor]:
+        """Learn what the effects do; in nats per step.
 
-        By `likelihood_exponent` (exponent) there are three phases, where marginal = -log sum_k p0(k) p(z'|z, k):
+        An action has one effect m in a lifetime (and under one rule), but any of its steps may show another one: it may
+        slip, or the wind blows. The likelihood of step t, if m is the effect of its action, and the loss are
 
-            warm-up, 0:         L = marginal
-            annealed, below 1:  L = -sum_k q(k) log p(z'|z, k) + 0.1 * marginal,  q(k) ~ p(z'|z, k)^exponent pi(k|a)
-            final, 1:           L = -log sum_k pi(k|a) p(z'|z, k) + 0.1 * marginal
+            l_t(m) = log[(1 - e) p(z'|z, m) + e sum_k b(k) p(z'|z, k)]
+            L      = -mean_t sum_m r(m|a_t) l_t(m) + 0.1 * mean_t -log sum_k p0(k) p(z'|z, k),
 
-        pi is the leave-one-out prior of the lifetime. Within one task an action has one effect, so the *other* uses of
-        the same action in the lifetime say how this one should be labelled:
+        where the background b(k) and its share e are those of the lifetime, and r(m|a) ~ p0(m) exp(sum of l_t(m) over
+        the steps of action a). All three come from a few rounds of expectation maximization, without gradients. Before
+        the effects differ, that would make one effect of all moves of a colour; until then r(m|a) is given, b = p0 and
+        e = 1/4. The mean weighs steps with a reward or a termination as much as all others together, because they are rare and a
+        plan depends on them.
 
-            pi(k|a_t) = (p0(k) + sum_{s != t, a_s = a_t} q_s(k)) / (1 + n_a - 1)
-
-        It is iterated twice, with gradients stopped, over steps of `experience` (B, T, ...) with equal row, segment and
-        action; `n_actions` is A. Without it, the meaning of an effect varies from grid to grid. With it from the first
-        update, all moves of a colour collapse into one effect. Without annealing, wrong labels persist.
+        Args:
+            experience: (B, T, ...), whole lifetimes.
+            n_actions: A.
+            labelled: `experience.posterior` is r(m|a), as `find_effects` found it.
         """
         B, T = experience.action.shape
-        likelihood = self.effects.log_likelihood(experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1))
-        marginal = -(likelihood + self.effects.marginal.log_softmax(0)).logsumexp(-1).mean()
-        if likelihood_exponent == 0:
-            return {"marginal": marginal}
-        log_prior = self._lifetime_prior(likelihood.detach().view(B, T, -1), experience, n_actions).flatten(0, 1)
-        if likelihood_exponent < 1:
-            label = (likelihood_exponent * likelihood.detach() + log_prior).softmax(-1)  # (B * T, K)
-            consistent = -(label * likelihood).sum(-1).mean()
-        else:
-            consistent = -(likelihood + log_prior).logsumexp(-1).mean()
-        return {"consistent": consistent, "marginal": 0.1 * marginal}
+        codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
+        likelihood = self.effects.log_likelihood(codes, next_codes).view(B, T, -1)
+        marginal = self.effects.marginal.log_softmax(0)
+        group = experience.segment.long() * n_actions + experience.action  # (B, T)
+        label, background = experience.posterior.float(), marginal.detach() + math.log(0.25 / 0.75)
+        if not labelled:
+            label, background = self._lifetime_labels(likelihood.detach(), F.one_hot(group).float())
+        background = (likelihood + background).logsumexp(-1, keepdim=True)
+        event = experience.terminated | (experience.reward != 0)
+        weight = torch.where(event, 0.5 / event.sum().clamp_min(1), 0.5 / (~event).sum().clamp_min(1))
+        explained = (label * torch.logaddexp(likelihood, background)).sum(-1)
+        consistent = -(weight * explained).sum() / weight.sum()
+        return {"consistent": consistent, "marginal": -0.1 * (likelihood + marginal).logsumexp(-1).mean()}
 
     @torch.no_grad()
-    def _lifetime_prior(self, likelihood: Tensor, experience: Experience, n_actions: int) -> Tensor:
-        """log pi(k|a_t) (B, T, K), see `effect_loss`, of log p(z'|z, k) (B, T, K)."""
+    def _lifetime_labels(self, likelihood: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+        """r(m|a_t) (B, T, K) and log[e b(k) / (1 - e)] (B, 1, K), see `effect_loss`, of log p(z'|z, k) (B, T, K) and of
+        which steps have the same action and rule, one-hot (B, T, groups)."""
         marginal = self.effects.marginal.softmax(0)
-        group = experience.segment.long() * n_actions + experience.action  # (B, T)
-        member = F.one_hot(group).float()  # (B, T, groups)
-        others = member.sum(1).gather(1, group)[..., None] - 1  # n_a - 1
-        prior = marginal.expand_as(likelihood)
-        for _ in range(2):
-            q = (likelihood + prior.log()).softmax(-1)
-            totals = member.transpose(1, 2) @ q  # (B, groups, K)
-            same = totals.gather(1, group[..., None].expand_as(q)) - q  # leave one out
-            prior = ((marginal + same) / (1 + others)).clamp_min(1e-6)
-        return prior.log()
+        share, mixture = likelihood.new_full((len(likelihood), 1, 1), 0.25), marginal.expand(len(likelihood), 1, -1)
+        for _ in range(3):
+            odds = mixture.log() + share.log() - (1 - share).log()
+            background = (likelihood + odds).logsumexp(-1, keepdim=True)
+            explained = torch.logaddexp(likelihood, background)
+            label = member @ (marginal.log() + member.transpose(1, 2) @ explained).softmax(-1)  # (B, T, K)
+            slipped = (label * (background - explained).exp()).sum(-1, keepdim=True)  # (B, T, 1)
+            counts = (slipped * (likelihood + odds).softmax(-1)).sum(1, keepdim=True) + 2 * marginal
+            mixture = counts / counts.sum(-1, keepdim=True)
+            share = ((slipped.sum(1, keepdim=True) + 2) / (likelihood.shape[1] + 8)).clamp_max(0.5)
+        return label, odds
 
     def prior_loss(self, context: Tensor, action: Tensor, posterior: Tensor) -> Tensor:
         """-sum_k q(k) log pi(k|a, c) (N,), nats, of posteriors q (N, K), actions (N,) and contexts (N, A + 1, D)."""
