@@ -163,10 +163,9 @@ class VAE(nn.Module):
             patches: (n, P) float32, in -0.5..0.5: a representative sample, or everything that differs.
         """
         num_codes = self.settings.num_codes
-        # FiLM is initially the identity, whatever the context.
-        features, centres = (
-            self.encoder_out[:-1](self.encoder_in(x)) for x in (patches, kinds_of_patch(patches)[:num_codes])
-        )
+        kinds = kinds_of_patch(patches)[:num_codes]
+        # FiLM is left out: initially it is the identity, whatever the context.
+        features, centres = (self.encoder_out[:-1](self.encoder_in(x)) for x in (patches, kinds))
 
         # k-means; an empty cluster keeps its centre.
         found = len(centres)
@@ -176,14 +175,14 @@ class VAE(nn.Module):
             means = member.T @ features / member.sum(0).clamp_min(1)[:, None]
             centres = torch.where(share[:, None] > 0, means, centres)
 
-        # The noise, estimated from what is left, is made white; a little is added, because clear pictures have none.
+        # What is left is noise, which is made white; a little is added, because clean pictures have none.
         def closest(points: Tensor) -> Tensor:
             return torch.pdist(points).amin() ** 2 if found > 1 else torch.ones((), device=points.device)
 
-        residual = features - centres[torch.cdist(features, centres).argmin(1)]
+        residual = (features - centres[torch.cdist(features, centres).argmin(1)]).double()
         covariance = residual.T @ residual / len(features)
         covariance.diagonal().add_(1e-4 * closest(centres))
-        whiten = torch.linalg.inv(torch.linalg.cholesky(covariance))
+        whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).float()
         centres = centres @ whiten.T
 
         # The logits of a mixture of Gaussians are linear in the features: (c . x - |c|^2 / 2) / variance. The variance
