@@ -518,6 +518,7 @@ class TestSeveralProcesses(unittest.TestCase):
             processes = Processes(0, count)
             processes.average = processes.broadcast = lambda _: None  # the other process is absent
             processes.all_gather = lambda tensor: tensor
+            processes.all_gather_object = lambda content: [content]
             processes.any_rank = bool
             learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
             with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
