@@ -21,23 +21,11 @@ from torch import Tensor, nn
 
 from context_engine import AppearanceEngine, ContextInferenceEngine, rollout
 from environment import make_worlds
-from memory import (
-    EpisodicMemory,
-    Experience,
-    LifetimeStore,
-    Processes,
-    RunFolder,
-    UserError,
-    WorldStep,
-    as_tensor,
-    make_generator,
-    remove_stale_blocks,
-    require,
-    require_all,
-)
+from memory import EpisodicMemory, Experience, LifetimeStore, Processes, RunFolder, UserError, WorldStep
+from memory import as_tensor, make_generator, remove_stale_blocks, require, require_all
 from transition_model import EffectCache, TransitionModel, Value, contact_pairs, entropy, find_effects, merge_equal
 from transition_model import top_p_filter
-from world_model import VAE
+from world_model import VAE, distinct_patches
 
 
 @dataclass(frozen=True)
@@ -382,6 +370,8 @@ class Learner:
         """One for each group of parts that learn together."""
         system = self.system
         encoder = [p for name, p in system.vae.named_parameters() if name.startswith("encoder")]
+        for parameter in encoder:  # without an appearance to allow for, it is right as initialized
+            parameter.requires_grad_(system.appearance is not None)
         decoder = [p for name, p in system.vae.named_parameters() if not name.startswith("encoder")]
         appearance = [{"params": system.appearance.parameters()}] if system.appearance else []
         groups = {
@@ -416,6 +406,7 @@ class Learner:
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{run.folder} has parts of other sizes: use the settings it was trained with.") from error
         self.collect_random_lifetimes()
+        self.metrics |= self.system.vae.count_kinds(self._distinct_patches())
         self.update = self.training.perception_updates + self.training.effect_updates
 
     def collect_random_lifetimes(self) -> None:
@@ -481,26 +472,36 @@ class Learner:
         if system.appearance:
             few, which = which[: -(-size // 16)], torch.arange(size) // 16
             every = torch.arange(lifetime).repeat(len(few))
-            frames = self.store.frames_at(rows[few].repeat_interleave(lifetime), every).to(self.device)
+            frames = self.store.frames_at(rows[few].repeat_interleave(lifetime), every, every < 0).to(self.device)
             frames = frames.unflatten(0, (len(few), lifetime))
             frames, context = frames[which, step], self._appearance(frames)[which, step]
         else:
-            frames = self.store.frames_at(rows[which], step).to(self.device)
+            after = torch.arange(size) % 2 == 1  # for a half, because final observations are encoded too
+            frames = self.store.frames_at(rows[which], step, after).to(self.device)
             context = self._appearance(frames[:, None])[:, 0]
             if beliefs is not None:
                 context = system.engine.context(beliefs[which, step])[:, -1].detach()
         if self.update == 0:
-            system.vae.init_codes_kmeans(self.processes.all_gather(frames), self.processes.all_gather(context))
+            sample = system.vae.patches(self.processes.all_gather(frames)).flatten(0, 1)
+            system.vae.init_codes_kmeans(sample if system.appearance else self._distinct_patches())
             self.processes.broadcast(system.vae)
         self.optimizer_step("vae", system.vae.loss(frames, context), clip=1e4)
 
     @torch.no_grad()
-    def merge_codes(self, every: int = 16) -> None:
-        """After perception was learnt: let codes that stand for the same kind of patch count as one."""
-        frames = self.store.blocks[0].frames.to(self.device)
-        sample = (frames, self._appearance(frames))
-        self.system.vae.merge_codes(*(self.processes.all_gather(x[:, ::every].flatten(0, 1)) for x in sample))
-        self.processes.broadcast(self.system.vae)
+    def finish_perception(self, every: int = 16) -> None:
+        """After perception was learnt: where appearances differ, codes of the same kind of patch count as one."""
+        if self.system.appearance:
+            frames = self.store.blocks[0].frames.to(self.device)
+            sample = (frames, self._appearance(frames))
+            self.system.vae.merge_codes(*(self.processes.all_gather(x[:, ::every].flatten(0, 1)) for x in sample))
+            self.processes.broadcast(self.system.vae)
+        self.metrics |= self.system.vae.count_kinds(self._distinct_patches())
+
+    def _distinct_patches(self) -> Tensor:
+        """Patches (n, P) float32 of all that is stored, final observations included; see `distinct_patches`."""
+        seen = (torch.cat([block.frames.flatten(0, 1), block.final_obs]) for block in self.store.blocks)
+        mine = distinct_patches(map(self.system.vae.cut, seen))
+        return torch.cat(self.processes.all_gather_object(mine)).to(self.device) / 255 - 0.5
 
     def find_effects(self) -> None:
         """Find out from the stored random lifetimes which effects there are; labels take the place of posteriors."""
@@ -605,12 +606,9 @@ class Learner:
         """
         if "shards" not in state:
             raise UserError("a checkpoint of a tuning trial can be evaluated and watched, not resumed.")
-        shards, rank = state["shards"], self.processes.rank
-        if len(shards) != self.processes.count:
-            text = (
-                f"the run was trained by {len(shards)} processes, not {self.processes.count}: resume it with as many."
-            )
-            raise UserError(text)
+        shards, rank, count = state["shards"], self.processes.rank, self.processes.count
+        if len(shards) != count:
+            raise UserError(f"the run was trained by {len(shards)} processes, not {count}: resume it with as many.")
         self.system.load(state["modules"])
         self.optimizers = self._make_optimizers()
         for name, optimizer in self.optimizers.items():

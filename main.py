@@ -49,12 +49,12 @@ PRESETS: dict[str, dict] = {
     "large": {},
     "switching": {"training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
     "tinted": {
-        "vae": {"encoder_lr": 5e-4, "final_lr_scale": 0.05},
+        "vae": {"final_lr_scale": 0.05},
         "context": {"appearance": 16},
         "training": {"perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
     "everything": {
-        "vae": {"num_codes": 7, "cluster_radius": 0.25},
+        "vae": {"num_codes": 7},
         "transition": {"reward_bins": (-1.0, 0.0, 0.5, 1.0)},
         "training": dict(updates=2500, batch=32, value_batch=8, effect_batch=8, effect_updates=400)
         | dict(evaluation_lifetimes=256),
@@ -62,7 +62,7 @@ PRESETS: dict[str, dict] = {
     "gym": {  # for an external environment
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
-        "vae": {"num_codes": 12, "cluster_radius": 0.05, "encoder_lr": 2e-5},
+        "vae": {"num_codes": 24},
         "training": dict(updates=600, envs=16, random_lifetimes=128, batch=12, value_batch=4, effect_batch=2)
         | dict(evaluation_lifetimes=64),
     },
@@ -209,7 +209,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
 
             elif phase == "effects":
                 if update == 0:  # perception is new, so stored codes are stale
-                    learner.merge_codes()
+                    learner.finish_perception()
                     learner.reencode_all()
                     learner.find_effects()
                 learner.learn_effects(labelled=True)

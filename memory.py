@@ -241,9 +241,7 @@ class FrameBlock:
     def of(cls, number: int, memory: EpisodicMemory, task: Tensor) -> FrameBlock:
         """The block of the lifetimes in `memory`, on the CPU; ValueError if they are not finished."""
         if len(memory) < memory.capacity:
-            raise ValueError(
-                f"the lifetime has {len(memory)} of {memory.capacity} steps: only finished ones are stored."
-            )
+            raise ValueError(f"the lifetime has {len(memory)} of {memory.capacity} steps: only whole ones are stored.")
         ended = memory.experience().ended.cpu()
         ended[:, -1] = True
         final_index = torch.full(ended.shape, -1, dtype=torch.int32)
@@ -335,15 +333,18 @@ class LifetimeStore:
         """Row numbers (n,) int64, on the CPU, of lifetimes sampled with equal probability."""
         return torch.randint(len(self), (n,), generator=generator)
 
-    def frames_at(self, row: Tensor, step: Tensor) -> Tensor:
-        """Frames (n, H, W, 3) uint8 that the actions of `step` (n,) in lifetimes `row` (n,) were chosen on."""
+    def frames_at(self, row: Tensor, step: Tensor, after: Tensor) -> Tensor:
+        """Frames (n, H, W, 3) uint8 before the actions of `step` (n,) in lifetimes `row` (n,), or `after` (n,) them."""
         sizes = torch.tensor([len(block) for block in self.blocks])
         start = sizes.cumsum(0) - sizes
         owner = torch.searchsorted(start, row, right=True) - 1
         found = torch.empty((len(row), *self.blocks[0].frames.shape[2:]), dtype=torch.uint8)
         for number in owner.unique().tolist():
-            mine = owner == number
-            found[mine] = self.blocks[number].frames[row[mine] - start[number], step[mine]]
+            mine = (owner == number).nonzero()[:, 0]
+            block, lifetime, at = self.blocks[number], row[mine] - start[number], step[mine]
+            final = block.final_index[lifetime, at].where(after[mine], -1)
+            found[mine] = block.frames[lifetime, at + (after[mine] & (final < 0))]
+            found[mine[final >= 0]] = block.final_obs[final[final >= 0].long()]
         return found
 
     def rows_of(self, index: int) -> slice:
@@ -463,9 +464,7 @@ class RunFolder:
         if run.config.exists():
             started, given = flatten(run.settings(settings)), flatten(settings)
             started.pop("device")  # a run may go on elsewhere
-            other = [
-                f"{key} is {value} there and {given[key]} here" for key, value in started.items() if value != given[key]
-            ]
+            other = [f"{key} is {old} there and {given[key]} here" for key, old in started.items() if old != given[key]]
             if other:
                 raise UserError(
                     f"{run.folder} was started with other settings ({'; '.join(other)}): "

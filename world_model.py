@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,17 +31,15 @@ class VAESettings:
     patch: int = 0  # side of a patch in pixels, which must divide the frame; 0 for the size of a cell
     num_codes: int = 6  # categories of a patch, 2 to 255
     width: int = 32  # hidden features of encoder and decoder, at least 1
-    # patches within this share, in [0, 1], of the largest distance initially share a code: they differ by noise only
-    cluster_radius: float = 0.5
     obs_std: float = 0.1  # standard deviation of a pixel around its reconstruction, as a share of the range, above 0
     decoder_lr: float = 1e-2  # Adam's learning rate of the decoder while perception is trained alone, in [0, 1]
-    # Adam's learning rate of the encoder in that phase, in [0, 1]: low, or an untrained decoder would merge its codes
-    encoder_lr: float = 2e-4
+    # the same of the encoder, in [0, 1]; it learns only where an appearance is inferred, or training would merge codes
+    encoder_lr: float = 5e-4
     final_lr_scale: float = 1.0  # during that phase both rates fall linearly to this share of their start, in [0, 1]
-    late_lr: float = 3e-5  # Adam's learning rate of encoder and decoder after that phase, in [0, 1]
+    late_lr: float = 3e-5  # both rates after that phase, in [0, 1]
 
     def __post_init__(self) -> None:
-        require_all("vae", self, patch=(0, 64), num_codes=(2, 255), width=(1, 4096), cluster_radius=(0, 1))
+        require_all("vae", self, patch=(0, 64), num_codes=(2, 255), width=(1, 4096))
         require_all("vae", self, obs_std=(1e-3, 10), decoder_lr=(0, 1), encoder_lr=(0, 1), late_lr=(0, 1))
         require_all("vae", self, final_lr_scale=(0, 1))
 
@@ -71,7 +69,8 @@ class VAE(nn.Module):
                 f"vae.patch is {patch}, which does not divide a frame of {height}x{width}: "
                 f"choose a common divisor, such as {math.gcd(height, width)}."
             )
-        self.settings, self.obs_shape, self.grid = settings, obs_shape, (height // patch, width // patch)
+        self.settings, self.obs_shape, self.context_dim = settings, obs_shape, context_dim
+        self.grid = (height // patch, width // patch)
         self.encoder_in = nn.Linear(patch * patch * channels, hidden)
         self.encoder_film = FiLMLayer(context_dim, hidden, scale=0)
         self.encoder_out = nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, num_codes))
@@ -84,7 +83,11 @@ class VAE(nn.Module):
         self.register_buffer("code_alias", torch.arange(num_codes, dtype=torch.uint8))  # see `merge_codes`
 
     def patches(self, frames: Tensor) -> Tensor:
-        """The patches (B, S, P) float32, in -0.5..0.5, of frames (B, H, W, channels) uint8.
+        """The patches (B, S, P) float32, in -0.5..0.5, of frames (B, H, W, channels) uint8; ValueError as in `cut`."""
+        return self.cut(frames).float().mul_(1 / 255).sub_(0.5)
+
+    def cut(self, frames: Tensor) -> Tensor:
+        """The patches (B, S, P) uint8 of frames (B, H, W, channels) uint8.
 
         Raises:
             ValueError: frames of another shape or dtype.
@@ -94,16 +97,25 @@ class VAE(nn.Module):
             raise ValueError(f"frames must be (B, {expected}) uint8, not {tuple(frames.shape)} {frames.dtype}.")
         (rows, columns), patch, channels = self.grid, self.settings.patch, self.obs_shape[2]
         patches = frames.view(-1, rows, patch, columns, patch, channels).transpose(2, 3)  # (B, rows, columns, p, p, ch)
-        return patches.reshape(len(frames), rows * columns, -1).float().mul_(1 / 255).sub_(0.5)  # (B, S, P)
+        return patches.reshape(len(frames), rows * columns, -1)
 
     def logits(self, frames: Tensor, context: Tensor) -> Tensor:
         """Code logits (B, S, num_codes) of frames (B, H, W, channels) uint8 under contexts (B, D)."""
-        return self.encoder_out(self.encoder_film(self.encoder_in(self.patches(frames)), context))
+        return self.patch_logits(self.patches(frames), context)
+
+    def patch_logits(self, patches: Tensor, context: Tensor) -> Tensor:
+        """Code logits (B, S, num_codes) of patches (B, S, P), in -0.5..0.5, under contexts (B, D)."""
+        return self.encoder_out(self.encoder_film(self.encoder_in(patches), context))
 
     @torch.no_grad()
     def encode(self, frames: Tensor, context: Tensor) -> Tensor:
         """The most likely codes (B, S) uint8 of frames (B, H, W, channels) uint8 under contexts (B, D)."""
-        return self.code_alias[self.logits(frames, context).argmax(-1)]
+        return self.encode_patches(self.patches(frames), context)
+
+    @torch.no_grad()
+    def encode_patches(self, patches: Tensor, context: Tensor) -> Tensor:
+        """The same of patches (B, S, P) float32."""
+        return self.code_alias[self.patch_logits(patches, context).argmax(-1)]
 
     def decode(self, codes: Tensor, context: Tensor) -> Tensor:
         """Frames (B, H, W, channels) float32, approximately in 0..1, of codes (B, S) uint8 under contexts (B, D)."""
@@ -138,34 +150,22 @@ class VAE(nn.Module):
         return {"reconstruction": square_error.mean() / (2 * self.settings.obs_std**2), "kl": kl.mean()}
 
     @torch.no_grad()
-    def init_codes_kmeans(self, frames: Tensor, context: Tensor) -> int:
-        """Before training, give each clearly different kind of patch its own code.
+    def init_codes_kmeans(self, patches: Tensor) -> None:
+        """Before training, give each kind of patch its own code, as far as there are enough codes.
 
         Training alone often merges two kinds of patch into one code and stays there. Therefore the last layer of the
-        encoder is initialized as the posterior of a mixture of Gaussians. Its centres are found by farthest-first
-        traversal and k-means in the encoder's random features. k-means seeding (Arthur & Vassilvitskii, 2007) is also
+        encoder is initialized as the posterior of a mixture of Gaussians. Its centres are found by k-means in the
+        encoder's random features, from one patch of each kind. k-means seeding (Arthur & Vassilvitskii, 2007) is also
         the remedy for codebook collapse in vector quantization. Codes without a centre are initially improbable
         everywhere.
 
         Args:
-            frames: (B, H, W, channels) uint8, a representative sample.
-            context: (B, D).
-
-        Returns:
-            The number of centres found.
+            patches: (n, P) float32, in -0.5..0.5: a representative sample, or everything that differs.
         """
         num_codes = self.settings.num_codes
-        features = self.encoder_out[:-1](self.encoder_film(self.encoder_in(self.patches(frames)), context))
-        features = features.flatten(0, 1)  # (B * S, width)
-
-        # Farthest-first traversal: the next centre is the patch farthest from all centres so far.
-        centres = features.mean(0, keepdim=True)
-        largest = torch.cdist(features, centres).amax()
-        while len(centres) < num_codes:
-            distance, farthest = torch.cdist(features, centres).amin(1).max(0)
-            if distance <= largest * self.settings.cluster_radius:
-                break
-            centres = torch.cat([centres, features[farthest][None]])
+        kinds = kinds_of_patch(patches)[:num_codes]
+        # FiLM is left out: initially it is the identity, whatever the context.
+        features, centres = (self.encoder_out[:-1](self.encoder_in(x)) for x in (patches, kinds))
 
         # k-means; an empty cluster keeps its centre.
         found = len(centres)
@@ -175,16 +175,25 @@ class VAE(nn.Module):
             means = member.T @ features / member.sum(0).clamp_min(1)[:, None]
             centres = torch.where(share[:, None] > 0, means, centres)
 
-        # The logits of a Gaussian mixture are linear in the features: (c . x - |c|^2 / 2) / variance + log share.
-        # The variance puts the two closest centres four standard deviations apart.
-        variance = torch.pdist(centres).amin() ** 2 / 16 if found > 1 else torch.ones((), device=features.device)
+        # What is left is noise, which is made white; a little is added, because clean pictures have none.
+        def closest(points: Tensor) -> Tensor:
+            return torch.pdist(points).amin() ** 2 if found > 1 else torch.ones((), device=points.device)
+
+        residual = (features - centres[torch.cdist(features, centres).argmin(1)]).double()
+        covariance = residual.T @ residual / len(features)
+        covariance.diagonal().add_(1e-4 * closest(centres))
+        whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).float()
+        centres = centres @ whiten.T
+
+        # The logits of a mixture of Gaussians are linear in the features: (c . x - |c|^2 / 2) / variance. The variance
+        # puts the two closest centres four standard deviations apart. Kinds count as equally frequent, for frequent
+        # ones would else take the patches of rare ones.
+        variance = closest(centres) / 16
         centres = torch.cat([centres, centres.mean(0).expand(num_codes - found, -1)])
         last = self.encoder_out[-1]
-        last.weight.copy_(centres / variance)
+        last.weight.copy_(centres @ whiten / variance)
         last.bias.copy_(-centres.square().sum(1) / (2 * variance))
-        last.bias[:found] += share.clamp_min(1e-4).log()
         last.bias[found:] -= 10
-        return found
 
     @torch.no_grad()
     def merge_codes(self, frames: Tensor, context: Tensor, tolerance: float = 0.5) -> int:
@@ -217,6 +226,13 @@ class VAE(nn.Module):
         self.code_alias.copy_(alias)
         return len(count) - len(alias.unique())
 
+    def count_kinds(self, patches: Tensor) -> dict[str, Tensor]:
+        """Metrics: the kinds of patch among patches (n, P) float32, and how many of them share a code with another."""
+        kinds = kinds_of_patch(patches)[None]
+        codes = self.encode_patches(kinds, torch.zeros(1, self.context_dim, device=patches.device))[0].long()
+        shared = (codes.bincount()[codes] > 1).sum()
+        return {"vae/kinds": torch.tensor(kinds.shape[1]), "vae/shared_codes": shared}
+
     def _square_errors(self, frames: Tensor, context: Tensor) -> Tensor:
         """Squared errors (B, S, num_codes), summed over a patch, of reconstructing each patch from each code."""
         patches = self.patches(frames)
@@ -228,6 +244,40 @@ class VAE(nn.Module):
     def _decode_patches(self, one_hot: Tensor, context: Tensor) -> Tensor:
         """Patches (B, S, P) in -0.5..0.5 of one-hot codes (B, S, num_codes)."""
         return self.decoder_out(self.decoder_film(self.decoder_in(one_hot), context))
+
+
+def distinct_patches(blocks: Iterable[Tensor], most: int = 2**14) -> Tensor:
+    """Every different patch (n, P) uint8, sorted, of patches (B, S, P) uint8 on the CPU in blocks.
+
+    Noise makes nearly all patches different: more than `most` are thinned out, and further blocks are not read.
+    """
+    found: set[bytes] = set()
+    for patches in blocks:
+        found.update(patch.tobytes() for patch in patches.flatten(0, 1).numpy())
+        if len(found) > most:
+            break
+    every = sorted(found)[:: 1 + len(found) // most]
+    return torch.stack([torch.frombuffer(bytearray(patch), dtype=torch.uint8) for patch in every])
+
+
+def kinds_of_patch(patches: Tensor, most: int = 255) -> Tensor:
+    """One patch of each kind (kinds, P), of patches (n, P) float32, by farthest-first traversal (Gonzalez, 1985).
+
+    Up to `most` patches are all of their own kind, if they are different; else noise makes patches of one kind differ,
+    but less than three times as much as a patch and the one nearest to it usually do.
+    """
+    radius = 0.0
+    if len(patches) > most:
+        distance = torch.cdist(patches[:: 1 + len(patches) // 512], patches)
+        radius = 3 * float(distance.kthvalue(2, dim=1).values.median())  # the nearest one is the patch itself
+    chosen = [int((patches - patches.mean(0)).norm(dim=1).argmax())]
+    nearest = torch.full_like(patches[:, 0], math.inf)
+    while len(chosen) < most:
+        nearest = torch.minimum(nearest, (patches - patches[chosen[-1]]).norm(dim=1))
+        if nearest.max() <= radius:
+            break
+        chosen.append(int(nearest.argmax()))
+    return patches[chosen]
 
 
 class Trajectories(NamedTuple):

@@ -7,6 +7,7 @@ import io
 import types
 import unittest
 import warnings
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -300,6 +301,35 @@ class TestLearner(unittest.TestCase):
             stored = torch.cat([block.task for block in learner.store.blocks])
             self.assertTrue(torch.isin(stored, task_split(learner.settings.world, "train")).all())
 
+    def test_perception_keeps_apart_what_only_final_observations_show(self):
+        world = {"gym_id": "Room-v0", "lifetime": 40, "noise": 0.0, "slip": 0.0}
+        for seed in range(3):
+            settings = tiny(world=world, transition={"reward_bins": (0.0, 0.5)}, planner={"keypoints": 2})
+            learner = Learner(build_system(replace(settings, seed=seed)))
+            train(learner, until=TOTAL - 1)
+            # Background, goal, body, and the body on the goal, which ends the episode.
+            found = [int(learner.metrics[name]) for name in ("vae/kinds", "vae/shared_codes")]
+            self.assertEqual(found, [4, 0])
+            seen = torch.cat([block.final_obs for block in learner.store.blocks])
+            vae = learner.system.vae
+            codes, patches = vae.encode(seen, torch.zeros(len(seen), 32)).flatten(), vae.cut(seen).flatten(0, 1)
+            self.assertEqual(len(patches.unique(dim=0)), 4)
+            self.assertEqual(len(torch.cat([patches, codes[:, None]], 1).unique(dim=0)), 4)
+            self.assertEqual(len(codes.unique()), 4)
+
+    def test_the_encoder_learns_and_codes_are_merged_only_where_an_appearance_is_inferred(self):
+        for appearance in (0, 4):
+            learner = Learner(build_system(tiny(context={"appearance": appearance})))
+            train(learner, until=1)
+            before = copy.deepcopy(learner.system.vae)
+            with mock.patch.object(type(before), "merge_codes") as merge_codes:
+                train(learner, until=20)
+            self.assertEqual(merge_codes.called, appearance > 0)
+            pairs = zip(before.named_parameters(), learner.system.vae.parameters(), strict=True)
+            same = {name for (name, old), new in pairs if torch.equal(old, new)}
+            self.assertEqual("encoder_in.weight" in same, appearance == 0)
+            self.assertNotIn("decoder_in.weight", same)
+
     def test_gradients_do_not_cross(self):
         learner = Learner(build_system(tiny()))
         train(learner, until=20)
@@ -488,6 +518,7 @@ class TestSeveralProcesses(unittest.TestCase):
             processes = Processes(0, count)
             processes.average = processes.broadcast = lambda _: None  # the other process is absent
             processes.all_gather = lambda tensor: tensor
+            processes.all_gather_object = lambda content: [content]
             processes.any_rank = bool
             learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
             with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:

@@ -120,8 +120,9 @@ class TestStore(unittest.TestCase):
     def test_frames_at_finds_the_frame_of_every_row_and_step(self):
         store = self.store(3)
         row, step = torch.meshgrid(torch.arange(6), torch.arange(T), indexing="ij")
-        found = store.frames_at(row.flatten(), step.flatten())[:, 0, 0, 0]
-        self.assertTrue(torch.equal(found, store.experience.codes[..., 0].flatten()))
+        for after, codes in ((False, store.experience.codes), (True, store.experience.next_codes)):
+            found = store.frames_at(row.flatten(), step.flatten(), torch.full((6 * T,), after))[:, 0, 0, 0]
+            self.assertTrue(torch.equal(found, codes[..., 0].flatten()))
 
     def test_the_oldest_blocks_are_dropped_whole_and_the_budget_holds(self):
         one = self.store(1)

@@ -14,6 +14,8 @@ from world_model import (
     belief_nll,
     bootstrap_ci,
     compare,
+    distinct_patches,
+    kinds_of_patch,
     mean,
     probability_of_improvement,
     ratio_of_means,
@@ -89,17 +91,52 @@ class TestVAE(unittest.TestCase):
         for seed in range(5):
             torch.manual_seed(seed)
             vae, frames = VAE(VAESettings(patch=4), (24, 24, 3), 5), frames_of()
-            self.assertGreaterEqual(vae.init_codes_kmeans(frames, torch.zeros(64, 5)), 4)
+            vae.init_codes_kmeans(vae.patches(frames).flatten(0, 1))
             codes = vae.encode(frames, torch.zeros(64, 5))
             clear = frames_of(noise=0).view(64, 6, 4, 6, 4, 3)[:, :, 0, :, 0].flatten(1, 2)  # (64, 36, 3), same places
             colours = clear.flatten(0, 1).unique(dim=0)
             kinds = {tuple(colour): set(codes[(clear == colour).all(-1)].tolist()) for colour in colours}
             self.assertEqual(len(kinds), 4)
-            self.assertEqual(len(set().union(*kinds.values())), sum(map(len, kinds.values())))
+            self.assertEqual([len(of_kind) for of_kind in kinds.values()], [1] * 4)
+            self.assertEqual(len(set().union(*kinds.values())), 4)
+
+    def test_kinds_are_equal_patches_where_there_is_no_noise_and_clusters_where_there_is(self):
+        vae = vae_of()
+        for noise in (0.0, 0.05, 0.1, 0.15):
+            patches = vae.patches(frames_of(noise=noise, batch=256)).flatten(0, 1)
+            self.assertEqual(len(kinds_of_patch(patches)), 4, noise)
+        close = torch.zeros(200, 48)
+        close[:, 0] = torch.arange(200) / 255  # the least that pixels can differ
+        self.assertEqual(len(kinds_of_patch(close)), 200)
+
+    def test_a_rare_kind_gets_a_code_of_its_own_beside_a_frequent_one_that_is_close(self):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            vae = VAE(VAESettings(patch=4, num_codes=20), (24, 24, 3), 5)
+            frames = torch.zeros(500, 24, 24, 3, dtype=torch.uint8)
+            frames[0, :4, :4] = 20  # once, and much closer to the background than the other kinds are to each other
+            frames[1, :4, :4] = torch.randint(256, (4, 4, 3))
+            for kind in range(17):
+                frames[2 + kind, 4:8, :4, kind % 3] = 50 + 12 * kind
+            patches = distinct_patches(map(vae.cut, frames.split(100)))
+            self.assertEqual(len(patches), 20)
+            patches = patches / 255 - 0.5
+            vae.init_codes_kmeans(patches)
+            found = vae.count_kinds(patches)
+            self.assertEqual((int(found["vae/kinds"]), int(found["vae/shared_codes"])), (20, 0))
+            torch.nn.init.zeros_(vae.encoder_out[-1].weight)  # now all get the most likely code
+            self.assertEqual(int(vae.count_kinds(patches)["vae/shared_codes"]), 20)
+
+    def test_of_many_different_patches_a_sample_is_taken(self):
+        vae, frames = vae_of(), frames_of(batch=16)
+        self.assertEqual(len(distinct_patches([vae.cut(frames)])), 16 * 36)
+        some = distinct_patches([vae.cut(frames), None], most=100)  # the second block is not read
+        self.assertTrue(80 <= len(some) <= 100)
+        self.assertTrue(torch.isin(some, vae.cut(frames)).all())
 
     def test_only_codes_that_are_interchangeable_are_merged(self):
         vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
-        vae.init_codes_kmeans(frames, context)
+        vae.init_codes_kmeans(vae.patches(frames).flatten(0, 1))
         before = vae.encode(frames, context)
         used = before.unique().tolist()
         self.assertEqual(len(used), 4)
