@@ -212,7 +212,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.finish_perception()
                     learner.reencode_all()
                     learner.find_effects()
-                learner.learn_effects(labelled=True)
+                learner.learn_effects(labelled=update < t.effect_updates // 2)
 
             else:  # adaptation
                 if update == 0:  # effects are new, so stored effect posteriors are stale

@@ -3,7 +3,9 @@
 *Effects* p(z'|z, k), k = 1..K, depend on neither action nor context. They are the changes of the code grid that can
 occur in any task ("the red object moves left"). Within one task an action has one effect, so what each action does over
 whole lifetimes says which effects there are and how many: `find_effects`. The *effect posterior* q(k|z, z') identifies
-which one did occur. The rest is FiLM-modulated by the context, which stands for the task: the *prior* pi(k|a, c) of the effects; the *reward
+which one did occur.
+
+The rest is FiLM-modulated by the context, which stands for the task: the *prior* pi(k|a, c) of the effects; the *reward
 and termination heads*, which read the *contact features*, that is, which pairs (code before, code after) occur at some
 patch; and the *value*.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +94,10 @@ def entropy(probability: Tensor) -> Tensor:
 
 
 def change_keys(codes: Tensor, next_codes: Tensor, columns: int, first: Tensor) -> Tensor:
-    """A hash (N, S) int64 of every change from codes to next_codes (N, S) uint8: of all patches that changed and have the
-    same `first` (N, S) patch, wherever that patch lies, at that patch. Zero elsewhere."""
+    """A hash (N, S) int64 of every change from codes to next_codes (N, S) uint8, at its first patch; zero elsewhere.
+
+    All patches that changed and have the same `first` (N, S) patch are one change. Where it lies does not count.
+    """
     place = torch.arange(codes.shape[1], device=codes.device)
     down, right = place // columns - first // columns, place % columns - first % columns
     digits = (down.clamp_min(0), right + columns, codes.long(), next_codes.long())
@@ -152,107 +156,53 @@ def change_counts(
     return counts.view(-1, n_actions, len(kept)).float(), lifetime
 
 
-class ChangeMixture(NamedTuple):
-    """A mixture of M multinomials over D changes, for A actions of L lifetimes that are of W kinds.
+def fit_changes(
+    label: Tensor, counts: Tensor, kind: Tensor, slip: float, rounds: int, smoothing: float = 0.05
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Expectation maximization of a mixture of M multinomials over D changes, for A actions of L lifetimes of W kinds.
 
-    An action of lifetime l has component m with probability prior(m | kind of l), and then each change d after it is
+    An action of lifetime l has component m with probability p(m | kind of l), and then each change d after it is
 
-        p(d) = (1 - slip_l) change(d|m) + slip_l sum_k background_l(k) change(d|k).
-    """
+        p(d) = (1 - s_l) p(d|m) + s_l sum_k b_l(k) p(d|k),
 
-    change: Tensor  # (M, D)
-    prior: Tensor  # (W, M)
-    background: Tensor  # (L, M): what happens in a lifetime whatever the action, such as gusts
-    slip: Tensor  # (L,)
+    where b_l, the background, is what happens in lifetime l whatever the action, such as gusts.
 
-    SMOOTHING = 0.05  # added to counts of changes
-    SLIPS = 8.0  # weight, in changes, of the initial share of slips
-
-    @classmethod
-    def of(cls, label: Tensor, counts: Tensor, kind: Tensor, slip: float) -> ChangeMixture:
-        """The mixture of hard labels (L, A) for counts (L, A, D) of lifetimes of kinds (L,)."""
-        one_hot = F.one_hot(label).float()  # (L, A, M)
-        change = torch.einsum("lam,lad->md", one_hot, counts) + cls.SMOOTHING
-        prior = F.one_hot(kind).float().T @ one_hot.sum(1) + 0.01
-        prior = prior / prior.sum(1, keepdim=True)
-        slips = torch.full((len(counts),), slip, device=counts.device)
-        return cls(change / change.sum(1, keepdim=True), prior, prior[kind], slips)
-
-    def expect(self, counts: Tensor, kind: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Which component each action has (L, A, M), its own changes (M, D), those of the background (L, D), and the log
-        likelihood, of counts (L, A, D)."""
-        own = (1 - self.slip)[:, None, None] * self.change  # (L, M, D)
-        mixed = own + (self.slip[:, None] * (self.background @ self.change))[:, None]
-        joint = torch.einsum("lad,lmd->lam", counts, mixed.log()) + self.prior.log()[kind][:, None]
-        label = joint.softmax(-1)
-        explained = torch.einsum("lam,lad->lmd", label, counts)
-        own = explained * own / mixed
-        return label, own.sum(0), (explained - own).sum(1), joint.logsumexp(-1).sum()
-
-    def fit(self, counts: Tensor, kind: Tensor, rounds: int, slip: float) -> ChangeMixture:
-        """Rounds of expectation maximization."""
-        mixture, kinds = self, F.one_hot(kind).float()
-        for _ in range(rounds):
-            label, own, others, _ = mixture.expect(counts, kind)
-            background = mixture.background @ mixture.change
-            share = (others / background.clamp_min(1e-12)) @ mixture.change.T * mixture.background
-            share = share + 2 * mixture.prior[kind]
-            change, prior = own + self.SMOOTHING, kinds.T @ label.sum(1) + 0.01
-            mixture = ChangeMixture(
-                change=change / change.sum(1, keepdim=True),
-                prior=prior / prior.sum(1, keepdim=True),
-                background=share / share.sum(1, keepdim=True),
-                slip=(others.sum(1) + self.SLIPS * slip) / (counts.sum((1, 2)) + self.SLIPS),
-            )
-        return mixture
-
-    def without(self, component: int, into: int, change: Tensor) -> ChangeMixture:
-        """The mixture with one component merged into another, which then has the counts of changes (D,)."""
-        kept = torch.arange(len(self.change), device=change.device) != component
-        merged = self.change.clone(), self.prior.clone(), self.background.clone()
-        merged[0][into] = (change + self.SMOOTHING) / (change + self.SMOOTHING).sum()
-        for part in merged[1:]:
-            part[:, into] += part[:, component]
-        return ChangeMixture(merged[0][kept], merged[1][:, kept], merged[2][:, kept], self.slip)
-
-
-def merge_components(
-    mixture: ChangeMixture, counts: Tensor, kind: Tensor, slip: float, penalty: float, most: int
-) -> tuple[Tensor, float]:
-    """Merge components while the penalised likelihood gains, and until there are at most so many.
+    Args:
+        label: (L, A, M) float32, the probabilities of the components to begin with.
+        counts: (L, A, D) float32; kind: (L,) int64.
+        slip: initial share s of the background; 0 for none.
 
     Returns:
-        labels (L, A) int64 from 0 on, and the penalised likelihood.
+        the new label, the changes that each component explains (M, D), and the log likelihood.
     """
-    groups, smoothing = counts.shape[0] * counts.shape[1], mixture.SMOOTHING
-    kinds = F.one_hot(kind).float()
-    while True:
-        label, own, _, likelihood = mixture.expect(counts, kind)
-        mass = torch.einsum("lw,lam->mw", kinds, label)  # (M, W): actions by component and kind
-
-        def alone(change: Tensor, mass: Tensor) -> Tensor:
-            """Log likelihood of what is one component."""
-            p = (change + smoothing) / (change + smoothing).sum(-1, keepdim=True)
-            return torch.special.xlogy(change, p).sum(-1) + torch.special.xlogy(mass, mass / kinds.sum(0)).sum(-1)
-
-        each, both = alone(own, mass), own[:, None] + own
-        loss = each[:, None] + each - alone(both, mass[:, None] + mass)
-        loss = (loss - penalty * (both > 2).sum(-1) * math.log(groups)).fill_diagonal_(torch.inf)
-        if mass.sum(1).min() < 1.5 and len(mass) > 1:  # a component of nearly nothing goes to where it costs least
-            j = int(mass.sum(1).argmin())
-            i = int(loss[j].argmin())
-        else:
-            i, j = divmod(int(loss.argmin()), len(mass))
-            if len(mass) == 1 or (loss[i, j] > 0 and len(mass) <= most):
-                penalised = likelihood - penalty * (own > 1).sum() * math.log(groups)
-                return label.argmax(-1).unique(return_inverse=True)[1], float(penalised)
-        mixture = mixture.without(j, i, both[i, j]).fit(counts, kind, 5, slip)
+    kinds, own = F.one_hot(kind).float(), torch.einsum("lam,lad->md", label, counts)
+    slips, background = torch.full((len(counts), 1), slip, device=counts.device), None
+    for _ in range(rounds):
+        change, prior = own + smoothing, kinds.T @ label.sum(1) + 0.01
+        change, prior = change / change.sum(1, keepdim=True), prior / prior.sum(1, keepdim=True)
+        background = prior[kind] if background is None else background
+        others = background @ change  # (L, D)
+        clean = (1 - slips)[..., None] * change  # (L, M, D)
+        mixed = clean + (slips * others)[:, None]
+        joint = torch.einsum("lad,lmd->lam", counts, mixed.log()) + prior.log()[kind][:, None]
+        label = joint.softmax(-1)
+        explained = torch.einsum("lam,lad->lmd", label, counts)
+        clean = explained * clean / mixed
+        own, slipped = clean.sum(0), (explained - clean).sum(1)  # (M, D), (L, D)
+        background = (slipped / others.clamp_min(1e-12)) @ change.T * background + 2 * prior[kind]
+        background = background / background.sum(1, keepdim=True)
+        slips = (slipped.sum(1, keepdim=True) + 8 * slip) / (counts.sum((1, 2))[:, None] + 8)
+    return label, own, joint.logsumexp(-1).sum()
 
 
 def cluster_changes(
     counts: Tensor, features: Tensor, kind: Tensor, clusters: int, slip: float, penalty: float, most: int, generator
 ) -> tuple[Tensor, float]:
-    """Labels (L, A) of counts (L, A, D): k-means++ in `features` (L, A, D) for each kind, a mixture from there, merged."""
+    """Labels (L, A) of counts (L, A, D), and their penalised log likelihood; see `find_effects`.
+
+    Begins with k-means++ (Arthur & Vassilvitskii, 2007) in features (L, A, D) within each kind of lifetime, and merges
+    components while the penalised likelihood gains and there are more than `most`.
+    """
     label = torch.zeros(counts.shape[:2], dtype=torch.int64, device=counts.device)
     for number in range(int(kind.max()) + 1):
         points = features[kind == number].flatten(0, 1)
@@ -262,9 +212,31 @@ def cluster_changes(
             centres = torch.cat([centres, points[torch.multinomial(weight, 1, generator=generator)]])
         nearest = torch.cdist(points, centres).argmin(1).view(-1, counts.shape[1])
         label[kind == number] = number * clusters + nearest
-    label = label.unique(return_inverse=True)[1]
-    mixture = ChangeMixture.of(label, counts, kind, slip).fit(counts, kind, 30, slip)
-    return merge_components(mixture, counts, kind, slip, penalty, most)
+    label = F.one_hot(label.unique(return_inverse=True)[1]).float()
+    kinds, price = F.one_hot(kind).float(), penalty * math.log(label[..., 0].numel())  # of a parameter
+    label, own, likelihood = fit_changes(label, counts, kind, slip, rounds=30)
+    while True:
+        mass = torch.einsum("lw,lam->mw", kinds, label)  # (M, W): actions by component and kind
+        pairs, pair_mass = own[:, None] + own, mass[:, None] + mass
+        together = component_likelihood(pairs, pair_mass, kinds.sum(0))
+        alone = component_likelihood(own, mass, kinds.sum(0))
+        loss = alone[:, None] + alone - together - price * (pairs > 2).sum(-1)
+        loss = loss.fill_diagonal_(torch.inf)
+        i, j = divmod(int(loss.argmin()), len(mass))
+        least = int(mass.sum(1).argmin())
+        if len(mass) > 1 and mass[least].sum() < 1.5:  # of nearly nothing: merged wherever it costs least
+            i, j = int(loss[least].argmin()), least
+        elif len(mass) == 1 or (loss[i, j] > 0 and len(mass) <= most):
+            return label.argmax(-1).unique(return_inverse=True)[1], float(likelihood - price * (own > 1).sum())
+        label[..., i] += label[..., j]
+        kept = torch.arange(len(mass), device=label.device) != j
+        label, own, likelihood = fit_changes(label[..., kept], counts, kind, slip, rounds=8)
+
+
+def component_likelihood(changes: Tensor, mass: Tensor, total: Tensor, smoothing: float = 0.05) -> Tensor:
+    """Log likelihood (...) of changes (..., D) under their own frequencies, with masses (..., W) of totals (W,)."""
+    p = (changes + smoothing) / (changes + smoothing).sum(-1, keepdim=True)
+    return torch.special.xlogy(changes, p).sum(-1) + torch.special.xlogy(mass, mass / total).sum(-1)
 
 
 @torch.no_grad()
@@ -529,9 +501,9 @@ class TransitionModel(nn.Module):
 
         where the background b(k) and its share e are those of the lifetime, and r(m|a) ~ p0(m) exp(sum of l_t(m) over
         the steps of action a). All three come from a few rounds of expectation maximization, without gradients. Before
-        the effects differ, that would make one effect of all moves of a colour; until then r(m|a) is given, b = p0 and
-        e = 1/4. The mean weighs steps with a reward or a termination as much as all others together, because they are rare and a
-        plan depends on them.
+        the effects differ, that would make one effect of all moves of a colour, and whatever another effect explains
+        better would never be learnt; until then r(m|a) is given and e = 0. The mean weighs steps with a reward or a
+        termination as much as all others together, because they are rare and a plan depends on them.
 
         Args:
             experience: (B, T, ...), whole lifetimes.
@@ -543,13 +515,14 @@ class TransitionModel(nn.Module):
         likelihood = self.effects.log_likelihood(codes, next_codes).view(B, T, -1)
         marginal = self.effects.marginal.log_softmax(0)
         group = experience.segment.long() * n_actions + experience.action  # (B, T)
-        label, background = experience.posterior.float(), marginal.detach() + math.log(0.25 / 0.75)
-        if not labelled:
-            label, background = self._lifetime_labels(likelihood.detach(), F.one_hot(group).float())
-        background = (likelihood + background).logsumexp(-1, keepdim=True)
+        if labelled:
+            explained = (experience.posterior * likelihood).sum(-1)
+        else:
+            label, odds = self._lifetime_labels(likelihood.detach(), F.one_hot(group).float())
+            background = (likelihood + odds).logsumexp(-1, keepdim=True)
+            explained = (label * torch.logaddexp(likelihood, background)).sum(-1)
         event = experience.terminated | (experience.reward != 0)
         weight = torch.where(event, 0.5 / event.sum().clamp_min(1), 0.5 / (~event).sum().clamp_min(1))
-        explained = (label * torch.logaddexp(likelihood, background)).sum(-1)
         consistent = -(weight * explained).sum() / weight.sum()
         return {"consistent": consistent, "marginal": -0.1 * (likelihood + marginal).logsumexp(-1).mean()}
 
