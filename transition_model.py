@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from film_layer import FiLMLayer
 from memory import Experience, require_all
 
+SMOOTHING = 0.05  # added to counts of changes
 ABSENT = -1e4  # stands for minus infinity in a masked maximum, without NaN gradients
 
 
@@ -157,42 +158,40 @@ def change_counts(
 
 
 def fit_changes(
-    label: Tensor, counts: Tensor, kind: Tensor, slip: float, rounds: int, smoothing: float = 0.05
-) -> tuple[Tensor, Tensor, Tensor]:
+    label: Tensor, slipped: Tensor, counts: Tensor, kind: Tensor, slip: float, rounds: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Expectation maximization of a mixture of M multinomials over D changes, for A actions of L lifetimes of W kinds.
 
     An action of lifetime l has component m with probability p(m | kind of l), and then each change d after it is
 
-        p(d) = (1 - s_l) p(d|m) + s_l sum_k b_l(k) p(d|k),
+        p(d) = (1 - s_l) p(d|m) + s_l b_l(d),
 
     where b_l, the background, is what happens in lifetime l whatever the action, such as gusts.
 
     Args:
         label: (L, A, M) float32, the probabilities of the components to begin with.
+        slipped: (L, D) float32, the changes that the background explains to begin with.
         counts: (L, A, D) float32; kind: (L,) int64.
-        slip: initial share s of the background; 0 for none.
+        slip: what is expected of s, the share of the background; 0 for none.
 
     Returns:
-        the new label, the changes that each component explains (M, D), and the log likelihood.
+        the new label and slipped, the changes that each component explains (M, D), and the log likelihood.
     """
     kinds, own = F.one_hot(kind).float(), torch.einsum("lam,lad->md", label, counts)
-    slips, background = torch.full((len(counts), 1), slip, device=counts.device), None
     for _ in range(rounds):
-        change, prior = own + smoothing, kinds.T @ label.sum(1) + 0.01
+        change, prior = own + SMOOTHING, kinds.T @ label.sum(1) + 0.01
         change, prior = change / change.sum(1, keepdim=True), prior / prior.sum(1, keepdim=True)
-        background = prior[kind] if background is None else background
-        others = background @ change  # (L, D)
-        clean = (1 - slips)[..., None] * change  # (L, M, D)
-        mixed = clean + (slips * others)[:, None]
+        share = (slipped.sum(1) + 8 * slip) / (counts.sum((1, 2)) + 8)
+        background = slipped + (20 * prior @ change)[kind]
+        background = background * (share / background.sum(1))[:, None]  # s b
+        clean = (1 - share)[:, None, None] * change  # (L, M, D)
+        mixed = clean + background[:, None]
         joint = torch.einsum("lad,lmd->lam", counts, mixed.log()) + prior.log()[kind][:, None]
         label = joint.softmax(-1)
         explained = torch.einsum("lam,lad->lmd", label, counts)
         clean = explained * clean / mixed
-        own, slipped = clean.sum(0), (explained - clean).sum(1)  # (M, D), (L, D)
-        background = (slipped / others.clamp_min(1e-12)) @ change.T * background + 2 * prior[kind]
-        background = background / background.sum(1, keepdim=True)
-        slips = (slipped.sum(1, keepdim=True) + 8 * slip) / (counts.sum((1, 2))[:, None] + 8)
-    return label, own, joint.logsumexp(-1).sum()
+        own, slipped = clean.sum(0), (explained - clean).sum(1)
+    return label, slipped, own, joint.logsumexp(-1).sum()
 
 
 def cluster_changes(
@@ -214,7 +213,7 @@ def cluster_changes(
         label[kind == number] = number * clusters + nearest
     label = F.one_hot(label.unique(return_inverse=True)[1]).float()
     kinds, price = F.one_hot(kind).float(), penalty * math.log(label[..., 0].numel())  # of a parameter
-    label, own, likelihood = fit_changes(label, counts, kind, slip, rounds=30)
+    label, slipped, own, likelihood = fit_changes(label, slip * counts.sum(1), counts, kind, slip, rounds=30)
     while True:
         mass = torch.einsum("lw,lam->mw", kinds, label)  # (M, W): actions by component and kind
         pairs, pair_mass = own[:, None] + own, mass[:, None] + mass
@@ -229,13 +228,13 @@ def cluster_changes(
         elif len(mass) == 1 or (loss[i, j] > 0 and len(mass) <= most):
             return label.argmax(-1).unique(return_inverse=True)[1], float(likelihood - price * (own > 1).sum())
         label[..., i] += label[..., j]
-        kept = torch.arange(len(mass), device=label.device) != j
-        label, own, likelihood = fit_changes(label[..., kept], counts, kind, slip, rounds=8)
+        label = label[..., torch.arange(len(mass), device=label.device) != j]
+        label, slipped, own, likelihood = fit_changes(label, slipped, counts, kind, slip, rounds=5)
 
 
-def component_likelihood(changes: Tensor, mass: Tensor, total: Tensor, smoothing: float = 0.05) -> Tensor:
+def component_likelihood(changes: Tensor, mass: Tensor, total: Tensor) -> Tensor:
     """Log likelihood (...) of changes (..., D) under their own frequencies, with masses (..., W) of totals (W,)."""
-    p = (changes + smoothing) / (changes + smoothing).sum(-1, keepdim=True)
+    p = (changes + SMOOTHING) / (changes + SMOOTHING).sum(-1, keepdim=True)
     return torch.special.xlogy(changes, p).sum(-1) + torch.special.xlogy(mass, mass / total).sum(-1)
 
 
