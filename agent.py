@@ -45,9 +45,9 @@ class PlannerSettings:
 
     discount: float = 0.95  # discount of rewards per step, in (0, 1)
     top_p: float = 0.85  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
-    expand_margin: float = 0.2  # actions whose value is this close to the best one's get a second step; 0 for none
-    # effects of these actions get it that happen, without ending the episode, with more than this, in [0, .999]
-    min_branch_prob: float = 0.3
+    nodes: int = 8  # grids of codes expanded for a decision at most, at least 1: one step
+    expand_margin: float = 0.2  # actions whose value is this close to the best one's are searched deeper; 0 for none
+    min_branch_prob: float = 0.3  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1
     lambda_: float = 0.8  # lambda of the lambda-returns that the value learns from, in [0, 1]
@@ -56,14 +56,14 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         require_all("planner", self, discount=(1e-3, 0.9999), top_p=(1e-6, 1), expand_margin=(0, 1e6))
-        require_all("planner", self, min_branch_prob=(0, 0.999), keypoints=(1, 1024), width=(1, 4096))
+        require_all("planner", self, min_branch_prob=(0, 0.999), keypoints=(1, 1024), width=(1, 4096), nodes=(1, 65536))
         require_all("planner", self, lambda_=(0, 1), tau=(1e-6, 1), learning_rate=(0, 1))
 
 
 class Expansion(NamedTuple):
-    """What may happen next in B states: P likely effects in all, each shared by the actions that may have it."""
+    """What may happen next in N states: P likely effects in all, each shared by the actions that may have it."""
 
-    probability: Tensor  # (B, A, K) float: of every effect after every action, renormalised over the likely ones
+    probability: Tensor  # (N, A, K) float: of every effect after every action, renormalised over the likely ones
     state: Tensor  # (P,) int64: which state the effect starts from
     effect: Tensor  # (P,) int64: which effect it is, 0 to K - 1
     next_codes: Tensor  # (P, S) uint8: the grid of codes that it leads to
@@ -72,16 +72,34 @@ class Expansion(NamedTuple):
     reset_value: Tensor  # (P,) float: W, the value of a new episode
     next_value: Tensor  # (P,) float: V, the value of going on
 
+    @staticmethod
+    def join(parts: list[Expansion]) -> Expansion:
+        """Expansions of several sets of states as one, with the states numbered on."""
+        first = np.cumsum([0, *(len(part.probability) for part in parts[:-1])]).tolist()
+        parts = [part._replace(state=part.state + n) for part, n in zip(parts, first, strict=True)]
+        return Expansion(*map(torch.cat, zip(*parts, strict=True)))
+
+
+class Beliefs(NamedTuple):
+    """What the planner reads of B contexts; it is the same everywhere in a plan."""
+
+    prior: Tensor  # (B, A, K) float: probabilities of the effects of every action
+    world: Tensor  # (B, D) float: the world row
+    pooled: Tensor  # (B, 128) float: what the value reads
+    reset_value: Tensor  # (B,) float: W
+
 
 class Planner:
-    """Search under the present belief: one step, a second one where it may change the choice, then the learnt value.
+    """Search under the present belief as deep as it is sure, then the learnt value.
 
         Q(z, a) = sum_k pi(k|a, c) [ r(z, z'_k, c) + discount ((1 - e) U(z'_k) + e W(c)) ]
 
     z'_k is the most likely grid of codes under effect k, r the expected reward, e the probability that the episode
-    ends. U is the learnt value V(z', c), and for likely effects of actions close to the best one max_a' Q(z'_k, a'),
-    with V at the leaves. The belief does not change inside a plan: what information is worth enters through V and W
-    alone, which were learnt over beliefs. Source: Russell and Wefald, 1991 (search where it may change the decision).
+    ends. U(z) = max_a Q(z, a) if z is expanded, else the learnt value V(z, c). Layer by layer the search expands the
+    grids that are reached with more than `min_branch_prob` by actions close to the best one, if several are, each
+    once, up to a budget; then values are iterated over them. The belief does not change inside a plan: what
+    information is worth enters through V and W alone, which were learnt over beliefs. Sources: Russell and Wefald,
+    1991 (search where it may change the decision); Hansen and Zilberstein, 2001 (LAO*: graphs with cycles).
     """
 
     CHUNK = 256  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -90,45 +108,107 @@ class Planner:
         self.settings, self.transition, self.value = settings, transition, value
 
     @torch.inference_mode()  # a decision for one environment takes an eighth less time than with no_grad
-    def action_values(self, codes: Tensor, context: Tensor, depth: int = 2, predict: Callable | None = None) -> Tensor:
+    def action_values(
+        self, codes: Tensor, context: Tensor, nodes: int | None = None, predict: Callable | None = None
+    ) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
 
         Args:
-            depth: 1 or 2 steps.
+            nodes: in place of the setting.
             predict: an `EffectCache`, for as long as the effects do not learn.
         """
-        predict = predict or self.transition.effects.predict
+        nodes, predict = nodes or self.settings.nodes, predict or self.transition.effects.predict
         chunks = zip(codes.split(self.CHUNK), context.split(self.CHUNK), strict=True)
-        return torch.cat([self._search(*chunk, depth, predict) for chunk in chunks])
+        return torch.cat([self._search(*chunk, nodes, predict) for chunk in chunks])
 
-    def _search(self, codes: Tensor, context: Tensor, depth: int, predict: Callable) -> Tensor:
-        # Expand one step, weigh what may happen, back up.
-        expansion = self._expand(codes, context, predict)
+    def _search(self, codes: Tensor, context: Tensor, nodes: int, predict: Callable) -> Tensor:
+        pooled = self.value.pool(context)
+        prior = self.transition.log_prior(context[:, :-1]).exp()
+        beliefs = Beliefs(prior, context[:, -1], pooled, self.value.reset_value(pooled))
+        expansion = self._expand(codes, beliefs, predict)
         q = self._back_up(expansion, expansion.next_value)
-        if depth == 1:
+        if nodes == 1:
             return q
-        # Expand a second step where it may change the choice: likely effects of the actions close to the best one.
-        candidate = q > q.amax(1, keepdim=True) - self.settings.expand_margin  # (B, A)
-        candidate &= (candidate.sum(1) > 1)[:, None]  # a single candidate leaves nothing to choose
-        goes_on = expansion.probability[expansion.state, :, expansion.effect] * (1 - expansion.end)[:, None]  # (P, A)
-        deeper = (candidate[expansion.state] & (goes_on > self.settings.min_branch_prob)).any(1).nonzero()[:, 0]
-        if len(deeper) == 0:
+        row = torch.arange(len(codes), device=codes.device)  # which decision a state belongs to
+        key, left, layers = self._key(codes, row), torch.full_like(row, nodes - 1), torch.ones_like(row)
+        reach = (self._close(q).sum(1) > 1).to(q)  # a single candidate leaves nothing to choose
+        newest, rows, found = expansion, row, [(expansion, row, key, q)]
+        while True:
+            edge, reach = self._follow(newest, q, reach, rows, key, left)
+            if len(edge) == 0:
+                break
+            codes, rows = newest.next_codes[edge], rows[newest.state[edge]]
+            left = left - rows.bincount(minlength=len(left))
+            layers[rows] = len(found) + 1
+            newest = self._expand(codes, Beliefs(*(part[rows] for part in beliefs)), predict)
+            q = self._back_up(newest, newest.next_value)
+            found.append((newest, rows, self._key(codes, rows), q))
+            key = torch.cat([key, found[-1][2]])
+        if len(found) == 1:
             return q
-        states, contexts = expansion.next_codes[deeper], context[expansion.state[deeper]]
-        best = self.action_values(states, contexts, depth - 1, predict).amax(1)
-        return self._back_up(expansion, expansion.next_value.index_copy(0, deeper, best))
+        expansions, rows, _, q = zip(*found, strict=True)
+        return self._iterate(Expansion.join(expansions), torch.cat(rows), key, torch.cat(q), layers)
 
-    def _expand(self, codes: Tensor, context: Tensor, predict: Callable) -> Expansion:
-        """The likely effects in states (B, S) under contexts (B, A + 1, D), and what each of them is worth."""
+    def _key(self, codes: Tensor, row: Tensor) -> Tensor:
+        """A hash (N,) int64 of grids (N, S) and the decisions that they belong to."""
+        return self.transition.effects.key(codes) + row * 0x5851F42D4C957F2D  # any odd number of 63 bits
+
+    def _close(self, q: Tensor) -> Tensor:
+        """The actions (N, A) bool whose values are close to the best one's."""
+        return q > q.amax(1, keepdim=True) - self.settings.expand_margin
+
+    def _follow(
+        self, expansion: Expansion, q: Tensor, reach: Tensor, row: Tensor, known: Tensor, left: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which effects (M,) int64 of the newest layer lead to the grids of the next, and how probable those are (M,).
+
+        The states of the newest layer have values q (N, A), probabilities `reach` (N,) and belong to decisions `row`
+        (N,), which have so many nodes `left` (B,); `known` are the keys of all grids expanded so far.
+        """
+        after = (expansion.probability * self._close(q)[:, :, None]).amax(1)  # (N, K)
+        reach = reach[expansion.state] * after[expansion.state, expansion.effect] * (1 - expansion.end)  # (P,)
+        row = row[expansion.state]
+        edge = ((reach > self.settings.min_branch_prob) & (left[row] > 0)).nonzero()[:, 0]
+        if len(edge) == 0:
+            return edge, reach
+        key = self._key(expansion.next_codes[edge], row[edge])
+        edge, key = (part[~torch.isin(key, known)] for part in (edge, key))
+        order = reach[edge].argsort(descending=True, stable=True)
+        order = order[row[edge[order]].argsort(stable=True)]  # by decision, the most probable first
+        edge, key = edge[order], key[order]
+        grids, grid = key.unique(return_inverse=True)
+        first = torch.full_like(grids, len(key))
+        first = first.scatter_reduce_(0, grid, torch.arange(len(key), device=key.device), "amin").sort().values
+        edge = edge[first]  # one for each grid
+        rank = torch.arange(len(edge), device=key.device) - torch.searchsorted(row[edge], row[edge])
+        edge = edge[rank < left[row[edge]]]
+        return edge, reach[edge]
+
+    def _iterate(self, expansion: Expansion, row: Tensor, key: Tensor, q: Tensor, layers: Tensor) -> Tensor:
+        """Q (B, A) of the first B of N states, by value iteration over all; so many sweeps as a decision has layers."""
+        keys, state = key.sort()
+        leads = self._key(expansion.next_codes, row[expansion.state])
+        place = torch.searchsorted(keys, leads).clamp_max(len(keys) - 1)
+        expanded, state = keys[place] == leads, state[place]  # (P,)
+        for sweep in range(1, int(layers.max())):
+            next_value = torch.where(expanded, q.amax(1)[state], expansion.next_value)
+            q = torch.where((layers > sweep)[row, None], self._back_up(expansion, next_value), q)
+        return q[: len(layers)]
+
+    def _expand(self, codes: Tensor, beliefs: Beliefs, predict: Callable) -> Expansion:
+        """The likely effects in states (N, S) under their beliefs, and what each of them is worth."""
+        parts = zip(codes.split(self.CHUNK), *(part.split(self.CHUNK) for part in beliefs), strict=True)
+        parts = [self._expand_chunk(few, Beliefs(*own), predict) for few, *own in parts]
+        return parts[0] if len(parts) == 1 else Expansion.join(parts)
+
+    def _expand_chunk(self, codes: Tensor, beliefs: Beliefs, predict: Callable) -> Expansion:
         transition, value = self.transition, self.value
-        grids, first = predict(codes)  # (B, K, S), (B, K)
-        prior = transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
-        likely, probability = top_p_filter(merge_equal(prior, first), self.settings.top_p)
+        grids, first = predict(codes)  # (N, K, S), (N, K)
+        likely, probability = top_p_filter(merge_equal(beliefs.prior, first), self.settings.top_p)
         state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
         next_codes = grids[state, effect]
         contact = contact_pairs(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.reward_and_termination(contact, context[:, -1], state)
-        pooled = value.pool(context)
+        log_reward, end = transition.reward_and_termination(contact, beliefs.world, state)
         return Expansion(
             probability=probability,
             state=state,
@@ -136,14 +216,14 @@ class Planner:
             next_codes=next_codes,
             reward=log_reward.exp() @ transition.reward_bins,
             end=torch.sigmoid(end),
-            reset_value=value.reset_value(pooled)[state],
-            next_value=value(value.statistics(next_codes), pooled, state),
+            reset_value=beliefs.reset_value[state],
+            next_value=value(value.statistics(next_codes), beliefs.pooled, state),
         )
 
     def _back_up(self, expansion: Expansion, next_value: Tensor) -> Tensor:
-        """Q (B, A), where going on after each effect has `next_value` (P,)."""
+        """Q (N, A), where going on after each effect has `next_value` (P,)."""
         following = torch.lerp(next_value, expansion.reset_value, expansion.end)
-        of_effect = expansion.probability.new_zeros(expansion.probability[:, 0].shape)  # (B, K)
+        of_effect = expansion.probability.new_zeros(expansion.probability[:, 0].shape)  # (N, K)
         of_effect[expansion.state, expansion.effect] = expansion.reward + self.settings.discount * following
         return (expansion.probability * of_effect[:, None]).sum(-1)
 
@@ -158,7 +238,7 @@ class Planner:
                       max_a Q_t                                where it was not
             loss    = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
 
-        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched to depth 1, because depth 2
+        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched one step deep, because more
         costs several times as much.
 
         Args:
@@ -170,7 +250,7 @@ class Planner:
         """
         B, T = experience.action.shape
         codes, ended = experience.codes.flatten(0, 1), experience.ended
-        q = self.action_values(codes, context[:, :-1].flatten(0, 1), depth=1).view(B, T, -1)
+        q = self.action_values(codes, context[:, :-1].flatten(0, 1), nodes=1).view(B, T, -1)
         best, choice = q.max(-1)
         with torch.no_grad():
             pooled = self.value.pool(context[:, 1:].flatten(0, 1))
@@ -223,13 +303,13 @@ class AgentController:
     Args:
         system: its parts. The appearance context modulates the VAE if the system has one, else the context's world row.
         keep_frames: keep the observations in `memory`, for the store of past lifetimes.
-        search_depth: 1 or 2 steps.
+        nodes: of a search, in place of the setting.
     """
 
-    def __init__(self, system: System, keep_frames: bool = False, search_depth: int = 2) -> None:
+    def __init__(self, system: System, keep_frames: bool = False, nodes: int | None = None) -> None:
         self.vae, self.transition, self.engine = system.vae, system.transition, system.engine
         self.appearance, self.planner, self.lifetime = system.appearance, system.planner, system.settings.world.lifetime
-        self.keep_frames, self.search_depth = keep_frames, search_depth
+        self.keep_frames, self.nodes = keep_frames, nodes
         self.exploration, self.generator = 0.0, None
 
     def explore(self, exploration: float, generator: torch.Generator) -> None:
@@ -259,7 +339,7 @@ class AgentController:
         if self.exploration >= 1:  # nothing to plan
             return self._random_action()
         context = self.engine.context(self.belief)
-        action = self.planner.action_values(self.codes, context, self.search_depth, self.effect_cache).argmax(-1)
+        action = self.planner.action_values(self.codes, context, self.nodes, self.effect_cache).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random_action(), action)
@@ -414,7 +494,7 @@ class Learner:
         # Environments of their own for every collection of every process of every run.
         seed = (settings.seed + 1) * 2**32 + self.processes.rank * 2**22 + self.collections
         world = make_worlds(settings.world, self.training.envs, "train", seed, self.device)
-        agent = AgentController(self.system, keep_frames=True, search_depth=1)  # cheaper, and teaches as well
+        agent = AgentController(self.system, keep_frames=True, nodes=1)  # cheaper, and teaches as well
         agent.explore(exploration, self.generator)
         trajectories = rollout(world, agent)
         self.store.add(agent.memory, world.task, trajectories.segment, self.update)
