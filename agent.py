@@ -45,9 +45,9 @@ class PlannerSettings:
 
     discount: float = 0.95  # discount of rewards per step, in (0, 1)
     top_p: float = 0.85  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
-    nodes: int = 8  # grids of codes expanded for a decision at most, at least 1: one step
+    nodes: int = 4  # grids of codes expanded for a decision at most; 1 for a search of one step
     expand_margin: float = 0.2  # actions whose value is this close to the best one's are searched deeper; 0 for none
-    min_branch_prob: float = 0.3  # grids that such actions reach with more than this are expanded, in [0, .999]
+    min_branch_prob: float = 0.5  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1
     lambda_: float = 0.8  # lambda of the lambda-returns that the value learns from, in [0, 1]
@@ -63,10 +63,13 @@ class PlannerSettings:
 class Expansion(NamedTuple):
     """What may happen next in N states: P likely effects in all, each shared by the actions that may have it."""
 
+    row: Tensor  # (N,) int64: which decision the state belongs to
+    key: Tensor  # (N,) int64: hash of the grid of codes and of the row
     probability: Tensor  # (N, A, K) float: of every effect after every action, renormalised over the likely ones
     state: Tensor  # (P,) int64: which state the effect starts from
     effect: Tensor  # (P,) int64: which effect it is, 0 to K - 1
     next_codes: Tensor  # (P, S) uint8: the grid of codes that it leads to
+    next_key: Tensor  # (P,) int64: the key of that grid
     reward: Tensor  # (P,) float: expected
     end: Tensor  # (P,) float: probability that the episode ends
     reset_value: Tensor  # (P,) float: W, the value of a new episode
@@ -74,19 +77,10 @@ class Expansion(NamedTuple):
 
     @staticmethod
     def join(parts: list[Expansion]) -> Expansion:
-        """Expansions of several sets of states as one, with the states numbered on."""
-        first = np.cumsum([0, *(len(part.probability) for part in parts[:-1])]).tolist()
+        """Several expansions as one, their states numbered on."""
+        first = np.cumsum([0, *(len(part.row) for part in parts[:-1])]).tolist()
         parts = [part._replace(state=part.state + n) for part, n in zip(parts, first, strict=True)]
         return Expansion(*map(torch.cat, zip(*parts, strict=True)))
-
-
-class Beliefs(NamedTuple):
-    """What the planner reads of B contexts; it is the same everywhere in a plan."""
-
-    prior: Tensor  # (B, A, K) float: probabilities of the effects of every action
-    world: Tensor  # (B, D) float: the world row
-    pooled: Tensor  # (B, 128) float: what the value reads
-    reset_value: Tensor  # (B,) float: W
 
 
 class Planner:
@@ -95,11 +89,11 @@ class Planner:
         Q(z, a) = sum_k pi(k|a, c) [ r(z, z'_k, c) + discount ((1 - e) U(z'_k) + e W(c)) ]
 
     z'_k is the most likely grid of codes under effect k, r the expected reward, e the probability that the episode
-    ends. U(z) = max_a Q(z, a) if z is expanded, else the learnt value V(z, c). Layer by layer the search expands the
-    grids that are reached with more than `min_branch_prob` by actions close to the best one, if several are, each
-    once, up to a budget; then values are iterated over them. The belief does not change inside a plan: what
-    information is worth enters through V and W alone, which were learnt over beliefs. Sources: Russell and Wefald,
-    1991 (search where it may change the decision); Hansen and Zilberstein, 2001 (LAO*: graphs with cycles).
+    ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
+    grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`. The
+    belief does not change inside a plan: what information is worth enters through V and W alone, which were learnt
+    over beliefs. Sources: Russell and Wefald, 1991 (search where it may change the decision); Hansen and Zilberstein,
+    2001 (LAO*: values iterated over a graph of states).
     """
 
     CHUNK = 256  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -114,111 +108,88 @@ class Planner:
         """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
 
         Args:
-            nodes: in place of the setting.
+            nodes: grids expanded for a decision at most, the setting if not given; 1 for a single step.
             predict: an `EffectCache`, for as long as the effects do not learn.
         """
-        nodes, predict = nodes or self.settings.nodes, predict or self.transition.effects.predict
-        chunks = zip(codes.split(self.CHUNK), context.split(self.CHUNK), strict=True)
-        return torch.cat([self._search(*chunk, nodes, predict) for chunk in chunks])
+        predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
+        prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
+        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))  # the same for all states of a row
+        row, reach, layers = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes)), []
+        left, depth = torch.full_like(row, nodes or self.settings.nodes), torch.empty_like(row)
+        while len(row):
+            layers.append(self._expand(codes, row, belief, predict))
+            left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
+            edge, reach = self._follow(layers, reach, left)
+            codes, row = layers[-1].next_codes[edge], layers[-1].row[layers[-1].state[edge]]
+        return self._iterate(layers, depth)
 
-    def _search(self, codes: Tensor, context: Tensor, nodes: int, predict: Callable) -> Tensor:
-        pooled = self.value.pool(context)
-        prior = self.transition.log_prior(context[:, :-1]).exp()
-        beliefs = Beliefs(prior, context[:, -1], pooled, self.value.reset_value(pooled))
-        expansion = self._expand(codes, beliefs, predict)
-        q = self._back_up(expansion, expansion.next_value)
-        if nodes == 1:
-            return q
-        row = torch.arange(len(codes), device=codes.device)  # which decision a state belongs to
-        key, left, layers = self._key(codes, row), torch.full_like(row, nodes - 1), torch.ones_like(row)
-        reach = (self._close(q).sum(1) > 1).to(q)  # a single candidate leaves nothing to choose
-        newest, rows, found = expansion, row, [(expansion, row, key, q)]
-        while True:
-            edge, reach = self._follow(newest, q, reach, rows, key, left)
-            if len(edge) == 0:
-                break
-            codes, rows = newest.next_codes[edge], rows[newest.state[edge]]
-            left = left - rows.bincount(minlength=len(left))
-            layers[rows] = len(found) + 1
-            newest = self._expand(codes, Beliefs(*(part[rows] for part in beliefs)), predict)
-            q = self._back_up(newest, newest.next_value)
-            found.append((newest, rows, self._key(codes, rows), q))
-            key = torch.cat([key, found[-1][2]])
-        if len(found) == 1:
-            return q
-        expansions, rows, _, q = zip(*found, strict=True)
-        return self._iterate(Expansion.join(expansions), torch.cat(rows), key, torch.cat(q), layers)
-
-    def _key(self, codes: Tensor, row: Tensor) -> Tensor:
-        """A hash (N,) int64 of grids (N, S) and the decisions that they belong to."""
-        return self.transition.effects.key(codes) + row * 0x5851F42D4C957F2D  # any odd number of 63 bits
-
-    def _close(self, q: Tensor) -> Tensor:
-        """The actions (N, A) bool whose values are close to the best one's."""
-        return q > q.amax(1, keepdim=True) - self.settings.expand_margin
-
-    def _follow(
-        self, expansion: Expansion, q: Tensor, reach: Tensor, row: Tensor, known: Tensor, left: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Which effects (M,) int64 of the newest layer lead to the grids of the next, and how probable those are (M,).
-
-        The states of the newest layer have values q (N, A), probabilities `reach` (N,) and belong to decisions `row`
-        (N,), which have so many nodes `left` (B,); `known` are the keys of all grids expanded so far.
-        """
-        after = (expansion.probability * self._close(q)[:, :, None]).amax(1)  # (N, K)
-        reach = reach[expansion.state] * after[expansion.state, expansion.effect] * (1 - expansion.end)  # (P,)
-        row = row[expansion.state]
-        edge = ((reach > self.settings.min_branch_prob) & (left[row] > 0)).nonzero()[:, 0]
-        if len(edge) == 0:
-            return edge, reach
-        key = self._key(expansion.next_codes[edge], row[edge])
-        edge, key = (part[~torch.isin(key, known)] for part in (edge, key))
-        order = reach[edge].argsort(descending=True, stable=True)
-        order = order[row[edge[order]].argsort(stable=True)]  # by decision, the most probable first
-        edge, key = edge[order], key[order]
-        grids, grid = key.unique(return_inverse=True)
-        first = torch.full_like(grids, len(key))
-        first = first.scatter_reduce_(0, grid, torch.arange(len(key), device=key.device), "amin").sort().values
-        edge = edge[first]  # one for each grid
-        rank = torch.arange(len(edge), device=key.device) - torch.searchsorted(row[edge], row[edge])
-        edge = edge[rank < left[row[edge]]]
-        return edge, reach[edge]
-
-    def _iterate(self, expansion: Expansion, row: Tensor, key: Tensor, q: Tensor, layers: Tensor) -> Tensor:
-        """Q (B, A) of the first B of N states, by value iteration over all; so many sweeps as a decision has layers."""
-        keys, state = key.sort()
-        leads = self._key(expansion.next_codes, row[expansion.state])
-        place = torch.searchsorted(keys, leads).clamp_max(len(keys) - 1)
-        expanded, state = keys[place] == leads, state[place]  # (P,)
-        for sweep in range(1, int(layers.max())):
-            next_value = torch.where(expanded, q.amax(1)[state], expansion.next_value)
-            q = torch.where((layers > sweep)[row, None], self._back_up(expansion, next_value), q)
-        return q[: len(layers)]
-
-    def _expand(self, codes: Tensor, beliefs: Beliefs, predict: Callable) -> Expansion:
-        """The likely effects in states (N, S) under their beliefs, and what each of them is worth."""
-        parts = zip(codes.split(self.CHUNK), *(part.split(self.CHUNK) for part in beliefs), strict=True)
-        parts = [self._expand_chunk(few, Beliefs(*own), predict) for few, *own in parts]
-        return parts[0] if len(parts) == 1 else Expansion.join(parts)
-
-    def _expand_chunk(self, codes: Tensor, beliefs: Beliefs, predict: Callable) -> Expansion:
+    def _expand(self, codes: Tensor, row: Tensor, belief: tuple[Tensor, ...], predict: Callable) -> Expansion:
+        """The likely effects in states (N, S) of decisions `row` (N,), and what each of them is worth."""
+        if len(codes) > self.CHUNK:
+            parts = zip(codes.split(self.CHUNK), row.split(self.CHUNK), strict=True)
+            return Expansion.join([self._expand(*part, belief, predict) for part in parts])
         transition, value = self.transition, self.value
+        prior, world, pooled, reset_value = (part[row] for part in belief)
         grids, first = predict(codes)  # (N, K, S), (N, K)
-        likely, probability = top_p_filter(merge_equal(beliefs.prior, first), self.settings.top_p)
+        likely, probability = top_p_filter(merge_equal(prior, first), self.settings.top_p)
         state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
         next_codes = grids[state, effect]
         contact = contact_pairs(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.reward_and_termination(contact, beliefs.world, state)
+        log_reward, end = transition.reward_and_termination(contact, world, state)
+        salt = row * 0x5851F42D4C957F2D  # any odd number of 63 bits: equal grids of two rows have different keys
         return Expansion(
+            row=row,
+            key=transition.effects.key(codes) + salt,
             probability=probability,
             state=state,
             effect=effect,
             next_codes=next_codes,
+            next_key=transition.effects.key(next_codes) + salt[state],
             reward=log_reward.exp() @ transition.reward_bins,
             end=torch.sigmoid(end),
-            reset_value=beliefs.reset_value[state],
-            next_value=value(value.statistics(next_codes), beliefs.pooled, state),
+            reset_value=reset_value[state],
+            next_value=value(value.statistics(next_codes), pooled, state),
         )
+
+    def _follow(self, layers: list[Expansion], reach: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Which effects (M,) int64 of the last layer lead to the grids of the next, and how probable those are (M,).
+
+        The states of the last layer are reached with `reach` (N,); a row may expand so many more grids: `left` (B,).
+        """
+        last = layers[-1]
+        q = self._back_up(last, last.next_value)
+        close = q > q.amax(1, keepdim=True) - self.settings.expand_margin  # (N, A)
+        if len(layers) == 1:
+            close &= (close.sum(1) > 1)[:, None]  # a single candidate leaves nothing to choose
+        likely = (last.probability * close[:, :, None]).amax(1)  # (N, K)
+        reach = reach[last.state] * likely[last.state, last.effect] * (1 - last.end)  # (P,)
+        row = last.row[last.state]
+        edge = ((reach > self.settings.min_branch_prob) & (left[row] > 0)).nonzero()[:, 0]
+        if len(edge) == 0:
+            return edge, reach
+        edge = edge[reach[edge].argsort(descending=True, stable=True)]
+        edge = edge[row[edge].argsort(stable=True)]  # row by row, the most probable first
+        known = torch.cat([layer.key for layer in layers])
+        key, order = torch.cat([known, last.next_key[edge]]).sort(stable=True)
+        again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
+        edge = edge[~again[len(known) :]]  # each grid once
+        rank = torch.arange(len(edge), device=row.device) - torch.searchsorted(row[edge], row[edge])  # in its row
+        edge = edge[rank < left[row[edge]]]
+        return edge, reach[edge]
+
+    def _iterate(self, layers: list[Expansion], depth: Tensor) -> Tensor:
+        """Q (B, A) of the first layer, the roots: as many sweeps of value iteration as each row has layers, `depth`."""
+        if len(layers) == 1:
+            return self._back_up(layers[0], layers[0].next_value)
+        graph = Expansion.join(layers)
+        keys, states = graph.key.sort()
+        place = torch.searchsorted(keys, graph.next_key).clamp_max(len(keys) - 1)
+        expanded, following = keys[place] == graph.next_key, states[place]  # (P,)
+        q = self._back_up(graph, graph.next_value)
+        for sweep in range(1, len(layers)):
+            next_value = torch.where(expanded, q.amax(1)[following], graph.next_value)
+            q = torch.where((depth > sweep)[graph.row, None], self._back_up(graph, next_value), q)
+        return q[: len(depth)]
 
     def _back_up(self, expansion: Expansion, next_value: Tensor) -> Tensor:
         """Q (N, A), where going on after each effect has `next_value` (P,)."""
@@ -303,7 +274,7 @@ class AgentController:
     Args:
         system: its parts. The appearance context modulates the VAE if the system has one, else the context's world row.
         keep_frames: keep the observations in `memory`, for the store of past lifetimes.
-        nodes: of a search, in place of the setting.
+        nodes: see `Planner.action_values`.
     """
 
     def __init__(self, system: System, keep_frames: bool = False, nodes: int | None = None) -> None:
