@@ -64,12 +64,11 @@ class Expansion(NamedTuple):
     """What may happen next in N states: P likely effects in all, each shared by the actions that may have it."""
 
     row: Tensor  # (N,) int64: which decision the state belongs to
-    key: Tensor  # (N,) int64: hash of the grid of codes and of the row
+    codes: Tensor  # (N, S) uint8: its grid of codes
     probability: Tensor  # (N, A, K) float: of every effect after every action, renormalised over the likely ones
     state: Tensor  # (P,) int64: which state the effect starts from
     effect: Tensor  # (P,) int64: which effect it is, 0 to K - 1
     next_codes: Tensor  # (P, S) uint8: the grid of codes that it leads to
-    next_key: Tensor  # (P,) int64: the key of that grid
     reward: Tensor  # (P,) float: expected
     end: Tensor  # (P,) float: probability that the episode ends
     reset_value: Tensor  # (P,) float: W, the value of a new episode
@@ -114,37 +113,39 @@ class Planner:
         predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
         prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
         belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))  # the same for all states of a row
-        row, reach, layers = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes)), []
-        left, depth = torch.full_like(row, nodes or self.settings.nodes), torch.empty_like(row)
-        while len(row):
-            layers.append(self._expand(codes, row, belief, predict))
-            left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
+        row, reach = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes))
+        nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
+        left = depth * (nodes - 1)  # grids that each row may still expand
+        layers = [self._expand(codes, row, belief, predict)]
+        while len(layers) < nodes:  # a layer that is left to expand has at least one grid
             edge, reach = self._follow(layers, reach, left)
-            codes, row = layers[-1].next_codes[edge], layers[-1].row[layers[-1].state[edge]]
+            if len(edge) == 0:
+                break
+            row, codes = layers[-1].row[layers[-1].state[edge]], layers[-1].next_codes[edge]
+            layers.append(self._expand(codes, row, tuple(part[row] for part in belief), predict))
+            left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
         return self._iterate(layers, depth)
 
     def _expand(self, codes: Tensor, row: Tensor, belief: tuple[Tensor, ...], predict: Callable) -> Expansion:
-        """The likely effects in states (N, S) of decisions `row` (N,), and what each of them is worth."""
+        """The likely effects in states (N, S) of rows (N,) under their beliefs (N, ...), and what each is worth."""
         if len(codes) > self.CHUNK:
-            parts = zip(codes.split(self.CHUNK), row.split(self.CHUNK), strict=True)
-            return Expansion.join([self._expand(*part, belief, predict) for part in parts])
+            parts = zip(*(part.split(self.CHUNK) for part in (codes, row, *belief)), strict=True)
+            return Expansion.join([self._expand(few, own, belief, predict) for few, own, *belief in parts])
         transition, value = self.transition, self.value
-        prior, world, pooled, reset_value = (part[row] for part in belief)
+        prior, world, pooled, reset_value = belief
         grids, first = predict(codes)  # (N, K, S), (N, K)
         likely, probability = top_p_filter(merge_equal(prior, first), self.settings.top_p)
         state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
         next_codes = grids[state, effect]
         contact = contact_pairs(codes[state], next_codes, transition.codes)
         log_reward, end = transition.reward_and_termination(contact, world, state)
-        salt = row * 0x5851F42D4C957F2D  # any odd number of 63 bits: equal grids of two rows have different keys
         return Expansion(
             row=row,
-            key=transition.effects.key(codes) + salt,
+            codes=codes,
             probability=probability,
             state=state,
             effect=effect,
             next_codes=next_codes,
-            next_key=transition.effects.key(next_codes) + salt[state],
             reward=log_reward.exp() @ transition.reward_bins,
             end=torch.sigmoid(end),
             reset_value=reset_value[state],
@@ -169,8 +170,12 @@ class Planner:
             return edge, reach
         edge = edge[reach[edge].argsort(descending=True, stable=True)]
         edge = edge[row[edge].argsort(stable=True)]  # row by row, the most probable first
-        known = torch.cat([layer.key for layer in layers])
-        key, order = torch.cat([known, last.next_key[edge]]).sort(stable=True)
+        known = torch.cat([layer.codes for layer in layers])
+        grids, rows = (
+            torch.cat([known, last.next_codes[edge]]),
+            torch.cat([*(layer.row for layer in layers), row[edge]]),
+        )
+        key, order = self._key(grids, rows).sort(stable=True)
         again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
         edge = edge[~again[len(known) :]]  # each grid once
         rank = torch.arange(len(edge), device=row.device) - torch.searchsorted(row[edge], row[edge])  # in its row
@@ -182,14 +187,19 @@ class Planner:
         if len(layers) == 1:
             return self._back_up(layers[0], layers[0].next_value)
         graph = Expansion.join(layers)
-        keys, states = graph.key.sort()
-        place = torch.searchsorted(keys, graph.next_key).clamp_max(len(keys) - 1)
-        expanded, following = keys[place] == graph.next_key, states[place]  # (P,)
+        keys, states = self._key(graph.codes, graph.row).sort()
+        next_keys = self._key(graph.next_codes, graph.row[graph.state])
+        place = torch.searchsorted(keys, next_keys).clamp_max(len(keys) - 1)
+        expanded, following = keys[place] == next_keys, states[place]  # (P,)
         q = self._back_up(graph, graph.next_value)
         for sweep in range(1, len(layers)):
             next_value = torch.where(expanded, q.amax(1)[following], graph.next_value)
             q = torch.where((depth > sweep)[graph.row, None], self._back_up(graph, next_value), q)
         return q[: len(depth)]
+
+    def _key(self, codes: Tensor, row: Tensor) -> Tensor:
+        """A hash (N,) int64 of grids (N, S) and rows (N,)."""
+        return self.transition.effects.key(codes) + row * 0x5851F42D4C957F2D  # any odd number of 63 bits
 
     def _back_up(self, expansion: Expansion, next_value: Tensor) -> Tensor:
         """Q (N, A), where going on after each effect has `next_value` (P,)."""
