@@ -101,13 +101,11 @@ class Planner:
         self.settings, self.transition, self.value = settings, transition, value
 
     @torch.inference_mode()  # a decision for one environment takes an eighth less time than with no_grad
-    def action_values(
-        self, codes: Tensor, context: Tensor, nodes: int | None = None, predict: Callable | None = None
-    ) -> Tensor:
+    def action_values(self, codes: Tensor, context: Tensor, nodes: int = 0, predict: Callable | None = None) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
 
         Args:
-            nodes: grids expanded for a decision at most, the setting if not given; 1 for a single step.
+            nodes: grids expanded for a decision at most; 1 for a search of one step, 0 for the setting.
             predict: an `EffectCache`, for as long as the effects do not learn.
         """
         predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
@@ -170,14 +168,11 @@ class Planner:
             return edge, reach
         edge = edge[reach[edge].argsort(descending=True, stable=True)]
         edge = edge[row[edge].argsort(stable=True)]  # row by row, the most probable first
-        known = torch.cat([layer.codes for layer in layers])
-        grids, rows = (
-            torch.cat([known, last.next_codes[edge]]),
-            torch.cat([*(layer.row for layer in layers), row[edge]]),
-        )
+        rows = torch.cat([*(layer.row for layer in layers), row[edge]])
+        grids = torch.cat([*(layer.codes for layer in layers), last.next_codes[edge]])
         key, order = self._key(grids, rows).sort(stable=True)
         again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
-        edge = edge[~again[len(known) :]]  # each grid once
+        edge = edge[~again[-len(edge) :]]  # each grid once
         rank = torch.arange(len(edge), device=row.device) - torch.searchsorted(row[edge], row[edge])  # in its row
         edge = edge[rank < left[row[edge]]]
         return edge, reach[edge]
@@ -219,8 +214,7 @@ class Planner:
                       max_a Q_t                                where it was not
             loss    = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
 
-        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched one step deep, because more
-        costs several times as much.
+        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched one step deep to save time.
 
         Args:
             value: learns.
@@ -287,7 +281,7 @@ class AgentController:
         nodes: see `Planner.action_values`.
     """
 
-    def __init__(self, system: System, keep_frames: bool = False, nodes: int | None = None) -> None:
+    def __init__(self, system: System, keep_frames: bool = False, nodes: int = 0) -> None:
         self.vae, self.transition, self.engine = system.vae, system.transition, system.engine
         self.appearance, self.planner, self.lifetime = system.appearance, system.planner, system.settings.world.lifetime
         self.keep_frames, self.nodes = keep_frames, nodes

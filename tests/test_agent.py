@@ -474,7 +474,7 @@ class TestLearner(unittest.TestCase):
 
     def test_another_planner_takes_the_place_of_the_built_in_one(self):
         class Still(Planner):
-            def action_values(self, codes, context, nodes=None, predict=None):
+            def action_values(self, codes, context, nodes=0, predict=None):
                 return torch.zeros(len(codes), context.shape[1] - 1)
 
             def loss(self, value, experience, context):

@@ -75,7 +75,7 @@ def agent_without(system: System, part: Ablation) -> AgentController:
         if isinstance(layer, FiLMLayer):
             fix_context(layer, context)
     kind = FrozenBelief if part == "belief" else AgentController
-    return kind(system, nodes=1 if part == "search" else None)
+    return kind(system, nodes=1 if part == "search" else 0)
 
 
 def fix_context(layer: FiLMLayer, context: Tensor) -> None:

@@ -84,7 +84,7 @@ def minigrid_rows(batch: int = 4096) -> list[Row]:
     return rows
 
 
-def decision_row(system: System, batch: int, nodes: int | None = None, lifetimes: int = 1) -> Row:
+def decision_row(system: System, batch: int, nodes: int = 0, lifetimes: int = 1) -> Row:
     """Seconds to plan and act, averaged over whole lifetimes, beside a matrix product of as many operations."""
     world = HiddenRulesWorld(system.settings.world, batch, "validation", 0, system.device)
     agent, steps = AgentController(system, nodes=nodes), system.settings.world.lifetime
@@ -281,7 +281,7 @@ def cpu_rows(system: System) -> list[Row]:
     for number, label, batches in ((1, "1 thread", (1, 16)), (2, "2 threads", (256,))):
         with threads(number):
             timed = [world_row("cpu", batch) for batch in (1, 64, 1024, 4096)]
-            timed += [decision_row(system, batch, nodes) for nodes in (1, None) for batch in batches]
+            timed += [decision_row(system, batch, nodes) for nodes in (1, 0) for batch in batches]
         rows += [row._replace(name=f"{row.name}, {label}") for row in timed]
     return rows
 
