@@ -34,9 +34,9 @@ class PlannerSettings:
 
     discount: float = 0.95  # discount of rewards per step, in (0, 1)
     top_p: float = 0.85  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
-    expand_margin: float = 0.2  # actions whose value is this close to the best one's get a second step; 0 for none
-    # effects of these actions get it that happen, without ending the episode, with more than this, in [0, .999]
-    min_branch_prob: float = 0.3
+    nodes: int = 3  # grids of codes expanded for a decision at most, at least 1: a search of one step
+    expand_margin: float = 0.2  # actions whose value is this close to the best one's are searched deeper; 0 for none
+    min_branch_prob: float = 0.5  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1
     lambda_: float = 0.8  # lambda of the lambda-returns that the value learns from, in [0, 1]
@@ -45,14 +45,16 @@ class PlannerSettings:
 
     def __post_init__(self) -> None:
         require_all("planner", self, discount=(1e-3, 0.9999), top_p=(1e-6, 1), expand_margin=(0, 1e6))
-        require_all("planner", self, min_branch_prob=(0, 0.999), keypoints=(1, 1024), width=(1, 4096))
+        require_all("planner", self, min_branch_prob=(0, 0.999), keypoints=(1, 1024), width=(1, 4096), nodes=(1, 65536))
         require_all("planner", self, lambda_=(0, 1), tau=(1e-6, 1), learning_rate=(0, 1))
 
 
 class Expansion(NamedTuple):
-    """What may happen next in B states: P likely effects in all, each shared by the actions that may have it."""
+    """What may happen next in N states: P likely effects in all, each shared by the actions that may have it."""
 
-    probability: Tensor  # (B, A, K) float: of every effect after every action, renormalised over the likely ones
+    row: Tensor  # (N,) int64: which decision the state belongs to
+    codes: Tensor  # (N, S) uint8: its grid of codes
+    probability: Tensor  # (N, A, K) float: of every effect after every action, renormalised over the likely ones
     state: Tensor  # (P,) int64: which state the effect starts from
     effect: Tensor  # (P,) int64: which effect it is, 0 to K - 1
     next_codes: Tensor  # (P, S) uint8: the grid of codes that it leads to
@@ -61,16 +63,25 @@ class Expansion(NamedTuple):
     reset_value: Tensor  # (P,) float: W, the value of a new episode
     next_value: Tensor  # (P,) float: V, the value of going on
 
+    @staticmethod
+    def join(parts: list[Expansion]) -> Expansion:
+        """Several expansions as one, their states numbered on."""
+        first = np.cumsum([0, *(len(part.row) for part in parts[:-1])]).tolist()
+        parts = [part._replace(state=part.state + n) for part, n in zip(parts, first, strict=True)]
+        return Expansion(*map(torch.cat, zip(*parts, strict=True)))
+
 
 class Planner:
-    """Search under the present belief: one step, a second one where it may change the choice, then the learnt value.
+    """Search under the present belief as deep as it is sure, then the learnt value.
 
         Q(z, a) = sum_k pi(k|a, c) [ r(z, z'_k, c) + discount ((1 - e) U(z'_k) + e W(c)) ]
 
     z'_k is the most likely grid of codes under effect k, r the expected reward, e the probability that the episode
-    ends. U is the learnt value V(z', c), and for likely effects of actions close to the best one max_a' Q(z'_k, a'),
-    with V at the leaves. The belief does not change inside a plan: what information is worth enters through V and W
-    alone, which were learnt over beliefs. Source: Russell and Wefald, 1991 (search where it may change the decision).
+    ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
+    grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`. The
+    belief does not change inside a plan: what information is worth enters through V and W alone, which were learnt
+    over beliefs. Sources: Russell and Wefald, 1991 (search where it may change the decision); Hansen and Zilberstein,
+    2001 (LAO*: values iterated over a graph of states).
     """
 
     CHUNK = 256  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -79,60 +90,105 @@ class Planner:
         self.settings, self.transition, self.value = settings, transition, value
 
     @torch.inference_mode()  # a decision for one environment takes an eighth less time than with no_grad
-    def action_values(self, codes: Tensor, context: Tensor, depth: int = 2, predict: Callable | None = None) -> Tensor:
+    def action_values(self, codes: Tensor, context: Tensor, nodes: int = 0, predict: Callable | None = None) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
 
         Args:
-            depth: 1 or 2 steps.
+            nodes: grids expanded for a decision at most; 1 for a search of one step, 0 for the setting.
             predict: an `EffectCache`, for as long as the effects do not learn.
         """
-        predict = predict or self.transition.effects.predict
-        chunks = zip(codes.split(self.CHUNK), context.split(self.CHUNK), strict=True)
-        return torch.cat([self._search(*chunk, depth, predict) for chunk in chunks])
+        predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
+        prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
+        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))  # the same for all states of a row
+        row, reach = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes))
+        nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
+        left = depth * (nodes - 1)  # grids that each row may still expand
+        layers = [self._expand(codes, row, belief, predict)]
+        while len(layers) < nodes:  # a layer that is left to expand has at least one grid
+            edge, reach = self._follow(layers, reach, left)
+            if len(edge) == 0:
+                break
+            row, codes = layers[-1].row[layers[-1].state[edge]], layers[-1].next_codes[edge]
+            layers.append(self._expand(codes, row, tuple(part[row] for part in belief), predict))
+            left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
+        return self._iterate(layers, depth)
 
-    def _search(self, codes: Tensor, context: Tensor, depth: int, predict: Callable) -> Tensor:
-        # Expand one step, weigh what may happen, back up.
-        expansion = self._expand(codes, context, predict)
-        q = self._back_up(expansion, expansion.next_value)
-        if depth == 1:
-            return q
-        # Expand a second step where it may change the choice: likely effects of the actions close to the best one.
-        candidate = q > q.amax(1, keepdim=True) - self.settings.expand_margin  # (B, A)
-        candidate &= (candidate.sum(1) > 1)[:, None]  # a single candidate leaves nothing to choose
-        goes_on = expansion.probability[expansion.state, :, expansion.effect] * (1 - expansion.end)[:, None]  # (P, A)
-        deeper = (candidate[expansion.state] & (goes_on > self.settings.min_branch_prob)).any(1).nonzero()[:, 0]
-        if len(deeper) == 0:
-            return q
-        states, contexts = expansion.next_codes[deeper], context[expansion.state[deeper]]
-        best = self.action_values(states, contexts, depth - 1, predict).amax(1)
-        return self._back_up(expansion, expansion.next_value.index_copy(0, deeper, best))
-
-    def _expand(self, codes: Tensor, context: Tensor, predict: Callable) -> Expansion:
-        """The likely effects in states (B, S) under contexts (B, A + 1, D), and what each of them is worth."""
+    def _expand(self, codes: Tensor, row: Tensor, belief: tuple[Tensor, ...], predict: Callable) -> Expansion:
+        """The likely effects in states (N, S) of rows (N,) under their beliefs (N, ...), and what each is worth."""
+        if len(codes) > self.CHUNK:
+            parts = zip(*(part.split(self.CHUNK) for part in (codes, row, *belief)), strict=True)
+            return Expansion.join([self._expand(few, own, belief, predict) for few, own, *belief in parts])
         transition, value = self.transition, self.value
-        grids, first = predict(codes)  # (B, K, S), (B, K)
-        prior = transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
+        prior, world, pooled, reset_value = belief
+        grids, first = predict(codes)  # (N, K, S), (N, K)
         likely, probability = top_p_filter(merge_equal(prior, first), self.settings.top_p)
         state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
         next_codes = grids[state, effect]
         contact = contact_pairs(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.reward_and_termination(contact, context[:, -1], state)
-        pooled = value.pool(context)
+        log_reward, end = transition.reward_and_termination(contact, world, state)
         return Expansion(
+            row=row,
+            codes=codes,
             probability=probability,
             state=state,
             effect=effect,
             next_codes=next_codes,
             reward=log_reward.exp() @ transition.reward_bins,
             end=torch.sigmoid(end),
-            reset_value=value.reset_value(pooled)[state],
+            reset_value=reset_value[state],
             next_value=value(value.statistics(next_codes), pooled, state),
         )
 
+    def _follow(self, layers: list[Expansion], reach: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """Which effects (M,) int64 of the last layer lead to the grids of the next, and how probable those are (M,).
+
+        The states of the last layer are reached with `reach` (N,); a row may expand so many more grids: `left` (B,).
+        """
+        last = layers[-1]
+        q = self._back_up(last, last.next_value)
+        close = q > q.amax(1, keepdim=True) - self.settings.expand_margin  # (N, A)
+        if len(layers) == 1:
+            close &= (close.sum(1) > 1)[:, None]  # a single candidate leaves nothing to choose
+        likely = (last.probability * close[:, :, None]).amax(1)  # (N, K)
+        reach = reach[last.state] * likely[last.state, last.effect] * (1 - last.end)  # (P,)
+        row = last.row[last.state]
+        edge = ((reach > self.settings.min_branch_prob) & (left[row] > 0)).nonzero()[:, 0]
+        if len(edge) == 0:
+            return edge, reach
+        edge = edge[reach[edge].argsort(descending=True, stable=True)]
+        edge = edge[row[edge].argsort(stable=True)]  # row by row, the most probable first
+        rows = torch.cat([*(layer.row for layer in layers), row[edge]])
+        grids = torch.cat([*(layer.codes for layer in layers), last.next_codes[edge]])
+        key, order = self._key(grids, rows).sort(stable=True)
+        again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
+        edge = edge[~again[-len(edge) :]]  # each grid once
+        rank = torch.arange(len(edge), device=row.device) - torch.searchsorted(row[edge], row[edge])  # in its row
+        edge = edge[rank < left[row[edge]]]
+        return edge, reach[edge]
+
+    def _iterate(self, layers: list[Expansion], depth: Tensor) -> Tensor:
+        """Q (B, A) of the first layer, the roots: as many sweeps of value iteration as each row has layers, `depth`."""
+        if len(layers) == 1:
+            return self._back_up(layers[0], layers[0].next_value)
+        graph = Expansion.join(layers)
+        keys, states = self._key(graph.codes, graph.row).sort()
+        next_keys = self._key(graph.next_codes, graph.row[graph.state])
+        place = torch.searchsorted(keys, next_keys).clamp_max(len(keys) - 1)
+        expanded, following = keys[place] == next_keys, states[place]  # (P,)
+        q = self._back_up(graph, graph.next_value)
+        for sweep in range(1, len(layers)):
+            next_value = torch.where(expanded, q.amax(1)[following], graph.next_value)
+            q = torch.where((depth > sweep)[graph.row, None], self._back_up(graph, next_value), q)
+        return q[: len(depth)]
+
+    def _key(self, codes: Tensor, row: Tensor) -> Tensor:
+        """A hash (N,) int64 of grids (N, S) and rows (N,)."""
+        return self.transition.effects.key(codes) + row * 0x5851F42D4C957F2D  # any odd number of 63 bits
+
     def _back_up(self, expansion: Expansion, next_value: Tensor) -> Tensor:
-        """Q (B, A), where going on after each effect has `next_value` (P,)."""
+        """Q (N, A), where going on after each effect has `next_value` (P,)."""
         following = torch.lerp(next_value, expansion.reset_value, expansion.end)
-        of_effect = expansion.probability.new_zeros(expansion.probability[:, 0].shape)  # (B, K)
+        of_effect = expansion.probability.new_zeros(expansion.probability[:, 0].shape)  # (N, K)
         of_effect[expansion.state, expansion.effect] = expansion.reward + self.settings.discount * following
         return (expansion.probability * of_effect[:, None]).sum(-1)
 
@@ -147,8 +203,7 @@ class Planner:
                       max_a Q_t                                where it was not
             loss    = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
 
-        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched to depth 1, because depth 2
-        costs several times as much.
+        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched one step deep to save time.
 
         Args:
             value: learns.
@@ -159,7 +214,7 @@ class Planner:
         """
         B, T = experience.action.shape
         codes, ended = experience.codes.flatten(0, 1), experience.ended
-        q = self.action_values(codes, context[:, :-1].flatten(0, 1), depth=1).view(B, T, -1)
+        q = self.action_values(codes, context[:, :-1].flatten(0, 1), nodes=1).view(B, T, -1)
         best, choice = q.max(-1)
         with torch.no_grad():
             pooled = self.value.pool(context[:, 1:].flatten(0, 1))
@@ -219,13 +274,13 @@ class AgentController:
     Args:
         system: its parts. The appearance context modulates the VAE if the system has one, else the context's world row.
         keep_frames: keep the observations in `memory`, for the store of past lifetimes.
-        search_depth: 1 or 2 steps.
+        nodes: see `Planner.action_values`.
     """
 
-    def __init__(self, system: System, keep_frames: bool = False, search_depth: int = 2) -> None:
+    def __init__(self, system: System, keep_frames: bool = False, nodes: int = 0) -> None:
         self.vae, self.transition, self.engine = system.vae, system.transition, system.engine
         self.appearance, self.planner, self.lifetime = system.appearance, system.planner, system.settings.world.lifetime
-        self.keep_frames, self.search_depth = keep_frames, search_depth
+        self.keep_frames, self.nodes = keep_frames, nodes
         self.exploration, self.generator = 0.0, None
 
     def explore(self, exploration: float, generator: torch.Generator) -> None:
@@ -255,7 +310,7 @@ class AgentController:
         if self.exploration >= 1:  # nothing to plan
             return self._random_action()
         context = self.engine.context(self.belief)
-        action = self.planner.action_values(self.codes, context, self.search_depth, self.effect_cache).argmax(-1)
+        action = self.planner.action_values(self.codes, context, self.nodes, self.effect_cache).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random_action(), action)
@@ -420,7 +475,7 @@ class Learner:
         # Environments of their own for every collection of every process of every run.
         seed = (settings.seed + 1) * 2**32 + self.processes.rank * 2**22 + self.collections
         world = make_worlds(settings.world, self.training.envs, "train", seed, self.device)
-        agent = AgentController(self.system, keep_frames=True, search_depth=1)  # cheaper, and teaches as well
+        agent = AgentController(self.system, keep_frames=True, nodes=1)  # cheaper, and teaches as well
         agent.explore(exploration, self.generator)
         trajectories = rollout(world, agent)
         self.store.add(agent.memory, world.task, trajectories.segment, self.update)

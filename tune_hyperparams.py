@@ -55,7 +55,8 @@ SPACE = {  # what is searched by default
     "planner.lambda_": {"low": 0.5, "high": 0.95, "log": False},
     "planner.discount": {"low": 0.9, "high": 0.97, "log": False},
     "planner.expand_margin": {"low": 0.0, "high": 0.5, "log": False},
-    "planner.min_branch_prob": {"low": 0.05, "high": 0.6, "log": False},
+    "planner.min_branch_prob": {"low": 0.05, "high": 0.9, "log": False},
+    "planner.nodes": {"low": 1, "high": 64, "log": True},
     "training.exploration": {"low": 0.05, "high": 0.5, "log": False},
     "training.final_lr_scale": {"low": 0.02, "high": 0.5, "log": True},
 }

@@ -46,10 +46,10 @@ class TestPlanner(unittest.TestCase):
         torch.testing.assert_close(permuted, values[:, order[:4]])
         self.assertGreater(float(values.std(1).min()), 0)
 
-    def test_values_of_depth_one_equal_those_computed_by_hand(self):
+    def test_values_of_one_step_equal_those_computed_by_hand(self):
         """One state, a loop over all effects, none left out and none merged."""
         system, planner = self.system, self.system.planner
-        planner.settings = PlannerSettings(top_p=1.0, expand_margin=0)
+        planner.settings = PlannerSettings(nodes=1, top_p=1.0)
         codes, context = self.codes[:1], self.context[:1]
         transition, value = system.transition, system.target_value
         grids, _ = transition.effects.predict(codes)
@@ -65,61 +65,123 @@ class TestPlanner(unittest.TestCase):
                     expected[action] += float(chance * (log_reward[0].exp() @ transition.reward_bins + following))
         torch.testing.assert_close(planner.action_values(codes, context)[0], expected, atol=1e-4, rtol=1e-4)
 
-    def test_depth_two_backs_up_the_best_action_of_the_next_step(self):
-        """Only where several actions are close to the best; the others keep their value of depth one."""
+    def outcomes(self, grid, context):
+        """What follows a grid, by the grid that it leads to: probability (A,), reward, end and V; W besides."""
+        transition, value = self.system.transition, self.system.target_value
+        codes, pooled, found = torch.tensor(grid, dtype=torch.uint8)[None], value.pool(context), {}
+        prior = transition.log_prior(context[:, :-1])[0].exp()
+        for k, after in enumerate(transition.effects.predict(codes)[0][0]):
+            log_reward, end = transition.reward_and_termination(contact_pairs(codes, after[None], 6), context[:, -1])
+            worth = (
+                log_reward[0].exp() @ transition.reward_bins,
+                end[0].sigmoid(),
+                value(value.statistics(after[None]), pooled),
+            )
+            key = tuple(after.tolist())
+            found[key] = (found[key][0] + prior[:, k] if key in found else prior[:, k], *map(float, worth))
+        return found, float(value.reset_value(pooled))
+
+    def loops(self, codes, context, settings):
+        """Q (A,) of one decision and the number of grids expanded, by loops."""
+
+        def back_up(grid, values):
+            q, (following, reset_value) = torch.zeros(4), graph[grid]
+            for after, (chance, reward, end, next_value) in following.items():
+                going_on = values.get(after, next_value)
+                q += chance * (reward + 0.95 * ((1 - end) * going_on + end * reset_value))
+            return q
+
+        root = tuple(codes.tolist())
+        graph, frontier, layers = {root: self.outcomes(root, context)}, {root: 1.0}, 1
+        while True:
+            reached = {}
+            for grid, reach in frontier.items():
+                q = back_up(grid, {})
+                close = [a for a in range(4) if q[a] > q.max() - settings.expand_margin]
+                if not close or (grid == root and len(close) == 1):
+                    continue
+                for after, (chance, _, end, _) in graph[grid][0].items():
+                    p = reach * float(chance[close].max()) * (1 - end)
+                    if p > settings.min_branch_prob and after not in graph:
+                        reached[after] = max(p, reached.get(after, 0))
+            probable = sorted(reached, key=reached.get, reverse=True)[: settings.nodes - len(graph)]
+            if not probable:
+                break
+            frontier, layers = {grid: reached[grid] for grid in probable}, layers + 1
+            graph |= {grid: self.outcomes(grid, context) for grid in probable}
+        values = {}
+        for _ in range(layers):
+            q = {grid: back_up(grid, values) for grid in graph}
+            values = {grid: float(of_grid.max()) for grid, of_grid in q.items()}
+        return q[root], len(graph)
+
+    @torch.no_grad()
+    def test_a_search_equals_loops_one_decision_at_a_time(self):
+        """Equal grids are expanded once, no decision exceeds its budget, and decisions do not influence each other."""
         planner = self.system.planner
-        once = planner.action_values(self.codes, self.context, depth=1)
-        margin = float((once.amax(1) - once.median(1).values).mean())  # some actions are close, some are not
-        planner.settings = PlannerSettings(expand_margin=margin, min_branch_prob=0)
-        twice = planner.action_values(self.codes, self.context)
-        close = once > once.amax(1, keepdim=True) - margin
-        close &= (close.sum(1) > 1)[:, None]
-        self.assertTrue(close.any() and not close.all())
-        expected, chances = self.backed_up(close, 0)
-        torch.testing.assert_close(twice, expected, atol=1e-5, rtol=1e-5)
-        self.assertFalse(torch.allclose(twice[close], once[close]))
-        middle = float(chances.median())
-        likely, _ = self.backed_up(close, middle)
-        self.assertFalse(torch.allclose(likely, expected))
-        planner.settings = PlannerSettings(expand_margin=margin, min_branch_prob=middle)
-        torch.testing.assert_close(planner.action_values(self.codes, self.context), likely, atol=1e-5, rtol=1e-5)
-        planner.settings = PlannerSettings(expand_margin=margin, min_branch_prob=0.999)
-        torch.testing.assert_close(planner.action_values(self.codes, self.context), once)
+        codes, context = self.codes[[*range(9), 0, 0]], self.context[[*range(9), 0, 1]]
+        for nodes, margin, probability in (
+            (1, 9, 0),
+            (2, 9, 0),
+            (5, 0.4, 0.02),
+            (30, 9, 0.05),
+            (30, 0.2, 0.001),
+            (60, 0, 0),
+        ):
+            settings = PlannerSettings(nodes=nodes, top_p=1.0, expand_margin=margin, min_branch_prob=probability)
+            planner.settings = settings
+            with self.subTest(settings), mock.patch.object(planner, "_expand", wraps=planner._expand) as expanded:
+                q = planner.action_values(codes, context)
+                pairs = [pair for call in expanded.call_args_list for pair in zip(*call.args[1::-1], strict=True)]
+                grids = [(int(row), tuple(grid.tolist())) for row, grid in pairs]
+                self.assertEqual(len(set(grids)), len(grids))
+                counts = np.bincount([row for row, _ in grids])
+                expected = [self.loops(codes[row], context[row, None], settings) for row in range(len(codes))]
+                self.assertEqual(counts.tolist(), [number for _, number in expected])
+                self.assertLessEqual(counts.max(), nodes)
+                torch.testing.assert_close(q, torch.stack([values for values, _ in expected]), atol=1e-4, rtol=1e-4)
+                self.assertTrue(margin == 0 or nodes == 1 or counts.max() > 1)
 
-    def backed_up(self, close, min_branch_prob):
-        """Q (B, A) by a loop over effects, and the probabilities that the episode goes on after each.
+    def test_a_deep_search_sees_a_distant_reward_where_the_belief_is_sure(self):
+        """A corridor of 16 patches: one action moves right, one left, two nothing; the goal is four steps away."""
+        system, planner = self.system, self.system.planner
+        for layer in (system.target_value.state_out, system.target_value.reset_out[-1]):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+        codes = torch.zeros(1, 16, dtype=torch.uint8)
+        codes[0, 5], codes[0, 9] = 1, 2
 
-        Effects that follow a close action with more than `min_branch_prob` are searched one step deeper.
-        """
-        planner, predict = self.system.planner, self.system.transition.effects.predict
-        with torch.inference_mode():
-            expansion = planner._expand(self.codes, self.context, predict)
-        chances, expected = [], torch.zeros(len(self.codes), 4)
-        pairs = zip(expansion.state.tolist(), expansion.effect.tolist(), strict=True)
-        for p, (state, effect) in enumerate(pairs):
-            probability, end = expansion.probability[state, :, effect], expansion.end[p]
-            going_on = (probability * (1 - end))[close[state]]
-            chances.append(going_on)
-            next_value = expansion.next_value[p]
-            if (going_on > min_branch_prob).any():
-                codes, context = expansion.next_codes[p][None], self.context[state][None]
-                next_value = planner.action_values(codes, context, depth=1).max()
-            following = torch.lerp(next_value, expansion.reset_value[p], end)
-            expected[state] += probability * (expansion.reward[p] + 0.95 * following)
-        chances = torch.cat(chances)
-        return expected, chances[chances > 0]
+        def predict(grids):
+            place, after = (grids == 1).int().argmax(1), []
+            for move in (1, -1, *[0] * 6):
+                moved = torch.where(grids == 1, 0, grids)
+                after.append(moved.scatter(1, (place + move).clamp(0, 15)[:, None], 1))
+            first = torch.tensor([0, 1, *[2] * 6]).expand(len(grids), -1)
+            return torch.stack(after, 1), first
+
+        def heads(present, context, row):
+            reached = present[:, 2 * 6 + 1, None]
+            return torch.where(reached, torch.tensor([-99.0, -99, 0]), torch.tensor([-99.0, 0, -99])), -99 + 0 * row
+
+        sure, doubt = 99 * torch.eye(4, 8)[None], torch.zeros(1, 4, 8)
+        for logits, nodes, found in ((sure, 1, 0), (sure, 3, 0), (sure, 12, 0.95**3), (doubt, 12, 0)):
+            planner.settings = PlannerSettings(nodes=nodes)
+            with (
+                mock.patch.object(system.transition, "log_prior", lambda context, x=logits: x.log_softmax(-1)),
+                mock.patch.object(system.transition, "reward_and_termination", heads),
+            ):
+                q = planner.action_values(codes, self.context[:1], predict=predict)[0]
+            with self.subTest(nodes=nodes, found=found):
+                self.assertAlmostEqual(float(q[0]), found, places=4)
+                self.assertEqual(bool(q[0] > q[1:].max()), found > 0)
 
     def test_the_belief_does_not_change_within_a_plan(self):
-        """At either depth every state is valued under the context of the present."""
+        """However deep the search, contexts are read once, those of the present."""
         planner = self.system.planner
-        planner.settings = PlannerSettings(expand_margin=100, min_branch_prob=0)
-        value, contexts = planner.value, []
-        pool = value.pool
-        with mock.patch.object(value, "pool", lambda context: contexts.append(context) or pool(context)):
+        planner.settings = PlannerSettings(nodes=9, expand_margin=100, min_branch_prob=0)
+        with mock.patch.object(planner.value, "pool", wraps=planner.value.pool) as pool:
             planner.action_values(self.codes, self.context)
-        self.assertGreater(len(contexts), 1)
-        for context in contexts:
-            self.assertTrue(all(any(torch.equal(row, own) for own in self.context) for row in context))
+        self.assertEqual([call.args[0] is self.context for call in pool.call_args_list], [True])
 
     def test_cached_effects_change_nothing(self):
         planner, network = self.system.planner, self.system.transition.effects
@@ -132,12 +194,12 @@ class TestPlanner(unittest.TestCase):
 
     def test_chunks_change_nothing(self):
         planner = self.system.planner
-        planner.settings = PlannerSettings(expand_margin=100, min_branch_prob=0)  # every effect is expanded
+        planner.settings = PlannerSettings(nodes=9, expand_margin=100, min_branch_prob=0)
         whole = planner.action_values(self.codes, self.context)
         planner.CHUNK = 4
-        with mock.patch.object(planner, "_expand", wraps=planner._expand) as expanded:
-            torch.testing.assert_close(planner.action_values(self.codes, self.context), whole)
-        self.assertLessEqual(max(len(call.args[0]) for call in expanded.call_args_list), 4)
+        predict = mock.Mock(wraps=self.system.transition.effects.predict)
+        torch.testing.assert_close(planner.action_values(self.codes, self.context, predict=predict), whole)
+        self.assertEqual(max(len(call.args[0]) for call in predict.call_args_list), 4)
 
     def test_a_context_that_is_not_finite_does_not_stop_the_planner(self):
         """The training stops when it next checks its losses, and names the one that is not finite."""
@@ -158,7 +220,7 @@ class TestPlanner(unittest.TestCase):
         system = self.system
         experience, context = self.lifetimes()
         codes, contexts = experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1)
-        values = system.planner.action_values(codes, contexts, depth=1)
+        values = system.planner.action_values(codes, contexts, nodes=1)
         never = experience._replace(action=((values.argmax(-1) + 1) % 4).view(6, 12))
         predicted = system.value(system.value.statistics(codes), system.value.pool(contexts))
         expected = (predicted - values.amax(-1)).square().mean()
@@ -169,7 +231,7 @@ class TestPlanner(unittest.TestCase):
         system, slow = self.system, self.system.target_value
         experience, context = self.lifetimes()
         codes, contexts = experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1)
-        values = system.planner.action_values(codes, contexts, depth=1)
+        values = system.planner.action_values(codes, contexts, nodes=1)
         chosen = experience._replace(action=values.argmax(-1).view(6, 12))
         best, squares = values.amax(-1).view(6, 12), []
         with torch.no_grad():
@@ -442,7 +504,7 @@ class TestLearner(unittest.TestCase):
 
     def test_another_planner_takes_the_place_of_the_built_in_one(self):
         class Still(Planner):
-            def action_values(self, codes, context, depth=2, predict=None):
+            def action_values(self, codes, context, nodes=0, predict=None):
                 return torch.zeros(len(codes), context.shape[1] - 1)
 
             def loss(self, value, experience, context):

@@ -456,7 +456,7 @@ class TestBenchmarks(unittest.TestCase):
         learner = speed.prepare_learner(tiny())
         with mock.patch.object(speed, "GROWTH", {"batch": speed.GROWTH["batch"][:2]}):
             rows = speed.growth(tiny(), output / "growth.png")
-        rows += [speed.world_row("cpu", 3), speed.decision_row(system, 2, search_depth=2)]
+        rows += [speed.world_row("cpu", 3), speed.decision_row(system, 2)]
         rows += speed.learning_rows(learner) + speed.memory_rows(learner)
         self.assertEqual(len(rows), 5 + 1 + 1 + 4 + 2)
         for row in rows:

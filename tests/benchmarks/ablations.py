@@ -43,9 +43,9 @@ TRAINED: dict[str, dict] = {  # the settings that remove a part from the trainin
     "initial scales": {"context": {"token_scale": 1.0, "context_scale": 1.0}, "transition": {"film_scale": 1.0}},
     "look-ahead": {},  # by `ModelFree`
 }
-# What can be disabled at decision time. belief: it stays initial. depth: the search has depth 1. All others: the part
+# What can be disabled at decision time. belief: it stays initial. search: it is one step. All others: the part
 # is modulated by the initial context, whatever was inferred.
-Ablation = Literal["belief", "perception", "prior", "reward_and_termination", "value", "depth"]
+Ablation = Literal["belief", "perception", "prior", "reward_and_termination", "value", "search"]
 PEER = "everything (RecurrentPPO instead)"
 PEERS = [PEER] if importlib.util.find_spec("sb3_contrib") else []
 
@@ -75,7 +75,7 @@ def agent_without(system: System, part: Ablation) -> AgentController:
         if isinstance(layer, FiLMLayer):
             fix_context(layer, context)
     kind = FrozenBelief if part == "belief" else AgentController
-    return kind(system, search_depth=1 if part == "depth" else 2)
+    return kind(system, nodes=1 if part == "search" else 0)
 
 
 def fix_context(layer: FiLMLayer, context: Tensor) -> None:
@@ -93,7 +93,7 @@ class ModelFree(Planner):
     """
 
     def action_values(
-        self, codes: Tensor, context: Tensor, depth: int = 1, predict: EffectCache | None = None
+        self, codes: Tensor, context: Tensor, nodes: int = 1, predict: EffectCache | None = None
     ) -> Tensor:
         """Q (B, A) of the target network for code grids (B, S) uint8 under contexts (B, A + 1, D)."""
         with torch.no_grad():

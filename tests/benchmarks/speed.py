@@ -84,10 +84,10 @@ def minigrid_rows(batch: int = 4096) -> list[Row]:
     return rows
 
 
-def decision_row(system: System, batch: int, search_depth: int, lifetimes: int = 1) -> Row:
+def decision_row(system: System, batch: int, nodes: int = 0, lifetimes: int = 1) -> Row:
     """Seconds to plan and act, averaged over whole lifetimes, beside a matrix product of as many operations."""
     world = HiddenRulesWorld(system.settings.world, batch, "validation", 0, system.device)
-    agent, steps = AgentController(system, search_depth=search_depth), system.settings.world.lifetime
+    agent, steps = AgentController(system, nodes=nodes), system.settings.world.lifetime
     flops = count_decision_flops(world, agent, steps)
     product = matrix_product(flops // steps, system.device)
     acting = observing = multiplying = 0.0
@@ -107,7 +107,7 @@ def decision_row(system: System, batch: int, search_depth: int, lifetimes: int =
             acting, observing, multiplying = acting + spent[0], observing + spent[2], multiplying + spent[3]
     act, observe = acting / (steps * lifetimes), observing / (steps * lifetimes)
     value = f"{1e3 * act:.2f} ms, {batch / act:,.0f} per second; {1e3 * observe:.2f} ms to observe"
-    name = f"decision, depth {search_depth}, {batch} worlds"
+    name = f"decision, nodes {nodes or system.settings.planner.nodes}, {batch} worlds"
     return Row(name, value, float(multiplying / acting), "bare matrix products")
 
 
@@ -249,7 +249,7 @@ def recorded_rows() -> list[Row]:
     """The rows of ratios.json: one thread, untrained weights, the same for everybody."""
     with threads(1):
         learner = prepare_learner(merge(Settings(), {"training": {"envs": 48, "random_lifetimes": 48}}))
-        rows = [world_row("cpu", 64), world_row("cpu", 1024), decision_row(learner.system, 16, search_depth=1)]
+        rows = [world_row("cpu", 64), world_row("cpu", 1024), decision_row(learner.system, 16, nodes=1)]
         return rows + learning_rows(learner) + memory_rows(learner)[:1]
 
 
@@ -281,7 +281,7 @@ def cpu_rows(system: System) -> list[Row]:
     for number, label, batches in ((1, "1 thread", (1, 16)), (2, "2 threads", (256,))):
         with threads(number):
             timed = [world_row("cpu", batch) for batch in (1, 64, 1024, 4096)]
-            timed += [decision_row(system, batch, depth) for depth in (1, 2) for batch in batches]
+            timed += [decision_row(system, batch, nodes) for nodes in (1, 0) for batch in batches]
         rows += [row._replace(name=f"{row.name}, {label}") for row in timed]
     return rows
 
@@ -291,7 +291,7 @@ def gpu_rows(system: System) -> list[Row]:
     on_gpu = build_system(merge(system.settings, {"device": "cuda"}))
     on_gpu.load({name: module.state_dict() for name, module in system.modules().items()})
     rows = [world_row("cuda", batch) for batch in (64, 1024, 4096, 65536)]
-    rows += [decision_row(on_gpu, batch, search_depth=2) for batch in (1, 256, 4096)]
+    rows += [decision_row(on_gpu, batch) for batch in (1, 256, 4096)]
     rows += learning_rows(prepare_learner(merge(Settings(), {"device": "cuda"}), lifetimes=512))
     name = torch.cuda.get_device_name()
     return [row._replace(name=f"{row.name}, {name}") for row in rows]
