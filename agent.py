@@ -23,9 +23,9 @@ from context_engine import AppearanceEngine, ContextInferenceEngine, rollout
 from environment import make_worlds
 from memory import EpisodicMemory, Experience, LifetimeStore, Processes, RunFolder, UserError, WorldStep
 from memory import as_tensor, make_generator, remove_stale_blocks, require, require_all
-from transition_model import EffectCache, TransitionModel, Value, contact_pairs, entropy, find_effects, merge_equal
+from transition_model import EffectCache, TransitionModel, contact_pairs, entropy, find_effects, merge_equal
 from transition_model import top_p_filter
-from world_model import VAE, distinct_patches
+from world_model import VAE, Value, distinct_patches
 
 
 @dataclass(frozen=True)

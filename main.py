@@ -35,8 +35,8 @@ from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSett
 from context_engine import infer_reward_bins, references, require_room, rollout
 from environment import WORLDS, ExternalEnvError, WorldSettings, make_worlds
 from memory import MemorySettings, Processes, RunFolder, UserError, merge, require, write_json
-from transition_model import TransitionModel, TransitionSettings, Value
-from world_model import VAE, VAESettings, animate_lifetime, belief_nll, compare, plot_adaptation, report
+from transition_model import TransitionModel, TransitionSettings
+from world_model import VAE, VAESettings, Value, animate_lifetime, belief_nll, compare, plot_adaptation, report
 
 # ------------------------------------------------------------------------------------------------------------- settings
 PRESETS: dict[str, dict] = {
@@ -56,8 +56,7 @@ PRESETS: dict[str, dict] = {
     "everything": {
         "vae": {"num_codes": 7},
         "transition": {"reward_bins": (-1.0, 0.0, 0.5, 1.0)},
-        "training": dict(updates=2500, batch=32, value_batch=8, effect_batch=8, effect_updates=400)
-        | dict(evaluation_lifetimes=256),
+        "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600) | dict(evaluation_lifetimes=256),
     },
     "gym": {  # for an external environment
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},

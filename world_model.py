@@ -1,4 +1,5 @@
-"""The VAE, from observations to grids of categorical codes and back; below it, the scores and figures of rollouts.
+"""The VAE, from observations to grids of categorical codes and back, and what such grids are worth; below them, the
+scores and figures of rollouts.
 
 Each patch of a frame becomes one categorical code, so that inference and planning work on grids of small integers.
 Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from film_layer import FiLMLayer
 from memory import require_all
+from transition_model import ABSENT, one_hot
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,76 @@ def kinds_of_patch(patches: Tensor, most: int = 255) -> Tensor:
             break
         chosen.append(int(nearest.argmax()))
     return patches[chosen]
+
+
+class Value(nn.Module):
+    """The value V(z, c) of a state under a belief, and W(c), the value of starting a new episode; in units of reward.
+
+    It depends on the belief as well as the state, so an action that yields information has a value of its own. The
+    state enters through keypoints, as in the spatial softmax of Finn et al. (2016), with one change: attention is over
+    the *codes* that are present, each at its mean position, and not over single patches. So the background, one code on
+    most patches, does not outweigh the few objects, and the value starts to learn earlier. The rows of the actions
+    enter through their mean, so relabelling the actions changes nothing.
+
+    Args:
+        codes, grid, context_dim: as in `TransitionModel`.
+        keypoints: number of keypoints P.
+        width: hidden features.
+    """
+
+    POOLED = 64  # features of the actions' rows, and as many of the world row
+
+    def __init__(self, codes: int, grid: tuple[int, int], context_dim: int, keypoints: int, width: int) -> None:
+        super().__init__()
+        self.codes, pooled = codes, 2 * self.POOLED
+        self.action_in = nn.Linear(context_dim, self.POOLED)
+        self.world_in = nn.Linear(context_dim, self.POOLED)
+        self.code_features = nn.Parameter(torch.randn(1, codes, 32) * 0.5)
+        self.code_film = FiLMLayer(pooled, 32)
+        self.code_out = nn.Linear(32, 2 * keypoints)
+        self.state_in = nn.Linear(4 * keypoints, width)
+        self.state_norm = nn.LayerNorm(width)
+        self.state_film = FiLMLayer(pooled, width)
+        self.state_hidden = nn.Linear(width, width)
+        self.state_out = nn.Linear(width, 1)
+        self.reset_out = nn.Sequential(nn.Linear(pooled, 128), nn.SiLU(), nn.Linear(128, 1))
+        nn.init.zeros_(self.state_out.weight)
+        nn.init.zeros_(self.reset_out[-1].weight)
+        axes = [torch.linspace(-1, 1, n) for n in grid]
+        place = torch.stack([torch.ones(grid), *torch.meshgrid(*axes, indexing="ij")], -1).view(-1, 3)
+        self.register_buffer("place", place, persistent=False)  # (S, (one, y, x))
+
+    def statistics(self, codes: Tensor) -> Tensor:
+        """Share of the patches and mean position (y, x) in -1..1 of every code: (B, C, 3) float32, of (B, S) uint8."""
+        sums = one_hot(codes, self.codes).transpose(1, 2) @ self.place
+        return torch.cat([sums[..., :1] / len(self.place), sums[..., 1:] / sums[..., :1].clamp_min(1)], -1)
+
+    def pool(self, context: Tensor) -> Tensor:
+        """What the value reads of contexts (B, A + 1, D): (B, 128)."""
+        actions = F.silu(self.action_in(context[:, :-1])).mean(1)
+        return torch.cat([actions, F.silu(self.world_in(context[:, -1]))], -1)
+
+    def forward(self, statistics: Tensor, pooled: Tensor, row: Tensor | None = None) -> Tensor:
+        """V (B,) of states by `statistics` (B, C, 3) under pooled contexts (B, 128).
+
+        With `row` (B,) int64, state i is evaluated under pooled[row[i]], so that shared contexts are computed once.
+        """
+        code_out = self.code_out(F.silu(self.code_film(self.code_features.expand(len(pooled), -1, -1), pooled)))
+        if row is not None:
+            code_out = code_out.index_select(0, row)
+        key, value = code_out.chunk(2, -1)  # (B, C, P) each
+        share, centre = statistics[..., :1], statistics[..., 1:]
+        masked = key.masked_fill(share == 0, ABSENT)
+        weight = (4 * masked).softmax(1)  # attention over the codes that are present
+        points = weight.transpose(1, 2) @ centre  # (B, P, 2)
+        state = torch.cat([points.flatten(1), masked.amax(1), (weight * value).sum(1)], -1)  # (B, 4 * P)
+        state = F.silu(self.state_film(self.state_norm(self.state_in(state)), pooled, row))
+        state = state + F.silu(self.state_hidden(state))
+        return self.state_out(state)[:, 0]
+
+    def reset_value(self, pooled: Tensor) -> Tensor:
+        """W (B,), the value of starting an episode under pooled contexts (B, 128)."""
+        return self.reset_out(pooled)[:, 0]
 
 
 class Trajectories(NamedTuple):

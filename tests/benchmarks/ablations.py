@@ -32,14 +32,13 @@ from film_layer import FiLMLayer
 from main import Settings, build_system, evaluate, train
 from memory import Experience, UserError, WorldStep, merge, write_json
 from tests.benchmarks import command_line, load_systems, score_cells
-from transition_model import EffectCache, Value
-from world_model import bootstrap_ci, format_ci, mean, statistics
+from transition_model import EffectCache
+from world_model import Value, bootstrap_ci, format_ci, mean, statistics
 
 BASE = Settings()
 FULL = "nothing"  # what is removed from the full agent
 TRAINED: dict[str, dict] = {  # the settings that remove a part from the training
     "trajectory decoding": {"context": {"decoding_weight": 0.0}},
-    "effects consistent over the lifetime": {"transition": {"warmup_updates": 900}},  # of at most 684 effect updates
     "initial scales": {"context": {"token_scale": 1.0, "context_scale": 1.0}, "transition": {"film_scale": 1.0}},
     "look-ahead": {},  # by `ModelFree`
 }
