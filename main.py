@@ -212,6 +212,8 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.reencode_all()
                     learner.find_effects()
                 learner.learn_effects(labelled=update < t.effect_updates // 2)
+                if update == t.effect_updates - 1:
+                    learner.drop_effects()
 
             else:  # adaptation
                 if update == 0:  # effects are new, so stored effect posteriors are stale
