@@ -71,13 +71,10 @@ class TestPlanner(unittest.TestCase):
         prior = transition.log_prior(context[:, :-1])[0].exp()
         for k, after in enumerate(transition.effects.predict(codes)[0][0]):
             log_reward, end = transition.reward_and_termination(contact_pairs(codes, after[None], 6), context[:, -1])
-            worth = (
-                log_reward[0].exp() @ transition.reward_bins,
-                end[0].sigmoid(),
-                value(value.statistics(after[None]), pooled),
-            )
+            next_value = value(value.statistics(after[None]), pooled)
+            worth = map(float, (log_reward[0].exp() @ transition.reward_bins, end[0].sigmoid(), next_value))
             key = tuple(after.tolist())
-            found[key] = (found[key][0] + prior[:, k] if key in found else prior[:, k], *map(float, worth))
+            found[key] = (found.get(key, [0])[0] + prior[:, k], *worth)
         return found, float(value.reset_value(pooled))
 
     def loops(self, codes, context, settings):
@@ -140,7 +137,7 @@ class TestPlanner(unittest.TestCase):
                 torch.testing.assert_close(q, torch.stack([values for values, _ in expected]), atol=1e-4, rtol=1e-4)
                 most.append(counts.max())
                 self.assertLessEqual(most[-1], nodes)
-        self.assertGreater(len(set(most)), 3)
+        self.assertGreater(len(set(most)), 2)  # from a single step to three
 
     def test_a_deep_search_sees_a_distant_reward_where_the_belief_is_sure(self):
         """A corridor of 16 patches: one action moves right, one left, two nothing; the goal is four steps away."""
