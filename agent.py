@@ -35,9 +35,9 @@ class PlannerSettings:
 
     discount: float = 0.95  # discount of rewards per step, in (0, 1)
     top_p: float = 0.85  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
-    nodes: int = 3  # grids of codes expanded for a decision at most, at least 1: a search of one step
+    nodes: int = 4  # grids of codes expanded for a decision at most, at least 1: a search of one step
     expand_margin: float = 0.2  # actions whose value is this close to the best one's are searched deeper; 0 for none
-    min_branch_prob: float = 0.5  # grids that such actions reach with more than this are expanded, in [0, .999]
+    min_branch_prob: float = 0.3  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1
     lambda_: float = 0.8  # lambda of the lambda-returns that the value learns from, in [0, 1]
@@ -79,10 +79,10 @@ class Planner:
 
     z'_k is the most likely grid of codes under effect k, r the expected reward, e the probability that the episode
     ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
-    grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`. The
-    belief does not change inside a plan: what information is worth enters through V and W alone, which were learnt
-    over beliefs. Sources: Russell and Wefald, 1991 (search where it may change the decision); Hansen and Zilberstein,
-    2001 (LAO*: values iterated over a graph of states).
+    grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`, if
+    the budget has room for all of them. The belief does not change inside a plan: what information is worth enters
+    through V and W alone, which were learnt over beliefs. Sources: Russell and Wefald, 1991 (search where it may change
+    the decision); Hansen and Zilberstein, 2001 (LAO*: values iterated over a graph of states).
     """
 
     CHUNK = 256  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -156,15 +156,15 @@ class Planner:
         edge = ((reach > self.settings.min_branch_prob) & (left[row] > 0)).nonzero()[:, 0]
         if len(edge) == 0:
             return edge, reach
-        edge = edge[reach[edge].argsort(descending=True, stable=True)]
-        edge = edge[row[edge].argsort(stable=True)]  # row by row, the most probable first
+        edge = edge[reach[edge].argsort(descending=True, stable=True)]  # the most probable way to a grid comes first
         rows = torch.cat([*(layer.row for layer in layers), row[edge]])
         grids = torch.cat([*(layer.codes for layer in layers), last.next_codes[edge]])
         key, order = self._key(grids, rows).sort(stable=True)
         again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
         edge = edge[~again[-len(edge) :]]  # each grid once
-        rank = torch.arange(len(edge), device=row.device) - torch.searchsorted(row[edge], row[edge])  # in its row
-        edge = edge[rank < left[row[edge]]]
+        # Part of a layer would favour the actions that lead to it.
+        fits = row[edge].bincount(minlength=len(left)) <= left
+        edge = edge[fits[row[edge]]]
         return edge, reach[edge]
 
     def _iterate(self, layers: list[Expansion], depth: Tensor) -> Tensor:

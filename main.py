@@ -62,6 +62,7 @@ PRESETS: dict[str, dict] = {
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
+        "planner": {"nodes": 64},
         "training": dict(updates=600, envs=16, random_lifetimes=128, batch=12, value_batch=4, effect_batch=2)
         | dict(evaluation_lifetimes=64),
     },
