@@ -18,7 +18,7 @@ from context_engine import ContextInferenceEngine, ExactFilter, rollout
 from environment import HiddenRulesWorld, Rule, task_split
 from main import build_system, run_training, train
 from memory import LifetimeStore, Processes, RunFolder, UserError, WorldStep
-from tests.shared import TOTAL, in_parallel, make_generator, temporary_folder, tiny
+from tests.shared import TOTAL, in_parallel, make_generator, temporary_folder, tiny, tiny_system
 from transition_model import EffectCache, contact_pairs
 
 VALIDATION = "validation"
@@ -26,7 +26,7 @@ VALIDATION = "validation"
 
 class TestPlanner(unittest.TestCase):
     def setUp(self):
-        self.system = build_system(tiny())
+        self.system = tiny_system()
         torch.nn.init.normal_(self.system.transition.effects.head.weight)  # untrained effects all change nothing
         torch.nn.init.normal_(self.system.target_value.state_out.weight)
         torch.nn.init.normal_(self.system.target_value.reset_out[-1].weight)
@@ -254,7 +254,7 @@ class TestPlanner(unittest.TestCase):
 
 class TestController(unittest.TestCase):
     def test_it_acts_and_remembers_in_one_world_or_many(self):
-        system = build_system(tiny())
+        system = tiny_system()
         for batch in (1, 7):
             agent = AgentController(system)
             lifetimes = rollout(HiddenRulesWorld(system.settings.world, batch, VALIDATION, 0), agent)
@@ -263,7 +263,7 @@ class TestController(unittest.TestCase):
             torch.testing.assert_close(system.engine(agent.memory), agent.belief, atol=1e-4, rtol=1e-4)
 
     def test_it_accepts_views_of_arrays(self):
-        agent, frame = AgentController(build_system(tiny())), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
+        agent, frame = AgentController(tiny_system()), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
         for view in (frame[::-1], frame.transpose(1, 0, 2)):
             agent.reset(view)
             ended = {"episode_terminated": True, "episode_truncated": False, "final_frame": view}
@@ -271,7 +271,7 @@ class TestController(unittest.TestCase):
             self.assertTrue(np.array_equal(agent.obs[0], view))
 
     def test_a_new_lifetime_begins_with_an_empty_memory_and_the_initial_belief(self):
-        system = build_system(tiny())
+        system = tiny_system()
         agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         rollout(world, agent)
         agent.reset(world.reset())
@@ -279,7 +279,7 @@ class TestController(unittest.TestCase):
         torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
 
     def test_it_explores_with_the_given_probability(self):
-        agent = AgentController(build_system(tiny()))
+        agent = AgentController(tiny_system())
         agent.reset(HiddenRulesWorld(tiny().world, 400, VALIDATION, 0).reset())
         greedy, differing = agent.act(), []
         for exploration in (0.0, 0.4, 1.0):
@@ -302,7 +302,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
     def test_the_rule_never_reaches_the_agent(self):
         """Another hidden rule behind equal observations changes nothing."""
         settings = tiny(world={"slip": 0.0}).world
-        system, seen = build_system(tiny()), []
+        system, seen = tiny_system(), []
         for another in (False, True):
             world = HiddenRulesWorld(settings, 5, VALIDATION, 0)
             world.reset()
@@ -328,7 +328,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
 
     def test_no_reference_leads_from_the_agent_to_anything_hidden(self):
         """Not to the world, its rule or its random streams, nor to the filter of the references."""
-        system = build_system(tiny())
+        system = tiny_system()
         agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         exact = ExactFilter(world)
         rollout(world, agent, [exact])
@@ -342,7 +342,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
             self.assertTrue(any(isinstance(one, hidden) for one in reachable(agent)), leak)
 
     def test_random_streams_of_a_world_depend_neither_on_the_agent_nor_on_observers(self):
-        system, lifetimes, states = build_system(tiny()), [], []
+        system, lifetimes, states = tiny_system(), [], []
         for watched, seed, kind in ((False, 1, AgentController), (True, 2, AgentController), (True, 3, Frozen)):
             torch.manual_seed(seed)  # whatever else is random in the process
             world = HiddenRulesWorld(tiny().world, 8, VALIDATION, 0)
@@ -407,7 +407,7 @@ class TestLearner(unittest.TestCase):
         beliefs = learner.learn_context(experience)
         for name, learn in (
             ("vae", lambda: learner.learn_perception(rows, beliefs)),
-            ("effects", lambda: learner.learn_effects(20)),
+            ("effects", lambda: learner.learn_effects()),
             ("engine", lambda: learner.learn_context(experience)),
             ("value", lambda: learner.learn_value(experience, beliefs)),
         ):
