@@ -1,9 +1,7 @@
-"""The planner, the controller, what the agent may know, and the learner, alone and in several processes."""
+"""The planner, the controller, what the agent may know, and the learner; test_memory.py has several processes."""
 
-import contextlib
 import copy
 import gc
-import io
 import types
 import unittest
 import warnings
@@ -16,9 +14,9 @@ import torch
 from agent import AgentController, Learner, Planner, PlannerSettings
 from context_engine import ContextInferenceEngine, ExactFilter, rollout
 from environment import HiddenRulesWorld, Rule, task_split
-from main import build_system, run_training, train
-from memory import LifetimeStore, Processes, RunFolder, UserError, WorldStep
-from tests.shared import TOTAL, in_parallel, make_generator, temporary_folder, tiny, tiny_system
+from main import build_system, train
+from memory import WorldStep
+from tests.shared import TOTAL, make_generator, temporary_folder, tiny, tiny_system
 from transition_model import EffectCache, contact_pairs
 
 VALIDATION = "validation"
@@ -424,11 +422,12 @@ class TestLearner(unittest.TestCase):
         self.assertTrue(all(torch.equal(target, value) for target, value in states))
 
     def test_its_state_decides_its_future(self):
-        """With an inferred appearance, which learns with the frames and is kept in checkpoints too."""
+        """Also while effects are learnt from labels; an inferred appearance is kept in checkpoints too."""
         settings = tiny(world={"tint": 0.8}, context={"appearance": 4})
         learner = Learner(build_system(settings))
         weights = [p.detach().clone() for p in learner.system.appearance.parameters()]
-        train(learner, until=12)
+        train(learner, until=9)
+        self.assertEqual(learner.phase(), ("effects", 3))
         changed = zip(learner.system.appearance.parameters(), weights, strict=True)
         self.assertTrue(all(not torch.equal(p, old) for p, old in changed))
         folder = temporary_folder()
@@ -514,97 +513,6 @@ class TestLearner(unittest.TestCase):
         train(learner)
         self.assertIsInstance(learner.system.planner, Still)
         self.assertIn("value/none", learner.metrics)
-
-
-class TestSeveralProcesses(unittest.TestCase):
-    """Threads stand for processes: see `shared.in_parallel`."""
-
-    def learners(self, **changes):
-        """Two learners; built one after the other, because building seeds torch's global generator."""
-        systems = [build_system(tiny(**changes)) for _ in range(2)]
-        return lambda processes: Learner(systems[processes.rank], processes)
-
-    def test_they_train_one_agent_on_lifetimes_of_their_own(self):
-        make, run = self.learners(), RunFolder(temporary_folder())
-
-        def work(processes):
-            learner = make(processes)
-            run_training(run, learner)
-            return learner
-
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            one, other = in_parallel(work)
-        self.assertEqual(printed.getvalue().count("training "), 1)  # one of them writes
-        self.assertTrue((run.folder / "evaluation.json").exists())
-        for name, module in one.system.modules().items():
-            for key, tensor in module.state_dict().items():
-                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
-        self.assertEqual(one.metrics, other.metrics)
-        self.assertFalse(torch.equal(one.store.experience.action, other.store.experience.action))
-        alone = Learner(build_system(tiny()))
-        train(alone)
-        self.assertEqual((one.update, one.env_steps), (alone.update, alone.env_steps))
-        state, _ = run.load()
-        stores = [shard["store"] for shard in state["shards"]]
-        self.assertEqual([number % 2 for store in stores for number in store["numbers"]], [0] * 8 + [1] * 8)
-        names = {f"block-{number:06d}.pt" for store in stores for number in store["numbers"]}
-        self.assertEqual({path.name for path in run.blocks.iterdir()}, names)
-        with self.assertRaisesRegex(UserError, "trained by 2 processes, not 1: resume it with as many"):
-            alone.load_state_dict(state, run.blocks)
-
-    def test_their_state_decides_their_future(self):
-        run, first, second = RunFolder(temporary_folder()), self.learners(), self.learners()
-
-        def uninterrupted(processes):
-            learner = first(processes)
-            train(learner, until=17)
-            run.save(learner)
-            train(learner)
-            return learner
-
-        def resumed(processes):
-            learner = second(processes)
-            learner.load_state_dict(run.load()[0], run.blocks)
-            train(learner)
-            return learner
-
-        one, other = in_parallel(uninterrupted)[0], in_parallel(resumed)[0]
-        self.assertEqual(one.metrics, other.metrics)
-        for name, module in one.system.modules().items():
-            for key, tensor in module.state_dict().items():
-                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
-
-    def test_each_has_its_share_of_every_batch(self):
-        sizes = {}
-        for count in (1, 2):
-            processes = Processes(0, count)
-            processes.average = processes.broadcast = lambda _: None  # the other process is absent
-            processes.all_gather = lambda tensor: tensor
-            processes.all_gather_object = lambda content: [content]
-            processes.any_rank = bool
-            learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
-            with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
-                train(learner)
-            sizes[count] = [call.args[1] for call in sampled.call_args_list]
-            sizes[count] += [len(block) for block in learner.store.blocks]
-        self.assertEqual(sizes[1], [2 * size for size in sizes[2]])
-
-    def test_unequal_shares_are_refused(self):
-        with self.assertRaisesRegex(UserError, "batch is 9, which 2 processes cannot share equally: choose 10"):
-            tiny(training={"batch": 9}).training.share(2)
-
-    def test_weights_that_differ_are_noticed(self):
-        make = self.learners()
-
-        def work(processes):
-            learner = make(processes)
-            train(learner, until=1)
-            learner.state_dict()
-            learner.system.value.state_in.bias.data[0] += processes.rank
-            learner.state_dict()
-
-        with self.assertRaisesRegex(RuntimeError, "the processes' weights differ at update 1"):
-            in_parallel(work)
 
 
 def reachable(root: object) -> list[object]:
