@@ -124,6 +124,7 @@ class TestChanges(unittest.TestCase):
             {3: (0, 1), 4: (1, 0)},  # from a row's beginning to the end of the row above
             {1: (0, 1), 4: (1, 0)},  # up and to the right
             {2: (0, 1), 4: (1, 0)},
+            {0: (0, 1), 5: (1, 0)},
             {0: (2, 0), 1: (0, 2)},  # another colour
             {0: (1, 2), 1: (2, 1)},  # onto another colour
             {0: (1, 0)},
