@@ -461,6 +461,7 @@ class Learner:
             self.system.load(run.load()[0]["modules"])
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{run.folder} has parts of other sizes: use the settings it was trained with.") from error
+        self.optimizers = self._make_optimizers()
         self.collect_random_lifetimes()
         self.metrics |= self.system.vae.count_kinds(self._distinct_patches())
         self.update = self.training.perception_updates + self.training.effect_updates

@@ -153,8 +153,8 @@ def change_counts(
     lifetime = torch.arange(len(experience.action), device=codes.device)[:, None] * 256 + experience.segment.long()
     lifetime = lifetime.unique(return_inverse=True)[1]  # (n, T)
     rows = (lifetime * n_actions + experience.action).flatten()[step]
-    counts = torch.bincount(rows * len(kept) + column, minlength=(int(lifetime.max()) + 1) * n_actions * len(kept))
-    return counts.view(-1, n_actions, len(kept)).float(), lifetime
+    shape = (int(lifetime.max()) + 1, n_actions, len(kept))
+    return torch.bincount(rows * len(kept) + column, minlength=math.prod(shape)).view(shape).float(), lifetime
 
 
 def fit_changes(
@@ -272,11 +272,12 @@ def find_effects(
     for _ in range(restarts):
         # Twice the penalty: how often what happens varies with the wind and where the body went.
         kind, _ = cluster_changes(together, overall, none, 24, 0.0, 1.0, len(together), generator)
-        found = cluster_changes(counts, beyond, kind[:, 0], 2 * n_actions, 0.25, 0.5, most, generator)
+        # One fewer than `most`, because standing still may come on top.
+        found = cluster_changes(counts, beyond, kind[:, 0], 2 * n_actions, 0.25, 0.5, most - 1, generator)
         best = max(best, found, key=lambda labelled: labelled[1])
     label = best[0][lifetime, experience.action]
     still = (experience.codes == experience.next_codes).all(-1).flatten().double()
-    share = torch.bincount(label.flatten(), still) / torch.bincount(label.flatten())  # of steps without any change
+    share = torch.bincount(label.flatten(), still) / torch.bincount(label.flatten()).clamp_min(1)  # without any change
     return label, len(share) + int(share.max() < 0.5)
 
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 import main
-from agent import Learner
-from main import Settings
+from agent import Learner, System
+from main import Settings, build_system
 from memory import Processes, merge
 
 torch.set_num_threads(1)  # tiny settings gain nothing from a second thread, and results depend on their number
@@ -36,7 +36,6 @@ ROOT = Path(__file__).resolve().parent.parent
 slow = unittest.skipUnless(os.environ.get("SLOW_TESTS"), "slow: set SLOW_TESTS=1")
 TINY = {
     "world": {"grid": 4, "lifetime": 12, "episode_limit": 5},
-    "transition": {"num_effects": 8, "warmup_updates": 4, "annealed_updates": 2, "split_every": 2},
     "context": {"hidden": 8},
     "training": {
         "updates": 24,
@@ -96,6 +95,13 @@ gymnasium.register("OtherRoom-v0", entry_point=Room)
 def tiny(**changes: dict) -> Settings:
     """Settings that train in a second; changes are nested mappings as for `memory.merge`."""
     return merge(merge(Settings(), TINY), changes)
+
+
+def tiny_system(num_effects: int = 8, **changes: dict) -> System:
+    """An untrained system with `tiny` settings, as if so many effects had been found."""
+    system = build_system(tiny(**changes))
+    system.set_num_effects(num_effects)
+    return system
 
 
 def make_generator(seed: int = 0) -> torch.Generator:

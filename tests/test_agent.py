@@ -1,9 +1,7 @@
-"""The planner, the controller, what the agent may know, and the learner, alone and in several processes."""
+"""The planner, the controller, what the agent may know, and the learner; test_memory.py has several processes."""
 
-import contextlib
 import copy
 import gc
-import io
 import types
 import unittest
 import warnings
@@ -16,9 +14,9 @@ import torch
 from agent import AgentController, Learner, Planner, PlannerSettings
 from context_engine import ContextInferenceEngine, ExactFilter, rollout
 from environment import HiddenRulesWorld, Rule, task_split
-from main import build_system, run_training, train
-from memory import LifetimeStore, Processes, RunFolder, UserError, WorldStep
-from tests.shared import TOTAL, in_parallel, make_generator, temporary_folder, tiny
+from main import build_system, train
+from memory import WorldStep
+from tests.shared import TOTAL, make_generator, temporary_folder, tiny, tiny_system
 from transition_model import EffectCache, contact_pairs
 
 VALIDATION = "validation"
@@ -26,7 +24,7 @@ VALIDATION = "validation"
 
 class TestPlanner(unittest.TestCase):
     def setUp(self):
-        self.system = build_system(tiny())
+        self.system = tiny_system()
         torch.nn.init.normal_(self.system.transition.effects.head.weight)  # untrained effects all change nothing
         torch.nn.init.normal_(self.system.target_value.state_out.weight)
         torch.nn.init.normal_(self.system.target_value.reset_out[-1].weight)
@@ -252,7 +250,7 @@ class TestPlanner(unittest.TestCase):
 
 class TestController(unittest.TestCase):
     def test_it_acts_and_remembers_in_one_world_or_many(self):
-        system = build_system(tiny())
+        system = tiny_system()
         for batch in (1, 7):
             agent = AgentController(system)
             lifetimes = rollout(HiddenRulesWorld(system.settings.world, batch, VALIDATION, 0), agent)
@@ -261,7 +259,7 @@ class TestController(unittest.TestCase):
             torch.testing.assert_close(system.engine(agent.memory), agent.belief, atol=1e-4, rtol=1e-4)
 
     def test_it_accepts_views_of_arrays(self):
-        agent, frame = AgentController(build_system(tiny())), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
+        agent, frame = AgentController(tiny_system()), np.arange(768, dtype=np.uint8).reshape(16, 16, 3)
         for view in (frame[::-1], frame.transpose(1, 0, 2)):
             agent.reset(view)
             ended = {"episode_terminated": True, "episode_truncated": False, "final_frame": view}
@@ -269,7 +267,7 @@ class TestController(unittest.TestCase):
             self.assertTrue(np.array_equal(agent.obs[0], view))
 
     def test_a_new_lifetime_begins_with_an_empty_memory_and_the_initial_belief(self):
-        system = build_system(tiny())
+        system = tiny_system()
         agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         rollout(world, agent)
         agent.reset(world.reset())
@@ -277,7 +275,7 @@ class TestController(unittest.TestCase):
         torch.testing.assert_close(agent.belief, system.engine.initial_belief(3))
 
     def test_it_explores_with_the_given_probability(self):
-        agent = AgentController(build_system(tiny()))
+        agent = AgentController(tiny_system())
         agent.reset(HiddenRulesWorld(tiny().world, 400, VALIDATION, 0).reset())
         greedy, differing = agent.act(), []
         for exploration in (0.0, 0.4, 1.0):
@@ -300,7 +298,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
     def test_the_rule_never_reaches_the_agent(self):
         """Another hidden rule behind equal observations changes nothing."""
         settings = tiny(world={"slip": 0.0}).world
-        system, seen = build_system(tiny()), []
+        system, seen = tiny_system(), []
         for another in (False, True):
             world = HiddenRulesWorld(settings, 5, VALIDATION, 0)
             world.reset()
@@ -326,7 +324,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
 
     def test_no_reference_leads_from_the_agent_to_anything_hidden(self):
         """Not to the world, its rule or its random streams, nor to the filter of the references."""
-        system = build_system(tiny())
+        system = tiny_system()
         agent, world = AgentController(system), HiddenRulesWorld(tiny().world, 3, VALIDATION, 0)
         exact = ExactFilter(world)
         rollout(world, agent, [exact])
@@ -340,7 +338,7 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
             self.assertTrue(any(isinstance(one, hidden) for one in reachable(agent)), leak)
 
     def test_random_streams_of_a_world_depend_neither_on_the_agent_nor_on_observers(self):
-        system, lifetimes, states = build_system(tiny()), [], []
+        system, lifetimes, states = tiny_system(), [], []
         for watched, seed, kind in ((False, 1, AgentController), (True, 2, AgentController), (True, 3, Frozen)):
             torch.manual_seed(seed)  # whatever else is random in the process
             world = HiddenRulesWorld(tiny().world, 8, VALIDATION, 0)
@@ -405,7 +403,7 @@ class TestLearner(unittest.TestCase):
         beliefs = learner.learn_context(experience)
         for name, learn in (
             ("vae", lambda: learner.learn_perception(rows, beliefs)),
-            ("effects", lambda: learner.learn_effects(20)),
+            ("effects", lambda: learner.learn_effects()),
             ("engine", lambda: learner.learn_context(experience)),
             ("value", lambda: learner.learn_value(experience, beliefs)),
         ):
@@ -422,11 +420,12 @@ class TestLearner(unittest.TestCase):
         self.assertTrue(all(torch.equal(target, value) for target, value in states))
 
     def test_its_state_decides_its_future(self):
-        """With an inferred appearance, which learns with the frames and is kept in checkpoints too."""
+        """Also while effects are learnt from labels; an inferred appearance is kept in checkpoints too."""
         settings = tiny(world={"tint": 0.8}, context={"appearance": 4})
         learner = Learner(build_system(settings))
         weights = [p.detach().clone() for p in learner.system.appearance.parameters()]
-        train(learner, until=12)
+        train(learner, until=9)
+        self.assertEqual(learner.phase(), ("effects", 3))
         changed = zip(learner.system.appearance.parameters(), weights, strict=True)
         self.assertTrue(all(not torch.equal(p, old) for p, old in changed))
         folder = temporary_folder()
@@ -512,97 +511,6 @@ class TestLearner(unittest.TestCase):
         train(learner)
         self.assertIsInstance(learner.system.planner, Still)
         self.assertIn("value/none", learner.metrics)
-
-
-class TestSeveralProcesses(unittest.TestCase):
-    """Threads stand for processes: see `shared.in_parallel`."""
-
-    def learners(self, **changes):
-        """Two learners; built one after the other, because building seeds torch's global generator."""
-        systems = [build_system(tiny(**changes)) for _ in range(2)]
-        return lambda processes: Learner(systems[processes.rank], processes)
-
-    def test_they_train_one_agent_on_lifetimes_of_their_own(self):
-        make, run = self.learners(), RunFolder(temporary_folder())
-
-        def work(processes):
-            learner = make(processes)
-            run_training(run, learner)
-            return learner
-
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            one, other = in_parallel(work)
-        self.assertEqual(printed.getvalue().count("training "), 1)  # one of them writes
-        self.assertTrue((run.folder / "evaluation.json").exists())
-        for name, module in one.system.modules().items():
-            for key, tensor in module.state_dict().items():
-                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
-        self.assertEqual(one.metrics, other.metrics)
-        self.assertFalse(torch.equal(one.store.experience.action, other.store.experience.action))
-        alone = Learner(build_system(tiny()))
-        train(alone)
-        self.assertEqual((one.update, one.env_steps), (alone.update, alone.env_steps))
-        state, _ = run.load()
-        stores = [shard["store"] for shard in state["shards"]]
-        self.assertEqual([number % 2 for store in stores for number in store["numbers"]], [0] * 8 + [1] * 8)
-        names = {f"block-{number:06d}.pt" for store in stores for number in store["numbers"]}
-        self.assertEqual({path.name for path in run.blocks.iterdir()}, names)
-        with self.assertRaisesRegex(UserError, "trained by 2 processes, not 1: resume it with as many"):
-            alone.load_state_dict(state, run.blocks)
-
-    def test_their_state_decides_their_future(self):
-        run, first, second = RunFolder(temporary_folder()), self.learners(), self.learners()
-
-        def uninterrupted(processes):
-            learner = first(processes)
-            train(learner, until=17)
-            run.save(learner)
-            train(learner)
-            return learner
-
-        def resumed(processes):
-            learner = second(processes)
-            learner.load_state_dict(run.load()[0], run.blocks)
-            train(learner)
-            return learner
-
-        one, other = in_parallel(uninterrupted)[0], in_parallel(resumed)[0]
-        self.assertEqual(one.metrics, other.metrics)
-        for name, module in one.system.modules().items():
-            for key, tensor in module.state_dict().items():
-                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
-
-    def test_each_has_its_share_of_every_batch(self):
-        sizes = {}
-        for count in (1, 2):
-            processes = Processes(0, count)
-            processes.average = processes.broadcast = lambda _: None  # the other process is absent
-            processes.all_gather = lambda tensor: tensor
-            processes.all_gather_object = lambda content: [content]
-            processes.any_rank = bool
-            learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
-            with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
-                train(learner)
-            sizes[count] = [call.args[1] for call in sampled.call_args_list]
-            sizes[count] += [len(block) for block in learner.store.blocks]
-        self.assertEqual(sizes[1], [2 * size for size in sizes[2]])
-
-    def test_unequal_shares_are_refused(self):
-        with self.assertRaisesRegex(UserError, "batch is 9, which 2 processes cannot share equally: choose 10"):
-            tiny(training={"batch": 9}).training.share(2)
-
-    def test_weights_that_differ_are_noticed(self):
-        make = self.learners()
-
-        def work(processes):
-            learner = make(processes)
-            train(learner, until=1)
-            learner.state_dict()
-            learner.system.value.state_in.bias.data[0] += processes.rank
-            learner.state_dict()
-
-        with self.assertRaisesRegex(RuntimeError, "the processes' weights differ at update 1"):
-            in_parallel(work)
 
 
 def reachable(root: object) -> list[object]:

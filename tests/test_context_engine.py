@@ -33,13 +33,13 @@ EVERYTHING = WorldSettings(**WORLDS["everything"] | {"noise": 0})
 
 def engine_of():
     torch.manual_seed(0)
-    engine = ContextInferenceEngine(ContextSettings(hidden=8, context=5), A, K, C)
+    engine = ContextInferenceEngine(ContextSettings(hidden=8, context=5), A, C, K)
     torch.nn.init.normal_(next(p for p in engine.parameters() if p.shape == (2, 8)))  # the initial belief
     return engine
 
 
 def transition_model():
-    return TransitionModel(TransitionSettings(num_effects=K), C, (4, 4), 5)
+    return TransitionModel(TransitionSettings(), C, (4, 4), 5, K)
 
 
 def experience_of(seed=0, segments=1):

@@ -548,7 +548,7 @@ class TestReadme(unittest.TestCase):
 
     def test_the_python_examples_run(self):
         examples = re.findall(r"```python\n(.*?)```", self.text, re.S)
-        settings = merge(Settings(), {"transition": {"num_effects": 4}, "context": {"hidden": 8}})
+        settings = merge(Settings(), {"context": {"hidden": 8}})
         learner, run = Learner(build_system(settings)), RunFolder(temporary_folder())
         with run.locked(settings):
             learner.collect(exploration=1.0)

@@ -1,6 +1,8 @@
 """The memory of a lifetime, the store of past ones, checks of settings, run folders, atomic writes, and processes."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import tempfile
@@ -11,9 +13,11 @@ from unittest import mock
 import numpy as np
 import torch
 
-from main import Settings
+from agent import Learner
+from main import Settings, build_system, run_training, train
 from memory import (
     EpisodicMemory,
+    Experience,
     FrameBlock,
     LifetimeStore,
     MemorySettings,
@@ -29,6 +33,7 @@ from memory import (
 )
 from tests import shared
 from tests.shared import free_port, in_parallel, in_process, only_run, temporary_folder, tiny, tiny_folder, tiny_run
+from transition_model import find_effects
 
 T, BATCH, ENDS = 7, 2, {(0, 2), (0, 6), (1, 4)}  # (row, step) at which an episode ends
 SEGMENT = torch.tensor([[0] * T, [0] * 3 + [1] * 3 + [300]])  # the rule of the second lifetime changes
@@ -373,6 +378,112 @@ class TestProcesses(unittest.TestCase):
         for layer in layers[1:]:
             self.assertTrue(torch.equal(layer.weight, layers[0].weight))
             self.assertTrue(torch.equal(layer.bias, layers[0].bias))
+
+
+class TestSeveralProcesses(unittest.TestCase):
+    """Threads stand for processes: see `shared.in_parallel`."""
+
+    def learners(self, **changes):
+        """Two learners; built one after the other, because building seeds torch's global generator."""
+        systems = [build_system(tiny(**changes)) for _ in range(2)]
+        return lambda processes: Learner(systems[processes.rank], processes)
+
+    def test_they_train_one_agent_on_lifetimes_of_their_own(self):
+        make, run = self.learners(), RunFolder(temporary_folder())
+
+        def work(processes):
+            learner = make(processes)
+            run_training(run, learner)
+            return learner
+
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            one, other = in_parallel(work)
+        self.assertEqual(printed.getvalue().count("training "), 1)  # one of them writes
+        self.assertTrue((run.folder / "evaluation.json").exists())
+        for name, module in one.system.modules().items():
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
+        self.assertEqual(one.metrics, other.metrics)
+        self.assertFalse(torch.equal(one.store.experience.action, other.store.experience.action))
+        alone = Learner(build_system(tiny()))
+        train(alone)
+        self.assertEqual((one.update, one.env_steps), (alone.update, alone.env_steps))
+        state, _ = run.load()
+        stores = [shard["store"] for shard in state["shards"]]
+        self.assertEqual([number % 2 for store in stores for number in store["numbers"]], [0] * 8 + [1] * 8)
+        names = {f"block-{number:06d}.pt" for store in stores for number in store["numbers"]}
+        self.assertEqual({path.name for path in run.blocks.iterdir()}, names)
+        with self.assertRaisesRegex(UserError, "trained by 2 processes, not 1: resume it with as many"):
+            alone.load_state_dict(state, run.blocks)
+
+    def test_their_state_decides_their_future(self):
+        run, first, second = RunFolder(temporary_folder()), self.learners(), self.learners()
+
+        def uninterrupted(processes):
+            learner = first(processes)
+            train(learner, until=17)
+            run.save(learner)
+            train(learner)
+            return learner
+
+        def resumed(processes):
+            learner = second(processes)
+            learner.load_state_dict(run.load()[0], run.blocks)
+            train(learner)
+            return learner
+
+        one, other = in_parallel(uninterrupted)[0], in_parallel(resumed)[0]
+        self.assertEqual(one.metrics, other.metrics)
+        for name, module in one.system.modules().items():
+            for key, tensor in module.state_dict().items():
+                self.assertTrue(torch.equal(tensor, other.system.modules()[name].state_dict()[key]), f"{name}.{key}")
+
+    def test_they_find_the_effects_that_one_finds_in_all_their_lifetimes(self):
+        make = self.learners()
+
+        def work(processes):
+            learner = make(processes)
+            train(learner, until=7)  # the first update of the effects
+            return learner
+
+        learners = in_parallel(work)
+        parts = zip(*(learner.store.experience for learner in learners), strict=True)
+        together = Experience(*(torch.cat(part) for part in parts))
+        label, number = find_effects(together, 4, (4, 4), learners[0].settings.transition.max_effects, 0)
+        self.assertGreater(number, 1)
+        self.assertTrue(torch.equal(together.posterior.float(), torch.nn.functional.one_hot(label, number).float()))
+
+    def test_each_has_its_share_of_every_batch(self):
+        sizes = {}
+        for count in (1, 2):
+            processes = Processes(0, count)
+            processes.average = processes.broadcast = lambda _: None  # the other process is absent
+            processes.all_gather = lambda tensor: tensor
+            processes.all_gather_object = lambda content: [content]
+            processes.any_rank = bool
+            learner, sample = Learner(build_system(tiny()), processes), LifetimeStore.sample
+            with mock.patch.object(LifetimeStore, "sample", autospec=True, side_effect=sample) as sampled:
+                train(learner)
+            sizes[count] = [call.args[1] for call in sampled.call_args_list]
+            sizes[count] += [len(block) for block in learner.store.blocks]
+        self.assertEqual(sizes[1], [2 * size for size in sizes[2]])
+
+    def test_unequal_shares_are_refused(self):
+        with self.assertRaisesRegex(UserError, "batch is 9, which 2 processes cannot share equally: choose 10"):
+            tiny(training={"batch": 9}).training.share(2)
+
+    def test_weights_that_differ_are_noticed(self):
+        make = self.learners()
+
+        def work(processes):
+            learner = make(processes)
+            train(learner, until=1)
+            learner.state_dict()
+            learner.system.value.state_in.bias.data[0] += processes.rank
+            learner.state_dict()
+
+        with self.assertRaisesRegex(RuntimeError, "the processes' weights differ at update 1"):
+            in_parallel(work)
 
 
 class TestTorchrun(unittest.TestCase):

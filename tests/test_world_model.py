@@ -7,10 +7,12 @@ import numpy as np
 import torch
 
 from environment import HiddenRulesWorld, WorldSettings
+from tests.shared import make_generator
 from world_model import (
     VAE,
     Trajectories,
     VAESettings,
+    Value,
     belief_nll,
     bootstrap_ci,
     compare,
@@ -281,6 +283,47 @@ class TestComparison(unittest.TestCase):
         for name in ("return_mean", "of_thompson", "probability_of_improvement", "normalised"):
             self.assertAlmostEqual(joined[name], (one[name] + other[name]) / 2)
         self.assertEqual(statistics(one)["return_iqm_ci95"], one["return_iqm_ci95"])
+
+
+class TestValue(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+        self.value = Value(codes=6, grid=(4, 4), context_dim=5, keypoints=3, width=16)
+        torch.nn.init.normal_(self.value.state_out.weight)
+        torch.nn.init.normal_(self.value.reset_out[-1].weight)
+        self.codes = torch.randint(6, (9, 16), generator=make_generator(), dtype=torch.uint8)
+        self.context = torch.randn(9, 5, 5, generator=make_generator())
+
+    def test_statistics_are_share_and_centre_of_every_code(self):
+        codes = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 2]], dtype=torch.uint8)
+        share, y, x = self.value.statistics(codes)[0].unbind(-1)
+        torch.testing.assert_close(share[:4], torch.tensor([13, 1, 2, 0]) / 16)
+        torch.testing.assert_close((y[1], x[1], y[2], x[2]), tuple(map(torch.tensor, (-1.0, -1 / 3, 2 / 3, 1.0))))
+
+    def test_codes_that_are_absent_change_nothing(self):
+        value, pooled = self.value, self.value.pool(self.context)
+        statistics = value.statistics(torch.randint(4, (9, 16), generator=make_generator(), dtype=torch.uint8))
+        before = value(statistics, pooled)
+        with torch.no_grad():
+            value.code_features[:, 4:] += 1
+        torch.testing.assert_close(value(statistics, pooled), before)
+        with torch.no_grad():
+            value.code_features[:, :4] += 1
+        self.assertFalse(torch.allclose(value(statistics, pooled), before))
+
+    def test_the_order_of_the_actions_changes_nothing_and_the_context_does(self):
+        value, order = self.value, torch.tensor([2, 0, 3, 1, 4])
+        statistics = value.statistics(self.codes)
+        pooled, reordered = value.pool(self.context), value.pool(self.context[:, order])
+        torch.testing.assert_close(value(statistics, reordered), value(statistics, pooled))
+        torch.testing.assert_close(value.reset_value(reordered), value.reset_value(pooled))
+        other = value.pool(self.context.flip(0))
+        self.assertFalse(torch.allclose(value(statistics, other), value(statistics, pooled)))
+
+    def test_states_that_share_a_context_equal_states_with_copies_of_it(self):
+        value, row = self.value, torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 1])
+        statistics, pooled = value.statistics(self.codes), value.pool(self.context[:2])
+        torch.testing.assert_close(value(statistics, pooled, row), value(statistics, pooled[row]))
 
 
 if __name__ == "__main__":

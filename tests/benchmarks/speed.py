@@ -32,9 +32,10 @@ from transition_model import EffectCache
 
 RATIOS = Path(__file__).parent / "ratios.json"
 MINIGRID = "MiniGrid-Empty-8x8-v0"
+BASE = merge(Settings(), {"transition": {"max_effects": 24}})  # about as many as the default world has
 GROWTH: dict[str, tuple[dict, ...]] = {  # the settings that make each size about double
     "cells": tuple({"world": {"grid": n}} for n in (4, 6, 8, 11)),
-    "effects": tuple({"transition": {"num_effects": n}} for n in (12, 24, 48)),
+    "effects": tuple({"transition": {"max_effects": n}} for n in (12, 24, 48)),
     "actions": tuple({"world": {"actions": n}} for n in (4, 8)),
     "batch": tuple(
         {"training": {"envs": n, "batch": n, "value_batch": n // 4, "random_lifetimes": n}} for n in (32, 64, 128)
@@ -124,8 +125,11 @@ def count_decision_flops(world: HiddenRulesWorld, agent: AgentController, steps:
 
 
 def prepare_learner(settings: Settings, lifetimes: int = 0) -> Learner:
-    """An untrained learner with at least so many random lifetimes in its store, one collection if 0."""
-    learner = Learner(build_system(settings))
+    """An untrained learner with as many effects as it may find, and at least so many random lifetimes in its store, one
+    collection if 0."""
+    system = build_system(settings)
+    system.set_num_effects(settings.transition.max_effects)
+    learner = Learner(system)
     while len(learner.store) < max(lifetimes, settings.training.envs):
         learner.collect(exploration=1.0)
     return learner
@@ -141,7 +145,7 @@ def updates(learner: Learner) -> dict[str, Callable[[], object]]:
         beliefs = learner.system.engine.sequence(value_experience)
     return {
         "VAE": lambda: learner.learn_perception(rows),
-        "effects": lambda: learner.learn_effects(1),
+        "effects": lambda: learner.learn_effects(),
         "context": lambda: learner.learn_context(experience),
         "value": lambda: learner.learn_value(value_experience, beliefs),
     }
@@ -248,7 +252,7 @@ def growth(base: Settings, path: Path) -> list[Row]:
 def recorded_rows() -> list[Row]:
     """The rows of ratios.json: one thread, untrained weights, the same for everybody."""
     with threads(1):
-        learner = prepare_learner(merge(Settings(), {"training": {"envs": 48, "random_lifetimes": 48}}))
+        learner = prepare_learner(merge(BASE, {"training": {"envs": 48, "random_lifetimes": 48}}))
         rows = [world_row("cpu", 64), world_row("cpu", 1024), decision_row(learner.system, 16, nodes=1)]
         return rows + learning_rows(learner) + memory_rows(learner)[:1]
 
@@ -292,7 +296,7 @@ def gpu_rows(system: System) -> list[Row]:
     on_gpu.load({name: module.state_dict() for name, module in system.modules().items()})
     rows = [world_row("cuda", batch) for batch in (64, 1024, 4096, 65536)]
     rows += [decision_row(on_gpu, batch) for batch in (1, 256, 4096)]
-    rows += learning_rows(prepare_learner(merge(Settings(), {"device": "cuda"}), lifetimes=512))
+    rows += learning_rows(prepare_learner(merge(BASE, {"device": "cuda"}), lifetimes=512))
     name = torch.cuda.get_device_name()
     return [row._replace(name=f"{row.name}, {name}") for row in rows]
 
@@ -304,10 +308,10 @@ def all_rows(system: System, output: Path) -> list[Row]:
         rows += minigrid_rows()
     else:
         print("MiniGrid is left out: pip install -r tests/requirements.txt")
-    learner = prepare_learner(Settings(), lifetimes=512)
+    learner = prepare_learner(BASE, lifetimes=512)
     rows += learning_rows(learner) + memory_rows(learner)
     small = {"training": {"envs": 32, "batch": 32, "value_batch": 8, "random_lifetimes": 32}}
-    rows += growth(merge(Settings(), small), output / "growth.png")
+    rows += growth(merge(BASE, small), output / "growth.png")
     if torch.cuda.is_available():
         rows += gpu_rows(system)
     else:
