@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from context_engine import AppearanceEngine, ContextInferenceEngine, rollout
 from environment import make_worlds
 from memory import EpisodicMemory, Experience, LifetimeStore, Processes, RunFolder, UserError, WorldStep
 from memory import as_tensor, make_generator, remove_stale_blocks, require, require_all
-from transition_model import EffectCache, TransitionModel, contact_pairs, entropy, find_effects, merge_equal
-from transition_model import top_p_filter
+from transition_model import EffectCache, Expansion, TransitionModel, contact_pairs, entropy, find_effects
+from transition_model import merge_equal, top_p_filter
 from world_model import VAE, Value, distinct_patches
 
 
@@ -50,28 +50,6 @@ class PlannerSettings:
         require_all("planner", self, lambda_=(0, 1), tau=(1e-6, 1), learning_rate=(0, 1))
 
 
-class Expansion(NamedTuple):
-    """What may happen next in N states: P likely effects in all, each shared by the actions that may have it."""
-
-    row: Tensor  # (N,) int64: which decision the state belongs to
-    codes: Tensor  # (N, S) uint8: its grid of codes
-    probability: Tensor  # (N, A, K) float: of every effect after every action, renormalised over the likely ones
-    state: Tensor  # (P,) int64: which state the effect starts from
-    effect: Tensor  # (P,) int64: which effect it is, 0 to K - 1
-    next_codes: Tensor  # (P, S) uint8: the grid of codes that it leads to
-    reward: Tensor  # (P,) float: expected
-    end: Tensor  # (P,) float: probability that the episode ends
-    reset_value: Tensor  # (P,) float: W, the value of a new episode
-    next_value: Tensor  # (P,) float: V, the value of going on
-
-    @staticmethod
-    def join(parts: list[Expansion]) -> Expansion:
-        """Several expansions as one, their states numbered on."""
-        first = np.cumsum([0, *(len(part.row) for part in parts[:-1])]).tolist()
-        parts = [part._replace(state=part.state + n) for part, n in zip(parts, first, strict=True)]
-        return Expansion(*map(torch.cat, zip(*parts, strict=True)))
-
-
 class Planner:
     """Search under the present belief as deep as it is sure, then the learnt value.
 
@@ -79,10 +57,9 @@ class Planner:
 
     z'_k is the most likely grid of codes under effect k, r the expected reward, e the probability that the episode
     ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
-    grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`, if
-    the budget has room for all of them. The belief does not change inside a plan: what information is worth enters
-    through V and W alone, which were learnt over beliefs. Sources: Russell and Wefald, 1991 (search where it may change
-    the decision); Hansen and Zilberstein, 2001 (LAO*: values iterated over a graph of states).
+    grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`, if the
+    budget has room for all. The belief does not change inside a plan: what information is worth enters through V and W
+    alone, which were learnt over beliefs. Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
     CHUNK = 256  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -94,9 +71,8 @@ class Planner:
     def action_values(self, codes: Tensor, context: Tensor, nodes: int = 0, predict: Callable | None = None) -> Tensor:
         """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
 
-        Args:
-            nodes: grids expanded for a decision at most; 1 for a search of one step, 0 for the setting.
-            predict: an `EffectCache`, for as long as the effects do not learn.
+        At most `nodes` grids are expanded for a decision; 0 for the setting. `predict` is an `EffectCache`, for as long
+        as the effects do not learn.
         """
         predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
         prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
@@ -127,18 +103,9 @@ class Planner:
         next_codes = grids[state, effect]
         contact = contact_pairs(codes[state], next_codes, transition.codes)
         log_reward, end = transition.reward_and_termination(contact, world, state)
-        return Expansion(
-            row=row,
-            codes=codes,
-            probability=probability,
-            state=state,
-            effect=effect,
-            next_codes=next_codes,
-            reward=log_reward.exp() @ transition.reward_bins,
-            end=torch.sigmoid(end),
-            reset_value=reset_value[state],
-            next_value=value(value.statistics(next_codes), pooled, state),
-        )
+        reward, end = log_reward.exp() @ transition.reward_bins, torch.sigmoid(end)
+        worth = (reward, end, value(value.statistics(next_codes), pooled, state), reset_value[state])
+        return Expansion(row, transition.effects.key(codes, row), probability, state, effect, next_codes, *worth)
 
     def _follow(self, layers: list[Expansion], reach: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         """Which effects (M,) int64 of the last layer lead to the grids of the next, and how probable those are (M,).
@@ -146,7 +113,7 @@ class Planner:
         The states of the last layer are reached with `reach` (N,); a row may expand so many more grids: `left` (B,).
         """
         last = layers[-1]
-        q = self._back_up(last, last.next_value)
+        q = last.back_up(last.next_value, self.settings.discount)
         close = q > q.amax(1, keepdim=True) - self.settings.expand_margin  # (N, A)
         if len(layers) == 1:
             close &= (close.sum(1) > 1)[:, None]  # a single candidate leaves nothing to choose
@@ -157,9 +124,8 @@ class Planner:
         if len(edge) == 0:
             return edge, reach
         edge = edge[reach[edge].argsort(descending=True, stable=True)]  # the most probable way to a grid comes first
-        rows = torch.cat([*(layer.row for layer in layers), row[edge]])
-        grids = torch.cat([*(layer.codes for layer in layers), last.next_codes[edge]])
-        key, order = self._key(grids, rows).sort(stable=True)
+        next_key = self.transition.effects.key(last.next_codes[edge], row[edge])
+        key, order = torch.cat([*(layer.key for layer in layers), next_key]).sort(stable=True)
         again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
         edge = edge[~again[-len(edge) :]]  # each grid once
         # Part of a layer would favour the actions that lead to it.
@@ -169,29 +135,19 @@ class Planner:
 
     def _iterate(self, layers: list[Expansion], depth: Tensor) -> Tensor:
         """Q (B, A) of the first layer, the roots: as many sweeps of value iteration as each row has layers, `depth`."""
+        discount = self.settings.discount
         if len(layers) == 1:
-            return self._back_up(layers[0], layers[0].next_value)
+            return layers[0].back_up(layers[0].next_value, discount)
         graph = Expansion.join(layers)
-        keys, states = self._key(graph.codes, graph.row).sort()
-        next_keys = self._key(graph.next_codes, graph.row[graph.state])
-        place = torch.searchsorted(keys, next_keys).clamp_max(len(keys) - 1)
-        expanded, following = keys[place] == next_keys, states[place]  # (P,)
-        q = self._back_up(graph, graph.next_value)
+        q = graph.back_up(graph.next_value, discount)
+        key, states = graph.key.sort()
+        next_key = self.transition.effects.key(graph.next_codes, graph.row[graph.state])
+        place = torch.searchsorted(key, next_key).clamp_max(len(key) - 1)
+        expanded, following = key[place] == next_key, states[place]  # (P,)
         for sweep in range(1, len(layers)):
             next_value = torch.where(expanded, q.amax(1)[following], graph.next_value)
-            q = torch.where((depth > sweep)[graph.row, None], self._back_up(graph, next_value), q)
+            q = torch.where((depth > sweep)[graph.row, None], graph.back_up(next_value, discount), q)
         return q[: len(depth)]
-
-    def _key(self, codes: Tensor, row: Tensor) -> Tensor:
-        """A hash (N,) int64 of grids (N, S) and rows (N,)."""
-        return self.transition.effects.key(codes) + row * 0x5851F42D4C957F2D  # any odd number of 63 bits
-
-    def _back_up(self, expansion: Expansion, next_value: Tensor) -> Tensor:
-        """Q (N, A), where going on after each effect has `next_value` (P,)."""
-        following = torch.lerp(next_value, expansion.reset_value, expansion.end)
-        of_effect = expansion.probability.new_zeros(expansion.probability[:, 0].shape)  # (N, K)
-        of_effect[expansion.state, expansion.effect] = expansion.reward + self.settings.discount * following
-        return (expansion.probability * of_effect[:, None]).sum(-1)
 
     def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:
         """Learn what states and new episodes are worth, from stored lifetimes and the planner's own search.
@@ -205,13 +161,8 @@ class Planner:
             loss    = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
 
         Time limits end episodes but not the lifetime, so they too lead to W. Q is searched one step deep to save time.
-
-        Args:
-            value: learns.
-            experience: (B, T, ...); context: (B, T + 1, A + 1, D), without gradient.
-
-        Returns:
-            scalars by name: value and reset_value, mean squared errors in squared units of reward.
+        `value` learns, from experience (B, T, ...) under contexts (B, T + 1, A + 1, D), without gradient. Returns both
+        terms, value and reset_value, in squared units of reward.
         """
         B, T = experience.action.shape
         codes, ended = experience.codes.flatten(0, 1), experience.ended
@@ -227,14 +178,11 @@ class Planner:
             taken = 0.5 * (experience.reward[:, t] + self.settings.discount * boot) + 0.5 * best[:, t]
             following = torch.where(experience.action[:, t] == choice[:, t], taken, best[:, t])
             target[:, t] = following
-        first = torch.ones_like(ended)
-        first[:, 1:] = ended[:, :-1]
+        first = F.pad(ended[:, :-1], (1, 0), value=True)
         pooled = value.pool(context[:, :-1].flatten(0, 1))
         predicted = value(value.statistics(codes), pooled).view(B, T)
-        return {
-            "value": F.mse_loss(predicted, target),
-            "reset_value": F.mse_loss(value.reset_value(pooled[first.flatten()]), target[first]),
-        }
+        of_reset = F.mse_loss(value.reset_value(pooled[first.flatten()]), target[first])
+        return {"value": F.mse_loss(predicted, target), "reset_value": of_reset}
 
 
 @dataclass
@@ -272,10 +220,8 @@ class System:
 class AgentController:
     """Perceives, infers the rules, plans and acts, in B environments at once.
 
-    Args:
-        system: its parts. The appearance context modulates the VAE if the system has one, else the context's world row.
-        keep_frames: keep the observations in `memory`, for the store of past lifetimes.
-        nodes: see `Planner.action_values`.
+    The appearance context modulates the VAE if the system has one, else the context's world row. With `keep_frames` the
+    observations stay in `memory`, for the store of past lifetimes; for `nodes` see `Planner.action_values`.
     """
 
     def __init__(self, system: System, keep_frames: bool = False, nodes: int = 0) -> None:
@@ -290,10 +236,7 @@ class AgentController:
 
     def reset(self, obs: Tensor | np.ndarray) -> None:
         """A lifetime begins: memory and belief are reset, because what happened under another rule says nothing here.
-
-        Args:
-            obs: (B, H, W, 3) uint8; a single (H, W, 3) is a batch of one.
-        """
+        `obs` is (B, H, W, 3) uint8; a single (H, W, 3) is a batch of one."""
         obs = as_tensor(obs) if isinstance(obs, np.ndarray) else obs
         obs = obs.to(next(self.vae.parameters()).device)
         self.obs = obs[None] if obs.ndim == 3 else obs
@@ -367,32 +310,27 @@ class TrainingSettings:
     log_every: int = 20  # updates between lines of metrics.jsonl, at least 1
     checkpoint_every: int = 200  # updates between checkpoints, at least 1
 
-    SHARED = ("envs", "batch", "value_batch", "effect_batch", "frame_batch")  # what several processes share
+    SHARED = ("envs", "batch", "value_batch", "effect_batch", "frame_batch", "random_lifetimes")  # among processes
 
     def __post_init__(self) -> None:
         every = ("collect_every", "effect_every", "perception_every", "log_every", "checkpoint_every")
-        counts = ("updates", "random_lifetimes", "perception_updates", "effect_updates", *self.SHARED, *every)
+        counts = ("updates", "perception_updates", "effect_updates", *self.SHARED, *every)
         require_all("training", self, **dict.fromkeys(counts, (1, 10**9)), value_from=(0, 10**9), plan_from=(0, 10**9))
         shares = dict.fromkeys(("exploration", "exploration_end", "final_lr_scale"), (0, 1))
         require_all("training", self, **shares, evaluation_lifetimes=(2, 10**7))
         require("training.value_batch", self.value_batch, 1, self.batch)
-        if self.random_lifetimes % self.envs:
-            raise ValueError(
-                f"training.random_lifetimes is {self.random_lifetimes}, but must be a multiple of training.envs: "
-                f"choose {math.ceil(self.random_lifetimes / self.envs) * self.envs}."
-            )
+        if missing := -self.random_lifetimes % self.envs:
+            choice = f"a multiple of training.envs: choose {self.random_lifetimes + missing}."
+            raise ValueError(f"training.random_lifetimes is {self.random_lifetimes}, but must be {choice}")
 
     def share(self, processes: int) -> TrainingSettings:
         """Each process's share; UserError unless the shares are equal."""
         whole = {name: getattr(self, name) for name in self.SHARED}
         for name, number in whole.items():
-            if number % processes:
-                near = math.ceil(number / processes) * processes
-                raise UserError(
-                    f"training.{name} is {number}, which {processes} processes cannot share equally: choose {near}."
-                )
-        parts = {name: number // processes for name, number in whole.items()}
-        return replace(self, random_lifetimes=self.random_lifetimes // processes, **parts)
+            if missing := -number % processes:
+                choice = f"which {processes} processes cannot share equally: choose {number + missing}."
+                raise UserError(f"training.{name} is {number}, {choice}")
+        return replace(self, **{name: number // processes for name, number in whole.items()})
 
 
 class Learner:
@@ -401,9 +339,7 @@ class Learner:
     Gradients do not cross between parts: the VAE learns from frames, the effects from codes, the context engine with
     prior and heads from stored effect posteriors, the value from the planner's search.
 
-    Args:
-        system: the parts that learn.
-        processes: that learn together, each with a Learner of its own.
+    The parts of `system` learn. Several `processes` learn together, each with a Learner of its own.
     """
 
     LABELLED = ("codes", "next_codes", "action", "segment")  # what `find_effects` reads
@@ -440,12 +376,9 @@ class Learner:
 
     def phase(self) -> tuple[str, int]:
         """The present phase (perception, effects or adaptation), and the number of the present update in it."""
-        perception, effects = self.training.perception_updates, self.training.effect_updates
-        if self.update < perception:
-            return "perception", self.update
-        if self.update < perception + effects:
-            return "effects", self.update - perception
-        return "adaptation", self.update - perception - effects
+        effects = self.training.perception_updates
+        begins = {"adaptation": effects + self.training.effect_updates, "effects": effects, "perception": 0}
+        return next((phase, self.update - begin) for phase, begin in begins.items() if self.update >= begin)
 
     def exploration(self, update: int) -> float:
         """The share of random actions in what an update of adaptation collects; all of them before planning begins."""
@@ -495,28 +428,25 @@ class Learner:
     @torch.no_grad()
     def reencode(self, index: int, rows: int = 8) -> None:
         """Replace a stored block's codes and effect posteriors by the present models' ones, so many rows at a time."""
-        system, block = self.system, self.store.blocks[index]
+        system, block, device = self.system, self.store.blocks[index], self.device
         experience = self.store.experience.rows(self.store.rows_of(index))
         if system.appearance:
-            context = torch.cat([self._appearance(frames.to(self.device)) for frames in block.frames.split(rows)])
+            context = torch.cat([self._appearance(frames.to(device)) for frames in block.frames.split(rows)])
         else:
             context = system.engine.context(system.engine.sequence(experience)[:, :-1])[:, :, -1]  # (n, T, D)
         made, chunks = [], (x.split(rows) for x in (block.frames, block.next_obs(), context))
         for obs, next_obs, seen in zip(*chunks, strict=True):
-            encoded = (system.vae.encode(x.flatten(0, 1).to(self.device), seen.flatten(0, 1)) for x in (obs, next_obs))
-            codes, next_codes = encoded
+            pair, seen = (obs.flatten(0, 1), next_obs.flatten(0, 1)), seen.flatten(0, 1)
+            codes, next_codes = (system.vae.encode(x.to(device), seen) for x in pair)
             likelihood = system.transition.effects.log_likelihood(codes, next_codes)
             made.append((codes, next_codes, system.transition.effect_posterior(likelihood)))
         parts = (torch.cat(part).view(*experience.action.shape, -1) for part in zip(*made, strict=True))
         self.store.reencode(index, *parts, self.update)
 
     def _appearance(self, frames: Tensor) -> Tensor:
-        """Contexts (n, T, D) for the perception of whole lifetimes of frames (n, T, H, W, 3); zeros if not inferred."""
-        n, T = frames.shape[:2]
-        if not self.system.appearance:
-            return torch.zeros(n, T, self.settings.context.context, device=self.device)
+        """Contexts (n, T, D) for the perception of whole lifetimes of frames (n, T, H, W, 3)."""
         patches = self.system.vae.patches(frames.flatten(0, 1))
-        return self.system.appearance.sequence(patches.unflatten(0, (n, T)))[0]
+        return self.system.appearance.sequence(patches.unflatten(0, frames.shape[:2]))[0]
 
     def learn_perception(self, rows: Tensor, beliefs: Tensor | None = None) -> None:
         """One update of the VAE on frames of lifetimes `rows`, under beliefs (B, T + 1, A + 1, H) if there are any.
@@ -535,7 +465,7 @@ class Learner:
         else:
             after = torch.arange(size) % 2 == 1  # for a half, because final observations are encoded too
             frames = self.store.frames_at(rows[which], step, after).to(self.device)
-            context = self._appearance(frames[:, None])[:, 0]
+            context = torch.zeros(size, self.settings.context.context, device=self.device)
             if beliefs is not None:
                 context = system.engine.context(beliefs[which, step])[:, -1].detach()
         if self.update == 0:
@@ -562,10 +492,9 @@ class Learner:
 
     def find_effects(self) -> None:
         """Find out from the stored random lifetimes which effects there are; labels take the place of posteriors."""
-        stored, system, every = self.store.experience, self.system, self.processes
+        stored, system, every, s = self.store.experience, self.system, self.processes, self.settings
         sample = stored._replace(**{name: every.all_gather(getattr(stored, name)) for name in self.LABELLED})
-        most, seed = self.settings.transition.max_effects, self.settings.seed
-        found = find_effects(sample, system.engine.actions, system.vae.grid, most, seed)
+        found = find_effects(sample, system.engine.actions, system.vae.grid, s.transition.max_effects, s.seed)
         label, number = every.all_gather_object(found)[0]  # the main process's
         system.set_num_effects(number)
         system.transition.effects.init_marginal(label)
@@ -612,8 +541,7 @@ class Learner:
         context = system.engine.context(beliefs).detach()
         self.optimizer_step("value", system.planner.loss(system.value, experience, context), clip=10)
         with torch.no_grad():
-            pairs = zip(system.target_value.parameters(), system.value.parameters(), strict=True)
-            for target, learnt in pairs:
+            for target, learnt in zip(system.target_value.parameters(), system.value.parameters(), strict=True):
                 target.lerp_(learnt, self.settings.planner.tau)
 
     def optimizer_step(self, name: str, losses: dict[str, Tensor], clip: float) -> None:
@@ -652,10 +580,7 @@ class Learner:
 
     def state_dict(self) -> dict:
         """Everything that decides the future of the run, except the stored frames; all processes must call this.
-
-        Raises:
-            RuntimeError: the processes' weights differ.
-        """
+        RuntimeError if their weights differ."""
         modules = {name: module.state_dict() for name, module in self.system.modules().items()}
         if self.processes.count > 1:
             weights = [x.detach().flatten().cpu().double() for state in modules.values() for x in state.values()]
@@ -673,11 +598,8 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict, blocks: Path) -> None:
-        """Restore from a `state_dict` and the folder of the stored blocks.
-
-        Raises:
-            UserError: another number of processes made it.
-        """
+        """Restore from a `state_dict` and the folder of the stored blocks; UserError if another number of processes
+        made it."""
         if "shards" not in state:
             raise UserError("a checkpoint of a tuning trial can be evaluated and watched, not resumed.")
         shards, rank, count = state["shards"], self.processes.rank, self.processes.count

@@ -12,10 +12,10 @@ patch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class TransitionSettings:
             raise ValueError(f"transition.kernel is {self.kernel}, but must be odd: choose {self.kernel + 1}.")
         if self.padding not in ("", "zeros", "circular"):
             raise ValueError(f"transition.padding is {self.padding!r}: choose zeros, circular, or leave it empty.")
-        if len(self.reward_bins) < 2 or any(a >= b for a, b in pairwise(self.reward_bins)):
+        if len(self.reward_bins) < 2 or any(a >= b for a, b in itertools.pairwise(self.reward_bins)):
             raise ValueError(f"transition.reward_bins is {self.reward_bins}: give at least two increasing numbers.")
 
 
@@ -374,9 +374,39 @@ class EffectNetwork(nn.Module):
         same = key[:, :, None] == key[:, None]  # (B, K, K)
         return grids.to(torch.uint8), same.byte().argmax(-1)
 
-    def key(self, codes: Tensor) -> Tensor:
-        """A hash (...) int64 of each grid (..., S), by 62 random bits per patch: equal keys mean equal grids."""
-        return (codes * self.fingerprint).sum(-1)
+    def key(self, codes: Tensor, row: Tensor | int = 0) -> Tensor:
+        """A hash (...) int64 of each grid (..., S), by 62 random bits per patch, and its row (...): equal keys mean
+        equal grids of one row."""
+        return (codes * self.fingerprint).sum(-1) + row * 0x5851F42D4C957F2D  # any odd number of 63 bits
+
+
+class Expansion(NamedTuple):
+    """What may happen next in N states: P likely effects in all, each shared by the actions that may have it."""
+
+    row: Tensor  # (N,) int64: which decision the state belongs to
+    key: Tensor  # (N,) int64: a hash of its grid of codes and its row
+    probability: Tensor  # (N, A, K) float: of every effect after every action, renormalised over the likely ones
+    state: Tensor  # (P,) int64: which state the effect starts from
+    effect: Tensor  # (P,) int64: which effect it is, 0 to K - 1
+    next_codes: Tensor  # (P, S) uint8: the grid of codes that it leads to
+    reward: Tensor  # (P,) float: expected
+    end: Tensor  # (P,) float: probability that the episode ends
+    next_value: Tensor  # (P,) float: V, the value of going on
+    reset_value: Tensor  # (P,) float: W, the value of a new episode
+
+    @staticmethod
+    def join(parts: list[Expansion]) -> Expansion:
+        """Several expansions as one, their states numbered on."""
+        first = itertools.accumulate((len(part.row) for part in parts), initial=0)
+        parts = [part._replace(state=part.state + n) for part, n in zip(parts, first, strict=False)]
+        return Expansion(*map(torch.cat, zip(*parts, strict=True)))
+
+    def back_up(self, next_value: Tensor, discount: float) -> Tensor:
+        """Q (N, A), where going on after each effect has `next_value` (P,)."""
+        following = torch.lerp(next_value, self.reset_value, self.end)
+        of_effect = self.probability.new_zeros(self.probability[:, 0].shape)  # (N, K)
+        of_effect[self.state, self.effect] = self.reward + discount * following
+        return (self.probability * of_effect[:, None]).sum(-1)
 
 
 class EffectCache:

@@ -1,0 +1,79 @@
+"""What the benchmarks of effects and of external environments compute."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import unittest
+
+import gymnasium
+import torch
+
+from main import load_system
+from tests.benchmarks import effects
+from tests.shared import tiny_run
+
+
+class TestEffects(unittest.TestCase):
+    def test_agreement(self):
+        true = torch.tensor([0, 0, 0, 1, 1, 1])
+        for found, expected in (
+            ([0, 0, 0, 2, 2, 2], (1, 1, 2)),
+            ([0, 0, 1, 2, 2, 2], (1, 5 / 6, 3)),  # one effect found twice
+            ([2, 2, 2, 2, 2, 2], (0.5, 1, 1)),  # two effects taken for one
+        ):
+            found = torch.tensor(found)
+            same = torch.nn.functional.one_hot(found, 3).bool()
+            purity, completeness, used = effects.agreement(true, found, same)
+            self.assertAlmostEqual(purity, expected[0], places=6)
+            self.assertAlmostEqual(completeness, expected[1], places=6)
+            self.assertEqual(used, expected[2])
+        same[2, 0] = True  # where the lifetime does not tell effects apart, either is right
+        self.assertEqual(effects.agreement(true, torch.tensor([0, 0, 1, 2, 2, 2]), same), (1, 1, 2))
+
+    def test_the_arguments_of_agreement_equal_loops(self):
+        system, _ = load_system(tiny_run())
+        experience, true = effects.random_lifetimes(system, 5)
+        torch.nn.init.normal_(system.transition.effects.head.weight)
+        found, first, wrong = effects.found_effects(system, experience)
+        expected = []
+        for row in range(5):
+            for action in sorted(set(experience.action[row].tolist())):
+                steps = (experience.action[row] == action).nonzero()[:, 0]
+                (own,) = found[row, steps].unique().tolist()
+                grids, _ = system.transition.effects.predict(experience.codes[row, steps])
+                expected.append((own, (grids == grids[:, own, None]).all(-1).all(0).tolist()))
+                came = (grids[:, own] == experience.next_codes[row, steps]).all(-1)
+                self.assertEqual(wrong[row, steps].tolist(), (~came).tolist())
+        _, own, same = effects.by_action(experience, true, found, first)
+        self.assertEqual(list(zip(own.tolist(), same.tolist(), strict=True)), expected)
+
+    def test_both_tables(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            effects.main((tiny_run(),), lifetimes=8)
+        (row,), counts = (
+            re.findall(r"\| (\d.*) \|\n\n", printed.getvalue())[:1],
+            re.findall(r"of (\d+)", printed.getvalue()),
+        )
+        self.assertEqual(len(row.split("|")), 6)
+        self.assertEqual(sum(map(int, counts)), 8 * 12)  # every step is of one kind
+
+
+@unittest.skipUnless(importlib.util.find_spec("minigrid"), "needs pip install -r tests/requirements.txt")
+class TestShortestPath(unittest.TestCase):
+    def test_it_reaches_the_goal_by_key_and_door_and_past_lava(self):
+        from tests.benchmarks.external import first_action
+
+        for name, longest in (("Empty-Random-5x5", 8), ("DoorKey-5x5", 20), ("LavaGapS5", 9)):
+            env = gymnasium.make(f"MiniGrid-{name}-v0")
+            for seed in range(8):
+                env.reset(seed=seed)
+                for _ in range(longest):
+                    _, reward, terminated, _, _ = env.step(first_action(env.unwrapped))
+                    if terminated:
+                        break
+                self.assertGreater(reward, 0, name)
+
+
+if __name__ == "__main__":
+    unittest.main()
