@@ -238,7 +238,7 @@ class TestFindEffects(unittest.TestCase):
         joined = Experience(*(part.reshape(48, 192, *part.shape[2:]) for part in experience))
         self.assert_found(4 + 1, joined, true.view(48, 192))
 
-    def test_wind_is_no_effect_of_an_action(self):
+    def test_in_wind_actions_that_differ_have_labels_of_their_own(self):
         experience, true = walks(wind=0.3)
         label, _ = find_effects(experience, 4, (SIDE, SIDE), 64, seed=0)
         self.assertGreater(purity(true, label), 0.98)
