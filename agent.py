@@ -6,7 +6,6 @@ effect happened -> episodic memory -> belief.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import warnings
@@ -337,9 +336,8 @@ class Learner:
     """The steps of meta-training, which main.train puts in order. All that decides its future is in `state_dict`.
 
     Gradients do not cross between parts: the VAE learns from frames, the effects from codes, the context engine with
-    prior and heads from stored effect posteriors, the value from the planner's search.
-
-    The parts of `system` learn. Several `processes` learn together, each with a Learner of its own.
+    prior and heads from stored effect posteriors, the value from the planner's search. Several `processes` learn
+    together, each with a Learner of its own.
     """
 
     LABELLED = ("codes", "next_codes", "action", "segment")  # what `find_effects` reads
@@ -500,26 +498,9 @@ class Learner:
         system.transition.effects.init_marginal(label)
         every.broadcast(system.transition), every.broadcast(system.engine)
         mine = slice(every.rank * len(stored.action), (every.rank + 1) * len(stored.action))
-        self._remake(number)
         self.store.experience = stored._replace(posterior=F.one_hot(label[mine], number).half())
-
-    def _remake(self, num_effects: int) -> None:
-        """Make what is as large as the number of effects."""
-        stored, self.optimizers = self.store.experience, self._make_optimizers()
-        posterior = stored.posterior.new_zeros(*stored.action.shape, num_effects)
-        self.store.experience = stored._replace(posterior=posterior)
-        self.metrics["effects/found"] = torch.tensor(float(num_effects))
-
-    def drop_effects(self) -> None:
-        """Drop effects that were found twice, before anything else depends on their number."""
-        system = self.system
-        kept = system.transition.distinct_effects(self.store.experience, system.engine.actions)
-        kept = self.processes.all_gather_object(kept)[0]
-        effects = copy.deepcopy(system.transition.effects)
-        effects.keep(kept)
-        system.set_num_effects(len(kept))
-        system.transition.effects.load_state_dict(effects.state_dict())
-        self._remake(len(kept))
+        self.optimizers = self._make_optimizers()
+        self.metrics["effects/found"] = torch.tensor(float(number))
 
     def learn_effects(self, labelled: bool = False) -> None:
         """One update of the effects, from stored lifetimes; see `TransitionModel.effect_loss`."""

@@ -163,9 +163,8 @@ def build_system(settings: Settings, engine: type = ContextInferenceEngine, plan
     vae = VAE(perception, obs_shape=sizes.obs_shape, context_dim=context_dim).to(device)
     transition = TransitionModel(dynamics, codes=codes, grid=vae.grid, context_dim=context_dim).to(device)
     inference = engine(s.context, actions=sizes.actions, codes=codes).to(device)
-    appearance = None
-    if s.context.appearance:
-        appearance = AppearanceEngine(s.context, pixels=3 * perception.patch**2).to(device)
+    pixels = 3 * perception.patch**2
+    appearance = AppearanceEngine(s.context, pixels=pixels).to(device) if s.context.appearance else None
     value = Value(codes, vae.grid, context_dim, keypoints=s.planner.keypoints, width=s.planner.width).to(device)
     target_value = copy.deepcopy(value).requires_grad_(False)
     return System(
@@ -212,9 +211,11 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.finish_perception()
                     learner.reencode_all()
                     learner.find_effects()
+                    if writes:
+                        bar.write(
+                            "{vae/kinds:.0f} kinds of patch, {effects/found:.0f} effects".format(**learner.metrics)
+                        )
                 learner.learn_effects(labelled=update < t.effect_updates // 2)
-                if update == t.effect_updates - 1:
-                    learner.drop_effects()
 
             else:  # adaptation
                 if update == 0:  # effects are new, so stored effect posteriors are stale

@@ -321,14 +321,6 @@ class EffectNetwork(nn.Module):
         self.marginal = nn.Parameter(torch.zeros(num_effects, device=device))  # logits of p0(k), the context-free prior
 
     @torch.no_grad()
-    def keep(self, kept: Tensor) -> None:
-        """Drop all effects but those of indices `kept` (n,) int64."""
-        old, marginal = self.head, self.marginal
-        self.set_num_effects(len(kept))
-        for new, every in ((self.head.weight, old.weight), (self.head.bias, old.bias), (self.marginal, marginal)):
-            new.copy_(every.view(len(marginal), -1)[kept].view_as(new))
-
-    @torch.no_grad()
     def init_marginal(self, label: Tensor) -> None:
         """Begin p0 with the shares of labels (...) int64, of which every effect has at least a twentieth part."""
         count = torch.bincount(label.flatten(), minlength=self.num_effects)
@@ -580,37 +572,6 @@ class TransitionModel(nn.Module):
             mixture = counts / counts.sum(-1, keepdim=True)
             share = ((slipped.sum(1, keepdim=True) + 2) / (likelihood.shape[1] + 8)).clamp_max(0.5)
         return label, odds
-
-    @torch.no_grad()
-    def distinct_effects(self, experience: Experience, n_actions: int, tolerance: float = 1.0) -> Tensor:
-        """Indices (n,) int64 of the effects without those that another one explains as well, action by action.
-
-        Counts of changes do not know the state, so that one effect may have been found twice, as it looks in different
-        places. An effect is dropped if the actions that have it lose less than `tolerance` nats in a lifetime, on the
-        average, by another one. `experience` is (n, T, ...).
-        """
-        evidence, groups = [], (int(experience.segment.max()) + 1) * n_actions
-        for rows in torch.arange(len(experience.action), device=self.pairs.device).split(16):
-            part = experience.rows(rows)
-            likelihood = self.effects.log_likelihood(part.codes.flatten(0, 1), part.next_codes.flatten(0, 1))
-            likelihood = likelihood.view(*part.action.shape, -1)
-            member = F.one_hot(part.segment.long() * n_actions + part.action, groups).float()
-            background = (likelihood + self._lifetime_labels(likelihood, member)[1]).logsumexp(-1, keepdim=True)
-            explained = member.transpose(1, 2) @ torch.logaddexp(likelihood, background)  # (16, groups, K)
-            evidence.append(explained[member.sum(1) > 0])
-        evidence = torch.cat(evidence)
-        kept, unused = torch.arange(evidence.shape[1], device=evidence.device), evidence.shape[1] - 1
-        while True:
-            of_kept = evidence[:, kept]
-            best, label = of_kept.max(1)
-            mine = F.one_hot(label, len(kept)).float()
-            loss = mine.T @ (best[:, None] - of_kept) / mine.sum(0).clamp_min(1)[:, None]  # (effect, its replacement)
-            loss.fill_diagonal_(torch.inf)
-            if kept[-1] == unused and mine[:, -1].sum() == 0:
-                loss[-1] = torch.inf  # no action has it, but slips do: see `find_effects`
-            if len(kept) == 1 or loss.min() >= tolerance:
-                return kept
-            kept = kept[torch.arange(len(kept), device=kept.device) != int(loss.argmin()) // len(kept)]
 
     def prior_loss(self, context: Tensor, action: Tensor, posterior: Tensor) -> Tensor:
         """-sum_k q(k) log pi(k|a, c) (N,), nats, of posteriors q (N, K), actions (N,) and contexts (N, A + 1, D)."""
