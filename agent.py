@@ -292,7 +292,7 @@ class TrainingSettings:
     envs: int = 64  # environments that are collected from at once, at least 1
     random_lifetimes: int = 512  # lifetimes collected at random before anything is learnt; a multiple of `envs`
     perception_updates: int = 150  # updates of the VAE alone, first, at least 1
-    effect_updates: int = 400  # updates of the effects alone, after perception, at least 1
+    effect_updates: int = 200  # updates of the effects alone, after perception, at least 1
     batch: int = 48  # stored lifetimes in an update of the context engine, at least 1
     value_batch: int = 16  # of these, lifetimes in an update of the value, 1 to `batch`
     effect_batch: int = 8  # stored lifetimes in an update of the effects, at least 1

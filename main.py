@@ -63,8 +63,8 @@ PRESETS: dict[str, dict] = {
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
         "planner": {"nodes": 64},
-        "training": dict(updates=600, envs=16, random_lifetimes=128, effect_updates=200, batch=12, value_batch=4)
-        | dict(effect_batch=2, evaluation_lifetimes=64),
+        "training": dict(updates=600, envs=16, random_lifetimes=128, batch=12, value_batch=4, effect_batch=2)
+        | dict(evaluation_lifetimes=64),
     },
 }
 """What each preset changes in the settings; what it changes in the world is environment.WORLDS."""
