@@ -433,7 +433,7 @@ class RunFolder:
     written once), and in the end `evaluation.json`, `timing.json`, `adaptation.png` and `lifetime.gif`.
     """
 
-    FORMAT = 4  # of checkpoints; raised when they change
+    FORMAT = 5  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config, self.metrics = folder, folder / "config.json", folder / "metrics.jsonl"
