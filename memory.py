@@ -259,10 +259,15 @@ class FrameBlock:
 
     def next_obs(self) -> Tensor:
         """What every step led to, (n, T, H, W, 3) uint8."""
-        following = torch.cat([self.frames[:, 1:], self.frames[:, -1:]], 1)
-        ended = self.final_index >= 0
-        following[ended] = self.final_obs[self.final_index[ended].long()]
-        return following
+        lifetimes, steps = map(torch.arange, self.final_index.shape)
+        return self.next_obs_at(lifetimes[:, None], steps)
+
+    def next_obs_at(self, lifetime: Tensor, step: Tensor) -> Tensor:
+        """What `step` (...) of lifetimes `lifetime` (...) led to, (..., H, W, 3) uint8."""
+        final = self.final_index[lifetime, step].long()
+        found = self.frames[lifetime, step + (final < 0)]
+        found[final >= 0] = self.final_obs[final[final >= 0]]
+        return found
 
 
 def block_name(number: int) -> str:
@@ -340,11 +345,10 @@ class LifetimeStore:
         owner = torch.searchsorted(start, row, right=True) - 1
         found = torch.empty((len(row), *self.blocks[0].frames.shape[2:]), dtype=torch.uint8)
         for number in owner.unique().tolist():
-            mine = (owner == number).nonzero()[:, 0]
-            block, lifetime, at = self.blocks[number], row[mine] - start[number], step[mine]
-            final = block.final_index[lifetime, at].where(after[mine], -1)
-            found[mine] = block.frames[lifetime, at + (after[mine] & (final < 0))]
-            found[mine[final >= 0]] = block.final_obs[final[final >= 0].long()]
+            before, behind = (owner == number) & ~after, (owner == number) & after
+            block, lifetime = self.blocks[number], row - start[number]
+            found[before] = block.frames[lifetime[before], step[before]]
+            found[behind] = block.next_obs_at(lifetime[behind], step[behind])
         return found
 
     def rows_of(self, index: int) -> slice:
@@ -473,11 +477,8 @@ class RunFolder:
         return run
 
     def settings(self, default: Any, **changes: Any) -> Any:
-        """The run's settings, in a copy of the settings dataclass `default`, with `changes` on top.
-
-        Raises:
-            UserError: not the folder of a run, or its settings cannot be read.
-        """
+        """The run's settings, in a copy of the settings dataclass `default`, with `changes` on top; UserError if it is
+        not the folder of a run, or its settings cannot be read."""
         try:
             return merge(merge(default, json.loads(self.config.read_text())), changes)
         except (OSError, ValueError) as error:
