@@ -56,7 +56,7 @@ PRESETS: dict[str, dict] = {
     "everything": {
         "vae": {"num_codes": 7},
         "transition": {"reward_bins": (-1.0, 0.0, 0.5, 1.0)},
-        "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600) | dict(evaluation_lifetimes=256),
+        "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600, evaluation_lifetimes=256),
     },
     "gym": {  # for an external environment
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},

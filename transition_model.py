@@ -139,10 +139,10 @@ def change_counts(
     changed, columns = codes != next_codes, grid[1]
     whole = change_keys(codes, next_codes, columns, changed.byte().argmax(1, keepdim=True).expand_as(codes)).sum(1)
     _, index, count = whole.unique(return_inverse=True, return_counts=True)
-    rare = (count[index] < least).nonzero()[:, 0]
+    often = count[index] >= least
+    common, rare = often.nonzero()[:, 0], (~often).nonzero()[:, 0]
     parts = change_keys(codes[rare], next_codes[rare], columns, connected(changed[rare], grid))
     of, at = parts.nonzero(as_tuple=True)
-    common = (count[index] >= least).nonzero()[:, 0]
     step, key = torch.cat([common, rare[of]]), torch.cat([whole[common], parts[of, at]])
     _, change, count = key.unique(return_inverse=True, return_counts=True)
     column = torch.full_like(count, -1)
@@ -195,7 +195,14 @@ def fit_changes(
 
 
 def cluster_changes(
-    counts: Tensor, features: Tensor, kind: Tensor, clusters: int, slip: float, penalty: float, most: int, generator
+    counts: Tensor,
+    features: Tensor,
+    kind: Tensor,
+    clusters: int,
+    slip: float,
+    penalty: float,
+    most: int,
+    generator: torch.Generator,
 ) -> tuple[Tensor, float]:
     """Labels (L, A) of counts (L, A, D), and their penalised log likelihood; see `find_effects`.
 
@@ -447,12 +454,7 @@ class TransitionModel(nn.Module):
     """
 
     def __init__(
-        self,
-        settings: TransitionSettings,
-        codes: int,
-        grid: tuple[int, int],
-        context_dim: int,
-        num_effects: int = 1,
+        self, settings: TransitionSettings, codes: int, grid: tuple[int, int], context_dim: int, num_effects: int = 1
     ) -> None:
         super().__init__()
         width, pair = settings.prior_width, settings.contact_width
@@ -548,7 +550,7 @@ class TransitionModel(nn.Module):
         if labelled:
             explained = (experience.posterior * likelihood).sum(-1)
         else:
-            label, odds = self._lifetime_labels(likelihood.detach(), F.one_hot(group).float())
+            label, odds = self.lifetime_labels(likelihood.detach(), F.one_hot(group).float())
             background = (likelihood + odds).logsumexp(-1, keepdim=True)
             explained = (label * torch.logaddexp(likelihood, background)).sum(-1)
         event = experience.terminated | (experience.reward != 0)
@@ -557,7 +559,7 @@ class TransitionModel(nn.Module):
         return {"consistent": consistent, "marginal": -0.1 * (likelihood + marginal).logsumexp(-1).mean()}
 
     @torch.no_grad()
-    def _lifetime_labels(self, likelihood: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    def lifetime_labels(self, likelihood: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
         """r(m|a_t) (B, T, K) and log[e b(k) / (1 - e)] (B, 1, K), see `effect_loss`, of log p(z'|z, k) (B, T, K) and of
         which steps have the same action and rule, one-hot (B, T, groups)."""
         marginal = self.effects.marginal.softmax(0)

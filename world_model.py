@@ -172,10 +172,9 @@ class VAE(nn.Module):
         # k-means; an empty cluster keeps its centre.
         found = len(centres)
         for _ in range(10):
-            member = F.one_hot(torch.cdist(features, centres).argmin(1), found).float()  # (B * S, found)
-            share = member.mean(0)
-            means = member.T @ features / member.sum(0).clamp_min(1)[:, None]
-            centres = torch.where(share[:, None] > 0, means, centres)
+            member = F.one_hot(torch.cdist(features, centres).argmin(1), found).float()  # (n, found)
+            count = member.sum(0)[:, None]
+            centres = torch.where(count > 0, member.T @ features / count.clamp_min(1), centres)
 
         # What is left is noise, which is made white; a little is added, because clean pictures have none.
         def closest(points: Tensor) -> Tensor:

@@ -313,7 +313,7 @@ class TestEffectLoss(unittest.TestCase):
         likelihood[0, torch.arange(len(effect)), torch.tensor(effect)] = -0.1
         likelihood[..., 3] = compromise
         member = torch.nn.functional.one_hot(torch.tensor([action])).float()
-        return *model_of(num_effects=4)._lifetime_labels(likelihood, member), likelihood
+        return *model_of(num_effects=4).lifetime_labels(likelihood, member), likelihood
 
     def test_an_action_has_the_effect_that_explains_most_of_its_steps(self):
         """Though two of eight slip, so badly that the product of likelihoods is highest under an effect between."""
@@ -338,7 +338,7 @@ class TestEffectLoss(unittest.TestCase):
         experience.segment[:, 5:] = 1
         likelihood = self.likelihood(model, experience)
         group = experience.segment.long() * 2 + experience.action
-        label, odds = model._lifetime_labels(likelihood, torch.nn.functional.one_hot(group).float())
+        label, odds = model.lifetime_labels(likelihood, torch.nn.functional.one_hot(group).float())
         same, total = group[..., None] == group[:, None], 0.0
         spread = (label[:, :, None] - label[:, None]).abs().amax(-1)
         self.assertLess(float(spread[same].max()), 1e-6)  # equal labels where action and rule are
