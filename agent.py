@@ -23,8 +23,8 @@ from context_engine import AppearanceEngine, ContextInferenceEngine, rollout
 from environment import make_worlds
 from memory import EpisodicMemory, Experience, LifetimeStore, Processes, RunFolder, UserError, WorldStep
 from memory import as_tensor, make_generator, remove_stale_blocks, require, require_all
-from transition_model import EffectCache, Expansion, TransitionModel, contact_pairs, entropy, find_effects
-from transition_model import merge_equal, top_p_filter
+from transition_model import EffectCache, Expansion, TransitionModel, contact_pairs, distinct, entropy
+from transition_model import find_effects, merge_equal, top_p_filter
 from world_model import VAE, Value, distinct_patches
 
 
@@ -75,36 +75,46 @@ class Planner:
         """
         predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
         prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
-        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))  # the same for all states of a row
+        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))
         row, reach = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes))
         nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
         left = depth * (nodes - 1)  # grids that each row may still expand
-        layers = [self._expand(codes, row, belief, predict)]
+        layers = [self._expand(codes, row, belief, predict, [])]
         while len(layers) < nodes:  # a layer that is left to expand has at least one grid
             edge, reach = self._follow(layers, reach, left)
             if len(edge) == 0:
                 break
             row, codes = layers[-1].row[layers[-1].state[edge]], layers[-1].next_codes[edge]
-            layers.append(self._expand(codes, row, tuple(part[row] for part in belief), predict))
+            layers.append(self._expand(codes, row, belief, predict, layers))
             left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
         return self._iterate(layers, depth)
 
-    def _expand(self, codes: Tensor, row: Tensor, belief: tuple[Tensor, ...], predict: Callable) -> Expansion:
-        """The likely effects in states (N, S) of rows (N,) under their beliefs (N, ...), and what each is worth."""
+    def _expand(
+        self, codes: Tensor, row: Tensor, belief: tuple[Tensor, ...], predict: Callable, layers: list[Expansion]
+    ) -> Expansion:
+        """The likely effects in states (N, S) of rows (N,) under the rows' beliefs (B, ...), and what each is worth."""
         if len(codes) > self.CHUNK:
-            parts = zip(*(part.split(self.CHUNK) for part in (codes, row, *belief)), strict=True)
-            return Expansion.join([self._expand(few, own, belief, predict) for few, own, *belief in parts])
-        transition, value = self.transition, self.value
-        prior, world, pooled, reset_value = belief
+            parts = zip(codes.split(self.CHUNK), row.split(self.CHUNK), strict=True)
+            return Expansion.join([self._expand(few, own, belief, predict, layers) for few, own in parts])
+        transition = self.transition
+        rows, own = row.unique(return_inverse=True)  # what is the same for all states of a row is computed once
+        prior, world, pooled, reset_value = (part[rows] for part in belief)
         grids, first = predict(codes)  # (N, K, S), (N, K)
-        likely, probability = top_p_filter(merge_equal(prior, first), self.settings.top_p)
+        likely, probability = top_p_filter(merge_equal(prior[own], first), self.settings.top_p)
         state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
-        next_codes = grids[state, effect]
+        next_codes, edge_row = grids[state, effect], own[state]
         contact = contact_pairs(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.reward_and_termination(contact, world, state)
+        log_reward, end = transition.reward_and_termination(contact, world, edge_row)
         reward, end = log_reward.exp() @ transition.reward_bins, torch.sigmoid(end)
-        worth = (reward, end, value(value.statistics(next_codes), pooled, state), reset_value[state])
-        return Expansion(row, transition.effects.key(codes, row), probability, state, effect, next_codes, *worth)
+        key, next_key = transition.effects.key(codes, row), transition.effects.key(next_codes, row[state])
+        # A grid that occurs again, here or in an earlier layer, is evaluated once.
+        seen = torch.cat([key[:0], *(layer.next_key for layer in layers)])
+        value = torch.cat([*(layer.next_value for layer in layers), torch.zeros_like(end)])
+        each, which = distinct(torch.cat([seen, next_key]))
+        new = each[each >= len(seen)] - len(seen)
+        value[len(seen) + new] = self.value(self.value.statistics(next_codes[new]), pooled, edge_row[new])
+        worth = (reward, end, value[each[which[len(seen) :]]], reset_value[edge_row])
+        return Expansion(row, key, probability, state, effect, next_codes, next_key, *worth)
 
     def _follow(self, layers: list[Expansion], reach: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         """Which effects (M,) int64 of the last layer lead to the grids of the next, and how probable those are (M,).
@@ -123,8 +133,7 @@ class Planner:
         if len(edge) == 0:
             return edge, reach
         edge = edge[reach[edge].argsort(descending=True, stable=True)]  # the most probable way to a grid comes first
-        next_key = self.transition.effects.key(last.next_codes[edge], row[edge])
-        key, order = torch.cat([*(layer.key for layer in layers), next_key]).sort(stable=True)
+        key, order = torch.cat([*(layer.key for layer in layers), last.next_key[edge]]).sort(stable=True)
         again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
         edge = edge[~again[-len(edge) :]]  # each grid once
         # Part of a layer would favour the actions that lead to it.
@@ -140,9 +149,8 @@ class Planner:
         graph = Expansion.join(layers)
         q = graph.back_up(graph.next_value, discount)
         key, states = graph.key.sort()
-        next_key = self.transition.effects.key(graph.next_codes, graph.row[graph.state])
-        place = torch.searchsorted(key, next_key).clamp_max(len(key) - 1)
-        expanded, following = key[place] == next_key, states[place]  # (P,)
+        place = torch.searchsorted(key, graph.next_key).clamp_max(len(key) - 1)
+        expanded, following = key[place] == graph.next_key, states[place]  # (P,)
         for sweep in range(1, len(layers)):
             next_value = torch.where(expanded, q.amax(1)[following], graph.next_value)
             q = torch.where((depth > sweep)[graph.row, None], graph.back_up(next_value, discount), q)
@@ -408,7 +416,7 @@ class Learner:
         # Environments of their own for every collection of every process of every run.
         seed = (settings.seed + 1) * 2**32 + self.processes.rank * 2**22 + self.collections
         world = make_worlds(settings.world, self.training.envs, "train", seed, self.device)
-        agent = AgentController(self.system, keep_frames=True, nodes=1)  # cheaper, and teaches as well
+        agent = AgentController(self.system, keep_frames=True)
         agent.explore(exploration, self.generator)
         trajectories = rollout(world, agent)
         self.store.add(agent.memory, world.task, trajectories.segment, self.update)
@@ -493,12 +501,13 @@ class Learner:
         stored, system, every, s = self.store.experience, self.system, self.processes, self.settings
         sample = stored._replace(**{name: every.all_gather(getattr(stored, name)) for name in self.LABELLED})
         found = find_effects(sample, system.engine.actions, system.vae.grid, s.transition.max_effects, s.seed)
-        label, number = every.all_gather_object(found)[0]  # the main process's
+        label, shown, number = every.all_gather_object(found)[0]  # the main process's
         system.set_num_effects(number)
         system.transition.effects.init_marginal(label)
         every.broadcast(system.transition), every.broadcast(system.engine)
         mine = slice(every.rank * len(stored.action), (every.rank + 1) * len(stored.action))
-        self.store.experience = stored._replace(posterior=F.one_hot(label[mine], number).half())
+        posterior = F.one_hot(label[mine], number) * shown[mine, :, None]
+        self.store.experience = stored._replace(posterior=posterior.half())
         self.optimizers = self._make_optimizers()
         self.metrics["effects/found"] = torch.tensor(float(number))
 

@@ -143,8 +143,8 @@ class ContextInferenceEngine(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Learn to infer: predict the next effect, and decode the whole lifetime from the belief at a random time.
 
-            filter   = mean over (B, T) of  -sum_k q_t(k) log pi(k | a_t, c_t)
-            decoding = weight * mean over (B, T) of  -sum_k q_t(k) log pi(k | a_t, c_t'),   t' random, past or future
+            filter   = mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t)
+            decoding = weight * mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t'),   t' random, past or future
             reward, termination = cross-entropies of sampled steps under c_t', t' random; steps with an event (a reward
             or a termination) and steps without are averaged apart, because events are 6% of the steps
 

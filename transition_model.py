@@ -25,6 +25,7 @@ from film_layer import FiLMLayer
 from memory import Experience, require_all
 
 SMOOTHING = 0.05  # added to counts of changes
+ODD = 0x5851F42D4C957F2D  # any odd number of 63 bits, for hashes
 ABSENT = -1e4  # stands for minus infinity in a masked maximum, without NaN gradients
 
 
@@ -89,6 +90,19 @@ def top_p_filter(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return kept, weight / weight.sum(-1, keepdim=True)
 
 
+def random_bits(n: int) -> Tensor:
+    """Numbers (n,) int64 of 62 random bits, always the same: what hashes are sums of."""
+    return torch.randint(2**62, (n,), generator=torch.Generator().manual_seed(0))
+
+
+def distinct(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each different key first occurs (n,), and which of these each of keys (N,) int64 is (N,)."""
+    ordered, order = key.sort(stable=True)
+    new = torch.ones_like(key, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return order[new], torch.empty_like(order).index_copy_(0, order, new.cumsum(0) - 1)
+
+
 def entropy(probability: Tensor) -> Tensor:
     """Entropy (...) in nats of distributions (..., n)."""
     return -(probability * probability.clamp_min(math.exp(-30)).log()).sum(-1)
@@ -125,15 +139,15 @@ def connected(changed: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def change_counts(
     experience: Experience, n_actions: int, grid: tuple[int, int], least: int = 8
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """How often which change happened after which action of which lifetime.
 
     A change is all that differs between two grids, wherever it lies, or if that occurs less often than `least`, each
     connected part of it. Changes that occur less often still are left out, and all but the 512 most frequent.
 
     Returns:
-        counts (L, A, D) float32 for the L lifetimes under one rule in experience (n, T, ...), and which of them each
-        step belongs to: (n, T) int64.
+        counts (L, A, D) float32 for the L lifetimes under one rule in experience (n, T, ...), which of them each step
+        belongs to: (n, T) int64, and which change each step is as a whole: (n, T) int64, -1 if none of the D.
     """
     codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
     changed, columns = codes != next_codes, grid[1]
@@ -149,17 +163,20 @@ def change_counts(
     kept = count.argsort(descending=True, stable=True)[: min(512, int((count >= least).sum()))]
     column[kept] = torch.arange(len(kept), device=kept.device)
     column = column[change]
+    whole = torch.full((len(codes),), -1, device=codes.device)
+    whole[common] = column[: len(common)]
     step, column = step[column >= 0], column[column >= 0]
     lifetime = torch.arange(len(experience.action), device=codes.device)[:, None] * 256 + experience.segment.long()
     lifetime = lifetime.unique(return_inverse=True)[1]  # (n, T)
     rows = (lifetime * n_actions + experience.action).flatten()[step]
     shape = (int(lifetime.max()) + 1, n_actions, len(kept))
-    return torch.bincount(rows * len(kept) + column, minlength=math.prod(shape)).view(shape).float(), lifetime
+    counts = torch.bincount(rows * len(kept) + column, minlength=math.prod(shape)).view(shape).float()
+    return counts, lifetime, whole.view_as(lifetime)
 
 
 def fit_changes(
     label: Tensor, slipped: Tensor, counts: Tensor, kind: Tensor, slip: float, rounds: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Expectation maximization of a mixture of M multinomials over D changes, for A actions of L lifetimes of W kinds.
 
     An action of lifetime l has component m with probability p(m | kind of l), and then each change d after it is
@@ -175,7 +192,8 @@ def fit_changes(
         slip: what is expected of s, the share of the background; 0 for none.
 
     Returns:
-        the new label and slipped, the changes that each component explains (M, D), and the log likelihood.
+        the new label and slipped, the changes that each component explains (M, D), the probability (L, M, D) that it
+        does explain a change after its actions, and the log likelihood.
     """
     kinds, own = F.one_hot(kind).float(), torch.einsum("lam,lad->md", label, counts)
     for _ in range(rounds):
@@ -189,9 +207,9 @@ def fit_changes(
         joint = torch.einsum("lad,lmd->lam", counts, mixed.log()) + prior.log()[kind][:, None]
         label = joint.softmax(-1)
         explained = torch.einsum("lam,lad->lmd", label, counts)
-        clean = explained * clean / mixed
-        own, slipped = clean.sum(0), (explained - clean).sum(1)
-    return label, slipped, own, joint.logsumexp(-1).sum()
+        explains = clean / mixed
+        own, slipped = (explained * explains).sum(0), (explained * (1 - explains)).sum(1)
+    return label, slipped, own, explains, joint.logsumexp(-1).sum()
 
 
 def cluster_changes(
@@ -203,8 +221,9 @@ def cluster_changes(
     penalty: float,
     most: int,
     generator: torch.Generator,
-) -> tuple[Tensor, float]:
-    """Labels (L, A) of counts (L, A, D), and their penalised log likelihood; see `find_effects`.
+) -> tuple[Tensor, float, Tensor]:
+    """Labels (L, A) of counts (L, A, D), their penalised log likelihood, and the probability (L, A, D) that a change
+    after an action is its own; see `find_effects`.
 
     Begins with k-means++ (Arthur & Vassilvitskii, 2007) in features (L, A, D) within each kind of lifetime, and merges
     components while the penalised likelihood gains and there are more than `most`.
@@ -220,7 +239,7 @@ def cluster_changes(
         label[kind == number] = number * clusters + nearest
     label = F.one_hot(label.unique(return_inverse=True)[1]).float()
     kinds, price = F.one_hot(kind).float(), penalty * math.log(label[..., 0].numel())  # of a parameter
-    label, slipped, own, likelihood = fit_changes(label, slip * counts.sum(1), counts, kind, slip, rounds=30)
+    label, slipped, own, explains, likelihood = fit_changes(label, slip * counts.sum(1), counts, kind, slip, rounds=30)
     while True:
         mass = torch.einsum("lw,lam->mw", kinds, label)  # (M, W): actions by component and kind
         pairs, pair_mass = own[:, None] + own, mass[:, None] + mass
@@ -233,10 +252,12 @@ def cluster_changes(
         if len(mass) > 1 and mass[least].sum() < 1.5:  # of nearly nothing: merged wherever it costs least
             i, j = int(loss[least].argmin()), least
         elif len(mass) == 1 or (loss[i, j] > 0 and len(mass) <= most):
-            return label.argmax(-1).unique(return_inverse=True)[1], float(likelihood - price * (own > 1).sum())
+            best = label.argmax(-1)
+            explains = explains.take_along_dim(best[..., None], 1)
+            return best.unique(return_inverse=True)[1], float(likelihood - price * (own > 1).sum()), explains
         label[..., i] += label[..., j]
         label = label[..., torch.arange(len(mass), device=label.device) != j]
-        label, slipped, own, likelihood = fit_changes(label, slipped, counts, kind, slip, rounds=5)
+        label, slipped, own, explains, likelihood = fit_changes(label, slipped, counts, kind, slip, rounds=5)
 
 
 def component_likelihood(changes: Tensor, mass: Tensor, total: Tensor) -> Tensor:
@@ -248,7 +269,7 @@ def component_likelihood(changes: Tensor, mass: Tensor, total: Tensor) -> Tensor
 @torch.no_grad()
 def find_effects(
     experience: Experience, n_actions: int, grid: tuple[int, int], most: int, seed: int, restarts: int = 3
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Tensor, int]:
     """Which effect every action has in every lifetime, and how many effects there are.
 
     Two steps, on counts of changes alone. First lifetimes are clustered by all that happened in them, into kinds: a
@@ -265,27 +286,29 @@ def find_effects(
         seed: of the restarts.
 
     Returns:
-        labels (n, T) int64, from 0 on, of every step: the effect of its action, and the number of effects. That is one
-        more than there are labels where no action does nothing: then only slips leave everything as it is.
+        labels (n, T) int64, from 0 on, of every step: the effect of its action. The probability (n, T) float32 that
+        the step shows it, a half for rare changes. The number of effects, one more than there are labels where no
+        action does nothing: then only slips leave everything as it is.
     """
-    counts, lifetime = change_counts(experience, n_actions, grid)
+    counts, lifetime, whole = change_counts(experience, n_actions, grid)
     generator = torch.Generator(counts.device).manual_seed(seed)
     none = torch.zeros(len(counts), dtype=torch.int64, device=counts.device)
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     beyond = (share - share.amin(1, keepdim=True)).sqrt()  # what happens after all actions says nothing about one
     together = counts.sum(1, keepdim=True)
     overall = (together / together.sum(-1, keepdim=True).clamp_min(1)).sqrt()
-    best = (none, -math.inf)
+    best = (none, -math.inf, counts)
     for _ in range(restarts):
         # Twice the penalty: how often what happens varies with the wind and where the body went.
-        kind, _ = cluster_changes(together, overall, none, 24, 0.0, 1.0, len(together), generator)
+        kind, *_ = cluster_changes(together, overall, none, 24, 0.0, 1.0, len(together), generator)
         # One fewer than `most`, because standing still may come on top.
         found = cluster_changes(counts, beyond, kind[:, 0], 2 * n_actions, 0.25, 0.5, most - 1, generator)
         best = max(best, found, key=lambda labelled: labelled[1])
     label = best[0][lifetime, experience.action]
     still = (experience.codes == experience.next_codes).all(-1).flatten().double()
     share = torch.bincount(label.flatten(), still) / torch.bincount(label.flatten()).clamp_min(1)  # without any change
-    return label, len(share) + int(share.max() < 0.5)
+    shown = F.pad(best[2], (0, 1), value=0.5)[lifetime, experience.action, whole]  # -1, rare changes, is the last one
+    return label, shown, len(share) + int(share.max() < 0.5)
 
 
 class EffectNetwork(nn.Module):
@@ -317,8 +340,7 @@ class EffectNetwork(nn.Module):
         self.features = nn.Sequential(*layers)
         self.stay = nn.Parameter(torch.tensor(4.0))  # added to the logit of the present code
         self.set_num_effects(num_effects)
-        bits = torch.randint(2**62, (grid[0] * grid[1],), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("fingerprint", bits, persistent=False)
+        self.register_buffer("fingerprint", random_bits(grid[0] * grid[1]), persistent=False)
 
     def set_num_effects(self, num_effects: int) -> None:
         """Begin anew with K effects, all equal but for their random initial weights."""
@@ -376,7 +398,7 @@ class EffectNetwork(nn.Module):
     def key(self, codes: Tensor, row: Tensor | int = 0) -> Tensor:
         """A hash (...) int64 of each grid (..., S), by 62 random bits per patch, and its row (...): equal keys mean
         equal grids of one row."""
-        return (codes * self.fingerprint).sum(-1) + row * 0x5851F42D4C957F2D  # any odd number of 63 bits
+        return (codes * self.fingerprint).sum(-1) + row * ODD
 
 
 class Expansion(NamedTuple):
@@ -388,6 +410,7 @@ class Expansion(NamedTuple):
     state: Tensor  # (P,) int64: which state the effect starts from
     effect: Tensor  # (P,) int64: which effect it is, 0 to K - 1
     next_codes: Tensor  # (P, S) uint8: the grid of codes that it leads to
+    next_key: Tensor  # (P,) int64: a hash of that grid and its row
     reward: Tensor  # (P,) float: expected
     end: Tensor  # (P,) float: probability that the episode ends
     next_value: Tensor  # (P,) float: V, the value of going on
@@ -470,6 +493,7 @@ class TransitionModel(nn.Module):
         self.contact_out = nn.Linear(pair, len(settings.reward_bins) + 1)
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
+        self.register_buffer("bits", random_bits(codes**2), persistent=False)
 
     def set_num_effects(self, num_effects: int) -> None:
         """Make everything that is as large as the number of effects K anew."""
@@ -482,8 +506,8 @@ class TransitionModel(nn.Module):
         return [p for name, p in self.named_parameters() if not name.startswith("effects.")]
 
     def effect_posterior(self, likelihood: Tensor) -> Tensor:
-        """q(k|z, z') (B, K) of log p(z'|z, k) (B, K), under the context-free prior: no belief biases the labels."""
-        return (likelihood + self.effects.marginal.log_softmax(0)).softmax(-1)
+        """q(k|z, z') (B, K) of log p(z'|z, k) (B, K), under a uniform prior: no belief biases what was seen."""
+        return likelihood.softmax(-1)
 
     def nll(self, likelihood: Tensor, action: Tensor, context: Tensor) -> Tensor:
         """-log sum_k pi(k|a, c) p(z'|z, k) (B,), nats, of log p(z'|z, k) (B, K), actions (B,), contexts (B, A+1, D)."""
@@ -508,9 +532,12 @@ class TransitionModel(nn.Module):
         occurring = occurs.nonzero()[:, 0]
         features = self.contact_in(self.pairs[occurring]).expand(len(context), -1, -1)
         features = F.silu(self.contact_film(features, context))  # (B, occurring, contact_width)
+        present, which = present[:, occurring], None
         if row is not None:
-            features = features.index_select(0, row)
-        out = self.contact_out(features.masked_fill_(~present[:, occurring, None], ABSENT).amax(-2))  # (N, bins + 1)
+            each, which = distinct(present.long() @ self.bits[occurring] + row * ODD)
+            features, present = features.index_select(0, row[each]), present[each]
+        out = self.contact_out(features.masked_fill_(~present[..., None], ABSENT).amax(-2))  # (N, bins + 1)
+        out = out if which is None else out[which]
         return out[..., :-1].log_softmax(-1), out[..., -1]
 
     def two_hot(self, reward: Tensor) -> Tensor:
@@ -540,7 +567,8 @@ class TransitionModel(nn.Module):
         Args:
             experience: (B, T, ...), whole lifetimes.
             n_actions: A.
-            labelled: `experience.posterior` is r(m|a), as `find_effects` found it.
+            labelled: `experience.posterior` is r(m|a), as `find_effects` found it, times the probability that the step
+                shows it.
         """
         B, T = experience.action.shape
         codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
@@ -576,8 +604,12 @@ class TransitionModel(nn.Module):
         return label, odds
 
     def prior_loss(self, context: Tensor, action: Tensor, posterior: Tensor) -> Tensor:
-        """-sum_k q(k) log pi(k|a, c) (N,), nats, of posteriors q (N, K), actions (N,) and contexts (N, A + 1, D)."""
-        return -(posterior * self._chosen_prior(context, action)).sum(-1)
+        """-log sum_k q(k) pi(k|a, c) (N,), nats, of posteriors q (N, K), actions (N,) and contexts (N, A + 1, D).
+
+        Up to a constant that is the negative log-likelihood of the step, `nll`. So a step that several effects explain
+        alike, such as a move against a wall, leaves open which of them it was.
+        """
+        return -(self._chosen_prior(context, action) + posterior.clamp_min(1e-7).log()).logsumexp(-1)
 
     def _chosen_prior(self, context: Tensor, action: Tensor) -> Tensor:
         """log pi(k|a, c) (N, K) of one action (N,) under each context (N, A + 1, D)."""

@@ -116,7 +116,7 @@ class TestLoss(unittest.TestCase):
         for row in range(B):
             for t in range(T):
                 log_prior = transition.log_prior(context[row : row + 1, t])[0, experience.action[row, t]]
-                total -= float((experience.posterior[row, t] * log_prior.detach()).sum())
+                total -= float((experience.posterior[row, t] * log_prior.detach().exp()).sum().log())
         losses, _ = engine.loss(experience, transition, make_generator())
         self.assertAlmostEqual(losses["filter"].item(), total / (B * T), places=4)
 

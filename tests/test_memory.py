@@ -449,9 +449,10 @@ class TestSeveralProcesses(unittest.TestCase):
         learners = in_parallel(work)
         parts = zip(*(learner.store.experience for learner in learners), strict=True)
         together = Experience(*(torch.cat(part) for part in parts))
-        label, number = find_effects(together, 4, (4, 4), learners[0].settings.transition.max_effects, 0)
+        label, shown, number = find_effects(together, 4, (4, 4), learners[0].settings.transition.max_effects, 0)
         self.assertGreater(number, 1)
-        self.assertTrue(torch.equal(together.posterior.float(), torch.nn.functional.one_hot(label, number).float()))
+        posterior = torch.nn.functional.one_hot(label, number) * shown[..., None]
+        self.assertTrue(torch.equal(together.posterior, posterior.half()))
 
     def test_each_has_its_share_of_every_batch(self):
         sizes = {}

@@ -151,15 +151,16 @@ class TestChanges(unittest.TestCase):
     def test_counts_by_lifetime_action_and_change(self):
         right, down = {5: (1, 0), 6: (0, 1)}, {0: (1, 0), 4: (0, 1)}
         steps = [(0, right)] * 10 + [(1, down)] * 9 + [(1, {})] * 12 + [(0, {3: (4, 5)})] * 7  # the last ones are rare
-        counts, lifetime = change_counts(self.experience(steps), 2, (4, 4))
+        counts, lifetime, whole = change_counts(self.experience(steps), 2, (4, 4))
         self.assertEqual(counts.tolist(), [[[0, 10, 0], [12, 0, 9]]])  # the most frequent first
         self.assertTrue((lifetime == 0).all())
+        self.assertEqual(whole.tolist(), [[1] * 10 + [2] * 9 + [0] * 12 + [-1] * 7])
 
     def test_stretches_under_one_rule_count_as_lifetimes(self):
         steps = [(0, {}), (0, {0: (1, 0)})] * 10
         experience = self.experience(steps, [0] * 7 + [1] * 13)
         both = Experience(*(torch.cat([part, part]) for part in experience))
-        counts, lifetime = change_counts(both, 1, (4, 4))
+        counts, lifetime, _ = change_counts(both, 1, (4, 4))
         self.assertEqual(lifetime.tolist(), [[0] * 7 + [1] * 13, [2] * 7 + [3] * 13])
         self.assertEqual(counts.sum((1, 2)).tolist(), [7, 13, 7, 13])
         self.assertEqual(sorted(counts[0, 0].tolist()), [3, 4])
@@ -167,9 +168,9 @@ class TestChanges(unittest.TestCase):
     def test_rare_changes_are_counted_by_their_parts(self):
         """The body moves right each time, beside a different change of another code far away."""
         steps = [(0, {0: (1, 0), 1: (0, 1), 12: (0, 2 + n)}) for n in range(9)]
-        counts, _ = change_counts(self.experience(steps), 1, (4, 4))
+        counts, *_ = change_counts(self.experience(steps), 1, (4, 4))
         self.assertEqual(counts.tolist(), [[[9]]])  # the body's alone; the rest occurred only once each
-        counts, _ = change_counts(self.experience(steps), 1, (4, 4), least=1)
+        counts, *_ = change_counts(self.experience(steps), 1, (4, 4), least=1)
         self.assertEqual(counts.sum(), 9)  # here no change is rare, so each is one whole
 
 
@@ -218,7 +219,7 @@ def purity(true, found):
 class TestFindEffects(unittest.TestCase):
     def assert_found(self, number, experience, true, actions=4):
         """So many effects, and exactly the true partition of the steps."""
-        label, found = find_effects(experience, actions, (SIDE, SIDE), 64, seed=0)
+        label, _, found = find_effects(experience, actions, (SIDE, SIDE), 64, seed=0)
         self.assertEqual((found, purity(true, label), purity(label, true)), (number, 1, 1))
 
     def test_moves_and_standing_still(self):
@@ -240,8 +241,18 @@ class TestFindEffects(unittest.TestCase):
 
     def test_in_wind_actions_that_differ_have_labels_of_their_own(self):
         experience, true = walks(wind=0.3)
-        label, _ = find_effects(experience, 4, (SIDE, SIDE), 64, seed=0)
+        label, *_ = find_effects(experience, 4, (SIDE, SIDE), 64, seed=0)
         self.assertGreater(purity(true, label), 0.98)
+
+    def test_slips_are_told_from_what_the_action_does(self):
+        experience, true = walks()
+        _, shown, _ = find_effects(experience, 4, (SIDE, SIDE), 64, seed=0)
+        place, after = (codes.argmax(-1) for codes in (experience.codes, experience.next_codes))
+        inside = ((place // SIDE - 2.5).abs() < 2) & ((place % SIDE - 2.5).abs() < 2)  # all moves differ there
+        move = torch.stack([after // SIDE - place // SIDE, after % SIDE - place % SIDE], -1)
+        own = (move == MOVES[true]).all(-1)
+        self.assertGreater(shown[inside & own].mean(), 0.9)
+        self.assertLess(shown[inside & ~own].mean(), 0.3)
 
     def test_names_of_actions_do_not_count(self):
         experience, true = walks(colours=2)
@@ -252,12 +263,13 @@ class TestFindEffects(unittest.TestCase):
         experience, _ = walks(n=24, steps=32, colours=2, wind=0.3)  # too few to be sure of anything
         first, again = (find_effects(experience, 4, (SIDE, SIDE), 64, seed=3) for _ in range(2))
         self.assertTrue(torch.equal(first[0], again[0]))
-        self.assertEqual(first[1], again[1])
+        self.assertTrue(torch.equal(first[1], again[1]))
+        self.assertEqual(first[2], again[2])
 
     def test_there_are_no_more_than_allowed(self):
         experience, _ = walks(colours=2)
         for most in (2, 3, 6):
-            label, number = find_effects(experience, 4, (SIDE, SIDE), most, seed=0)
+            label, _, number = find_effects(experience, 4, (SIDE, SIDE), most, seed=0)
             self.assertEqual((number, int(label.max()) + 2), (most, most))
 
     def test_without_any_frequent_change_there_is_one_label(self):
@@ -265,7 +277,7 @@ class TestFindEffects(unittest.TestCase):
         for seed, part in enumerate((experience.codes, experience.next_codes)):
             part.random_(0, 9, generator=make_generator(seed))
         experience.action.random_(0, 4, generator=make_generator(2))
-        label, number = find_effects(experience, 4, (4, 4), 64, seed=0)
+        label, _, number = find_effects(experience, 4, (4, 4), 64, seed=0)
         self.assertEqual((int(label.max()), number), (0, 2))
 
 
@@ -456,6 +468,16 @@ class TestContextualHeads(unittest.TestCase):
         shared, _ = model.reward_and_termination(present[row], context[:, -1], row)
         torch.testing.assert_close(shared, log_reward[row])
         self.assertEqual(model.reward_and_termination(present[:0], context[:, -1], row[:0])[0].shape, (0, 3))
+
+    def test_a_step_that_effects_explain_alike_leaves_open_which_it_was(self):
+        model, context, action = model_of(), torch.randn(4, 3, 5, requires_grad=True), torch.tensor([0, 1, 1, 0])
+        alike = model.effect_posterior(torch.full((4, 6), -3.0))
+        model.prior_loss(context, action, alike).sum().backward()
+        torch.testing.assert_close(context.grad, torch.zeros_like(context), atol=1e-6, rtol=0)
+        likelihood = torch.randn(4, 6)
+        loss = model.prior_loss(context, action, model.effect_posterior(likelihood))
+        nll = model.nll(likelihood, action, context)
+        torch.testing.assert_close(loss, nll + likelihood.logsumexp(-1))
 
     def test_the_nll_is_that_of_the_mixture_under_the_chosen_action(self):
         model, context, action = model_of(), torch.randn(4, 3, 5), torch.tensor([0, 1, 1, 0])
