@@ -33,9 +33,9 @@ class PlannerSettings:
     """Search and the value that it ends in."""
 
     discount: float = 0.95  # discount of rewards per step, in (0, 1)
-    top_p: float = 0.85  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
-    nodes: int = 4  # grids of codes expanded for a decision at most, at least 1: a search of one step
-    expand_margin: float = 0.2  # actions whose value is this close to the best one's are searched deeper; 0 for none
+    top_p: float = 0.95  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
+    nodes: int = 16  # grids of codes expanded for a decision at most, at least 1: a search of one step
+    expand_margin: float = 0.4  # actions whose value is this close to the best one's are searched deeper; 0 for none
     min_branch_prob: float = 0.3  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1

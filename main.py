@@ -55,16 +55,17 @@ PRESETS: dict[str, dict] = {
     },
     "everything": {
         "vae": {"num_codes": 7},
-        "transition": {"reward_bins": (-1.0, 0.0, 0.5, 1.0)},
+        "transition": {"width": 48, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
+        "planner": {"nodes": 64},
         "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600, evaluation_lifetimes=256),
     },
     "gym": {  # for an external environment
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
-        "planner": {"nodes": 64},
-        "training": dict(updates=600, envs=16, random_lifetimes=128, batch=12, value_batch=4, effect_batch=2)
-        | dict(evaluation_lifetimes=64),
+        "planner": {"nodes": 256},
+        "training": dict(updates=600, envs=32, collect_every=32, random_lifetimes=128, effect_updates=400)
+        | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64),
     },
 }
 """What each preset changes in the settings; what it changes in the world is environment.WORLDS."""
@@ -215,7 +216,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                         bar.write(
                             "{vae/kinds:.0f} kinds of patch, {effects/found:.0f} effects".format(**learner.metrics)
                         )
-                learner.learn_effects(labelled=update < t.effect_updates // 2)
+                learner.learn_effects(labelled=True)
 
             else:  # adaptation
                 if update == 0:  # effects are new, so stored effect posteriors are stale

@@ -556,13 +556,13 @@ class TransitionModel(nn.Module):
         slip, or the wind blows. The likelihood of step t, if m is the effect of its action, and the loss are
 
             l_t(m) = log[(1 - e) p(z'|z, m) + e sum_k b(k) p(z'|z, k)]
-            L      = -mean_t sum_m r(m|a_t) l_t(m) + 0.1 * mean_t -log sum_k p0(k) p(z'|z, k),
+            L      = -mean_t sum_m r(m|a_t) [0.98 l_t(m) + 0.02 log p(z'|z, m)] - 0.1 mean_t log sum_k p0(k) p(z'|z, k),
 
         where the background b(k) and its share e are those of the lifetime, and r(m|a) ~ p0(m) exp(sum of l_t(m) over
-        the steps of action a). All three come from a few rounds of expectation maximization, without gradients. Before
-        the effects differ, that would make one effect of all moves of a colour, and whatever another effect explains
-        better would never be learnt; until then r(m|a) is given and e = 0. The mean weighs steps with a reward or a
-        termination as much as all others together, because they are rare and a plan depends on them.
+        the steps of action a). All three come from a few rounds of expectation maximization, without gradients; before
+        the effects differ, r(m|a) is given instead and e = 0. The small share of log p(z'|z, m) is for what m foresees
+        so badly that the background explains it: else it would never be learnt. The mean weighs steps with a reward or
+        a termination as much as all others together, because they are rare and a plan depends on them.
 
         Args:
             experience: (B, T, ...), whole lifetimes.
@@ -580,7 +580,8 @@ class TransitionModel(nn.Module):
         else:
             label, odds = self.lifetime_labels(likelihood.detach(), F.one_hot(group).float())
             background = (likelihood + odds).logsumexp(-1, keepdim=True)
-            explained = (label * torch.logaddexp(likelihood, background)).sum(-1)
+            robust = torch.logaddexp(likelihood, background)
+            explained = (label * torch.lerp(robust, likelihood, 0.02)).sum(-1)
         event = experience.terminated | (experience.reward != 0)
         weight = torch.where(event, 0.5 / event.sum().clamp_min(1), 0.5 / (~event).sum().clamp_min(1))
         consistent = -(weight * explained).sum() / weight.sum()
