@@ -23,8 +23,8 @@ from context_engine import AppearanceEngine, ContextInferenceEngine, rollout
 from environment import make_worlds
 from memory import EpisodicMemory, Experience, LifetimeStore, Processes, RunFolder, UserError, WorldStep
 from memory import as_tensor, make_generator, remove_stale_blocks, require, require_all
-from transition_model import EffectCache, Expansion, TransitionModel, contact_pairs, distinct, entropy
-from transition_model import find_effects, merge_equal, top_p_filter
+from transition_model import EffectCache, Expansion, TransitionModel, contact_pairs, distinct, find_effects
+from transition_model import merge_equal, top_p_filter
 from world_model import VAE, Value, distinct_patches
 
 
@@ -133,9 +133,9 @@ class Planner:
         if len(edge) == 0:
             return edge, reach
         edge = edge[reach[edge].argsort(descending=True, stable=True)]  # the most probable way to a grid comes first
-        key, order = torch.cat([*(layer.key for layer in layers), last.next_key[edge]]).sort(stable=True)
-        again = torch.zeros_like(key, dtype=torch.bool).index_copy_(0, order[1:], key[1:] == key[:-1])
-        edge = edge[~again[-len(edge) :]]  # each grid once
+        key = torch.cat([*(layer.key for layer in layers), last.next_key[edge]])
+        first = distinct(key)[0].sort().values
+        edge = edge[first[first >= len(key) - len(edge)] - (len(key) - len(edge))]  # each grid once
         # Part of a layer would favour the actions that lead to it.
         fits = row[edge].bincount(minlength=len(left)) <= left
         edge = edge[fits[row[edge]]]
@@ -228,14 +228,13 @@ class AgentController:
     """Perceives, infers the rules, plans and acts, in B environments at once.
 
     The appearance context modulates the VAE if the system has one, else the context's world row. With `keep_frames` the
-    observations stay in `memory`, for the store of past lifetimes; for `nodes` see `Planner.action_values`.
+    observations stay in `memory`, for the store of past lifetimes.
     """
 
-    def __init__(self, system: System, keep_frames: bool = False, nodes: int = 0) -> None:
+    def __init__(self, system: System, keep_frames: bool = False) -> None:
         self.vae, self.transition, self.engine = system.vae, system.transition, system.engine
         self.appearance, self.planner, self.lifetime = system.appearance, system.planner, system.settings.world.lifetime
-        self.keep_frames, self.nodes = keep_frames, nodes
-        self.exploration, self.generator = 0.0, None
+        self.keep_frames, self.exploration, self.generator = keep_frames, 0.0, None
 
     def explore(self, exploration: float, generator: torch.Generator) -> None:
         """From now on act at random with probability `exploration` in [0, 1], sampled from `generator`."""
@@ -261,7 +260,7 @@ class AgentController:
         if self.exploration >= 1:  # nothing to plan
             return self._random_action()
         context = self.engine.context(self.belief)
-        action = self.planner.action_values(self.codes, context, self.nodes, self.effect_cache).argmax(-1)
+        action = self.planner.action_values(self.codes, context, predict=self.effect_cache).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random_action(), action)
@@ -522,7 +521,6 @@ class Learner:
         """One update of context engine, prior and heads; returns the beliefs (B, T + 1, A + 1, H)."""
         losses, beliefs = self.system.engine.loss(experience, self.system.transition, self.generator)
         self.optimizer_step("context", losses, clip=20)
-        self.metrics["effect_entropy"] = entropy(experience.posterior.float()).mean()
         return beliefs
 
     def learn_value(self, experience: Experience, beliefs: Tensor) -> None:

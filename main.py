@@ -64,7 +64,7 @@ PRESETS: dict[str, dict] = {
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
         "planner": {"nodes": 256},
-        "training": dict(updates=600, envs=32, collect_every=32, random_lifetimes=128, effect_updates=400)
+        "training": dict(updates=600, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
         | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64),
     },
 }

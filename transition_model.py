@@ -103,11 +103,6 @@ def distinct(key: Tensor) -> tuple[Tensor, Tensor]:
     return order[new], torch.empty_like(order).index_copy_(0, order, new.cumsum(0) - 1)
 
 
-def entropy(probability: Tensor) -> Tensor:
-    """Entropy (...) in nats of distributions (..., n)."""
-    return -(probability * probability.clamp_min(math.exp(-30)).log()).sum(-1)
-
-
 def change_keys(codes: Tensor, next_codes: Tensor, columns: int, first: Tensor) -> Tensor:
     """A hash (N, S) int64 of every change from codes to next_codes (N, S) uint8, at its first patch; zero elsewhere.
 

@@ -55,7 +55,7 @@ class TestEffects(unittest.TestCase):
             re.findall(r"\| (\d.*) \|\n\n", printed.getvalue())[:1],
             re.findall(r"of (\d+)", printed.getvalue()),
         )
-        self.assertEqual(len(row.split("|")), 6)
+        self.assertEqual(len(row.split("|")), 5)
         self.assertEqual(sum(map(int, counts)), 8 * 12)  # every step is of one kind
 
 

@@ -20,7 +20,7 @@ from transition_model import (
     change_keys,
     connected,
     contact_pairs,
-    entropy,
+    distinct,
     find_effects,
     top_p_filter,
 )
@@ -357,7 +357,8 @@ class TestEffectLoss(unittest.TestCase):
         self.assertGreater(float(spread[~same].max()), 0.1)
         for row in range(3):
             background = (likelihood[row].exp() * odds[row].exp()).sum(-1, keepdim=True)
-            total -= float((label[row] * (likelihood[row].exp() + background).log()).sum())
+            slips = (likelihood[row].exp() + background).log()
+            total -= float((label[row] * (0.98 * slips + 0.02 * likelihood[row])).sum())
         found = model.effect_loss(experience, 2)["consistent"]
         self.assertAlmostEqual(found.item(), total / 30, places=3)
 
@@ -443,7 +444,7 @@ class TestNumberOfEffects(unittest.TestCase):
 
         with mock.patch.object(TransitionModel, "effect_loss", watched):
             train(learner, until=16)
-        self.assertEqual([labelled for labelled, _ in seen], [True] * 4 + [False] * 4 + [False])
+        self.assertEqual([labelled for labelled, _ in seen], [True] * 8 + [False])
         self.assertTrue(all(one_hot for _, one_hot in seen[:8]))
         self.assertFalse(seen[8][1])  # in adaptation they are posteriors again
 
@@ -493,13 +494,14 @@ class TestContextualHeads(unittest.TestCase):
         self.assertEqual(all_but_zero.tolist(), [[True, True, True, False]])
         self.assertEqual(top_p_filter(torch.tensor([[0.5, 0.3, 0.2]]), 0.4)[0].tolist(), [[True, False, False]])
 
+    def test_distinct_keys_where_they_first_occur(self):
+        first, which = distinct(torch.tensor([7, 3, 7, -1, 3]))
+        self.assertEqual((first.tolist(), which.tolist()), ([3, 1, 0], [2, 1, 2, 0, 1]))
+        self.assertEqual([len(part) for part in distinct(torch.zeros(0, dtype=torch.int64))], [0, 0])
+
     def test_two_hot_weights_have_the_reward_as_their_mean(self):
         weights = model_of(reward_bins=(-1.0, 0.0, 2.0)).two_hot(torch.tensor([-3.0, -1, 0, 0.5, 2, 7]))
         self.assertEqual(weights.tolist(), [[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0.75, 0.25], [0, 0, 1], [0, 0, 1]])
-
-    def test_entropy_of_a_certain_and_of_a_fair_outcome(self):
-        found = entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
-        torch.testing.assert_close(found, torch.tensor([0.0, 0.6931]), atol=1e-4, rtol=0)
 
     def test_bad_settings_are_refused(self):
         for wrong, words in (

@@ -27,7 +27,6 @@ from environment import NOTHING, ExternalWorlds, HiddenRulesWorld, make_worlds
 from main import EVALUATION_SEEDS
 from memory import Experience, make_generator
 from tests.benchmarks import command_line, load_systems
-from transition_model import entropy
 
 
 def random_lifetimes(system: System, lifetimes: int) -> tuple[Experience, Tensor]:
@@ -126,15 +125,14 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 0) -> None:
         found, first, wrong = found_effects(system, experience)
         labels = by_action(experience, true, found, first)
         purity, completeness, used = agreement(*labels)
-        doubt = float(entropy(experience.posterior.float()).mean())
         counts = (first.shape[2], used, len(labels[0].unique()))
-        found_rows.append([run.name, *map(str, counts), f"{purity:.3f}", f"{completeness:.3f}", f"{doubt:.3f}"])
+        found_rows.append([run.name, *map(str, counts), f"{purity:.3f}", f"{completeness:.3f}"])
         kinds = kinds_of_step(experience)
         shares = (
             f"{wrong[kind].float().mean():.3f} of {kind.sum():,}" if kind.any() else "-" for kind in kinds.values()
         )
         wrong_rows.append([run.name, *shares])
-    heads = ["effects found", "in use", "true effects", "purity", "completeness", "entropy of the posterior, nats"]
+    heads = ["effects found", "in use", "true effects", "purity", "completeness"]
     for title, names, rows in (("run", heads, found_rows), ("wrong predictions", list(kinds), wrong_rows)):
         print("| " + " | ".join([title, *names]) + " |\n|" + "---|" * (len(names) + 1))
         print("\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n")
