@@ -35,6 +35,7 @@ class PlannerSettings:
     discount: float = 0.95  # discount of rewards per step, in (0, 1)
     top_p: float = 0.95  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
     nodes: int = 16  # grids of codes expanded for a decision at most, at least 1: a search of one step
+    collect_nodes: int = 4  # the same while collecting lifetimes to learn from
     expand_margin: float = 0.4  # actions whose value is this close to the best one's are searched deeper; 0 for none
     min_branch_prob: float = 0.3  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
@@ -44,9 +45,10 @@ class PlannerSettings:
     learning_rate: float = 4e-3  # Adam's initial learning rate of the value, in [0, 1]; it decays with the run
 
     def __post_init__(self) -> None:
-        require_all("planner", self, discount=(1e-3, 0.9999), top_p=(1e-6, 1), expand_margin=(0, 1e6))
-        require_all("planner", self, min_branch_prob=(0, 0.999), keypoints=(1, 1024), width=(1, 4096), nodes=(1, 65536))
-        require_all("planner", self, lambda_=(0, 1), tau=(1e-6, 1), learning_rate=(0, 1))
+        sizes = dict(keypoints=(1, 1024), width=(1, 4096), nodes=(1, 65536), collect_nodes=(1, 65536))
+        search = dict(top_p=(1e-6, 1), expand_margin=(0, 1e6), min_branch_prob=(0, 0.999))
+        learning = dict(discount=(1e-3, 0.9999), lambda_=(0, 1), tau=(1e-6, 1), learning_rate=(0, 1))
+        require_all("planner", self, **sizes, **search, **learning)
 
 
 class Planner:
@@ -228,13 +230,13 @@ class AgentController:
     """Perceives, infers the rules, plans and acts, in B environments at once.
 
     The appearance context modulates the VAE if the system has one, else the context's world row. With `keep_frames` the
-    observations stay in `memory`, for the store of past lifetimes.
+    observations stay in `memory`, for the store of past lifetimes; for `nodes` see `Planner.action_values`.
     """
 
-    def __init__(self, system: System, keep_frames: bool = False) -> None:
+    def __init__(self, system: System, keep_frames: bool = False, nodes: int = 0) -> None:
         self.vae, self.transition, self.engine = system.vae, system.transition, system.engine
         self.appearance, self.planner, self.lifetime = system.appearance, system.planner, system.settings.world.lifetime
-        self.keep_frames, self.exploration, self.generator = keep_frames, 0.0, None
+        self.keep_frames, self.nodes, self.exploration, self.generator = keep_frames, nodes, 0.0, None
 
     def explore(self, exploration: float, generator: torch.Generator) -> None:
         """From now on act at random with probability `exploration` in [0, 1], sampled from `generator`."""
@@ -260,7 +262,7 @@ class AgentController:
         if self.exploration >= 1:  # nothing to plan
             return self._random_action()
         context = self.engine.context(self.belief)
-        action = self.planner.action_values(self.codes, context, predict=self.effect_cache).argmax(-1)
+        action = self.planner.action_values(self.codes, context, self.nodes, self.effect_cache).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random_action(), action)
@@ -415,7 +417,7 @@ class Learner:
         # Environments of their own for every collection of every process of every run.
         seed = (settings.seed + 1) * 2**32 + self.processes.rank * 2**22 + self.collections
         world = make_worlds(settings.world, self.training.envs, "train", seed, self.device)
-        agent = AgentController(self.system, keep_frames=True)
+        agent = AgentController(self.system, keep_frames=True, nodes=settings.planner.collect_nodes)
         agent.explore(exploration, self.generator)
         trajectories = rollout(world, agent)
         self.store.add(agent.memory, world.task, trajectories.segment, self.update)

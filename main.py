@@ -56,14 +56,14 @@ PRESETS: dict[str, dict] = {
     "everything": {
         "vae": {"num_codes": 7},
         "transition": {"width": 48, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
-        "planner": {"nodes": 64},
+        "planner": {"nodes": 64, "collect_nodes": 64},
         "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600, evaluation_lifetimes=256),
     },
     "gym": {  # for an external environment
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
-        "planner": {"nodes": 256},
+        "planner": {"nodes": 256, "collect_nodes": 256},
         "training": dict(updates=600, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
         | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64),
     },
@@ -213,9 +213,8 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.reencode_all()
                     learner.find_effects()
                     if writes:
-                        bar.write(
-                            "{vae/kinds:.0f} kinds of patch, {effects/found:.0f} effects".format(**learner.metrics)
-                        )
+                        found = "{vae/kinds:.0f} kinds of patch, {effects/found:.0f} effects"
+                        bar.write(found.format(**learner.metrics))
                 learner.learn_effects(labelled=True)
 
             else:  # adaptation
