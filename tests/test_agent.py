@@ -352,6 +352,13 @@ class TestWhatTheAgentMayKnow(unittest.TestCase):
 
 
 class TestLearner(unittest.TestCase):
+    def test_collecting_searches_as_deep_as_set(self):
+        for nodes in (2, 5):
+            learner = Learner(build_system(tiny(planner={"collect_nodes": nodes})))
+            with mock.patch.object(Planner, "action_values", return_value=torch.zeros(8, 4)) as values:
+                learner.collect(exploration=0.0)
+            self.assertEqual({call.args[2] for call in values.call_args_list}, {nodes})
+
     def test_only_training_tasks_are_ever_stored(self):
         for holdout in ("combinations", "permutations"):
             learner = Learner(build_system(tiny(world={"holdout": holdout})))
