@@ -135,9 +135,9 @@ class Planner:
         if len(edge) == 0:
             return edge, reach
         edge = edge[reach[edge].argsort(descending=True, stable=True)]  # the most probable way to a grid comes first
-        key = torch.cat([*(layer.key for layer in layers), last.next_key[edge]])
-        first = distinct(key)[0].sort().values
-        edge = edge[first[first >= len(key) - len(edge)] - (len(key) - len(edge))]  # each grid once
+        seen = torch.cat([layer.key for layer in layers])
+        each, _ = distinct(torch.cat([seen, last.next_key[edge]]))
+        edge = edge[each[each >= len(seen)].sort().values - len(seen)]  # each grid once
         # Part of a layer would favour the actions that lead to it.
         fits = row[edge].bincount(minlength=len(left)) <= left
         edge = edge[fits[row[edge]]]

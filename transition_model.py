@@ -292,17 +292,17 @@ def find_effects(
     beyond = (share - share.amin(1, keepdim=True)).sqrt()  # what happens after all actions says nothing about one
     together = counts.sum(1, keepdim=True)
     overall = (together / together.sum(-1, keepdim=True).clamp_min(1)).sqrt()
-    best = (none, -math.inf, counts)
+    found = []
     for _ in range(restarts):
         # Twice the penalty: how often what happens varies with the wind and where the body went.
         kind, *_ = cluster_changes(together, overall, none, 24, 0.0, 1.0, len(together), generator)
         # One fewer than `most`, because standing still may come on top.
-        found = cluster_changes(counts, beyond, kind[:, 0], 2 * n_actions, 0.25, 0.5, most - 1, generator)
-        best = max(best, found, key=lambda labelled: labelled[1])
-    label = best[0][lifetime, experience.action]
+        found.append(cluster_changes(counts, beyond, kind[:, 0], 2 * n_actions, 0.25, 0.5, most - 1, generator))
+    label, _, explains = max(found, key=lambda one: one[1])
+    label = label[lifetime, experience.action]
     still = (experience.codes == experience.next_codes).all(-1).flatten().double()
     share = torch.bincount(label.flatten(), still) / torch.bincount(label.flatten()).clamp_min(1)  # without any change
-    shown = F.pad(best[2], (0, 1), value=0.5)[lifetime, experience.action, whole]  # -1, rare changes, is the last one
+    shown = F.pad(explains, (0, 1), value=0.5)[lifetime, experience.action, whole]  # -1, rare changes, is the last one
     return label, shown, len(share) + int(share.max() < 0.5)
 
 
