@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from context_engine import AppearanceEngine, ContextInferenceEngine, rollout
 from environment import make_worlds
-from memory import EpisodicMemory, Experience, LifetimeStore, Processes, RunFolder, UserError, WorldStep
+from memory import EpisodicMemory, Experience, LifetimeStore, PlaceMemory, Processes, RunFolder, UserError, WorldStep
 from memory import as_tensor, make_generator, remove_stale_blocks, require, require_all
-from transition_model import EffectCache, Expansion, TransitionModel, contact_pairs, distinct, find_effects
+from transition_model import EffectCache, Expansion, TransitionModel, distinct, find_effects
 from transition_model import merge_equal, top_p_filter
 from world_model import VAE, Value, distinct_patches
 
@@ -36,7 +36,9 @@ class PlannerSettings:
     top_p: float = 0.95  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
     nodes: int = 16  # grids of codes expanded for a decision at most, at least 1: a search of one step
     collect_nodes: int = 4  # the same while collecting lifetimes to learn from
-    expand_margin: float = 0.4  # actions whose value is this close to the best one's are searched deeper; 0 for none
+    # actions are searched deeper whose value is this close to the best one's, as a share of that plus the largest
+    # reward; 0 for none
+    expand_margin: float = 0.07
     min_branch_prob: float = 0.3  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1
@@ -69,15 +71,17 @@ class Planner:
         self.settings, self.transition, self.value = settings, transition, value
 
     @torch.inference_mode()  # a decision for one environment takes an eighth less time than with no_grad
-    def action_values(self, codes: Tensor, context: Tensor, nodes: int = 0, predict: Callable | None = None) -> Tensor:
-        """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D).
+    def action_values(
+        self, codes: Tensor, context: Tensor, places: PlaceMemory, nodes: int = 0, predict: Callable | None = None
+    ) -> Tensor:
+        """Q (B, A) of code grids (B, S) uint8 under contexts (B, A + 1, D) and memories of B lifetimes.
 
         At most `nodes` grids are expanded for a decision; 0 for the setting. `predict` is an `EffectCache`, for as long
         as the effects do not learn.
         """
         predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
         prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
-        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))
+        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled), places)
         row, reach = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes))
         nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
         left = depth * (nodes - 1)  # grids that each row may still expand
@@ -92,7 +96,7 @@ class Planner:
         return self._iterate(layers, depth)
 
     def _expand(
-        self, codes: Tensor, row: Tensor, belief: tuple[Tensor, ...], predict: Callable, layers: list[Expansion]
+        self, codes: Tensor, row: Tensor, belief: tuple, predict: Callable, layers: list[Expansion]
     ) -> Expansion:
         """The likely effects in states (N, S) of rows (N,) under the rows' beliefs (B, ...), and what each is worth."""
         if len(codes) > self.CHUNK:
@@ -100,13 +104,13 @@ class Planner:
             return Expansion.join([self._expand(few, own, belief, predict, layers) for few, own in parts])
         transition = self.transition
         rows, own = row.unique(return_inverse=True)  # what is the same for all states of a row is computed once
-        prior, world, pooled, reset_value = (part[rows] for part in belief)
+        prior, world, pooled, reset_value = (part[rows] for part in belief[:-1])
         grids, first = predict(codes)  # (N, K, S), (N, K)
         likely, probability = top_p_filter(merge_equal(prior[own], first), self.settings.top_p)
         state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
         next_codes, edge_row = grids[state, effect], own[state]
-        contact = contact_pairs(codes[state], next_codes, transition.codes)
-        log_reward, end = transition.reward_and_termination(contact, world, edge_row)
+        heads = transition.reward_and_termination
+        log_reward, end = heads(codes[state], next_codes, belief[-1], row[state], world, edge_row)
         reward, end = log_reward.exp() @ transition.reward_bins, torch.sigmoid(end)
         key, next_key = transition.effects.key(codes, row), transition.effects.key(next_codes, row[state])
         # A grid that occurs again, here or in an earlier layer, is evaluated once.
@@ -125,7 +129,9 @@ class Planner:
         """
         last = layers[-1]
         q = last.back_up(last.next_value, self.settings.discount)
-        close = q > q.amax(1, keepdim=True) - self.settings.expand_margin  # (N, A)
+        best = q.amax(1, keepdim=True)
+        scale = best.abs() + self.transition.reward_bins.abs().max()
+        close = q > best - self.settings.expand_margin * scale  # (N, A)
         if len(layers) == 1:
             close &= (close.sum(1) > 1)[:, None]  # a single candidate leaves nothing to choose
         likely = (last.probability * close[:, :, None]).amax(1)  # (N, K)
@@ -175,7 +181,8 @@ class Planner:
         """
         B, T = experience.action.shape
         codes, ended = experience.codes.flatten(0, 1), experience.ended
-        q = self.action_values(codes, context[:, :-1].flatten(0, 1), nodes=1).view(B, T, -1)
+        places = PlaceMemory.before_steps(experience, value.codes)
+        q = self.action_values(codes, context[:, :-1].flatten(0, 1), places, nodes=1).view(B, T, -1)
         best, choice = q.max(-1)
         with torch.no_grad():
             pooled = self.value.pool(context[:, 1:].flatten(0, 1))
@@ -248,8 +255,8 @@ class AgentController:
         obs = as_tensor(obs) if isinstance(obs, np.ndarray) else obs
         obs = obs.to(next(self.vae.parameters()).device)
         self.obs = obs[None] if obs.ndim == 3 else obs
-        batch, patches, effects = len(self.obs), math.prod(self.vae.grid), self.transition.effects.num_effects
-        self.memory = EpisodicMemory(batch, self.lifetime, patches, effects, obs.device, self.keep_frames)
+        batch, sizes = len(self.obs), (math.prod(self.vae.grid), self.engine.codes, self.engine.num_effects)
+        self.memory = EpisodicMemory(batch, self.lifetime, *sizes, obs.device, self.keep_frames)
         self.belief, self.appearance_state = self.engine.initial_belief(batch), None
         self.effect_cache = EffectCache(self.transition.effects)
         self.nll: list[Tensor] = []  # (B,) for each step: its negative log-likelihood, as in ExactFilter
@@ -262,7 +269,8 @@ class AgentController:
         if self.exploration >= 1:  # nothing to plan
             return self._random_action()
         context = self.engine.context(self.belief)
-        action = self.planner.action_values(self.codes, context, self.nodes, self.effect_cache).argmax(-1)
+        known = (context, self.memory.places)
+        action = self.planner.action_values(self.codes, *known, self.nodes, self.effect_cache).argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random_action(), action)
@@ -505,6 +513,7 @@ class Learner:
         label, shown, number = every.all_gather_object(found)[0]  # the main process's
         system.set_num_effects(number)
         system.transition.effects.init_marginal(label)
+        system.transition.background.fill_(torch.bincount(sample.codes.flatten().int()).argmax())
         every.broadcast(system.transition), every.broadcast(system.engine)
         mine = slice(every.rank * len(stored.action), (every.rank + 1) * len(stored.action))
         posterior = F.one_hot(label[mine], number) * shown[mine, :, None]

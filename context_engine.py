@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from environment import MOVES, ExternalWorlds, HiddenRulesWorld, Rule, Split, WorldSettings
 from environment import destination, make_worlds, order_by_role, rule_space_of, with_slips
-from memory import EpisodicMemory, Experience, WorldStep, make_generator, require_all
+from memory import EpisodicMemory, Experience, PlaceMemory, WorldStep, make_generator, require_all
 from transition_model import ABSENT, TransitionModel, TransitionSettings, contact_pairs, pair_codes
 from world_model import Trajectories
 
@@ -63,15 +63,21 @@ class ContextInferenceEngine(nn.Module):
         actions: A.
         codes: C, categories of a patch.
         num_effects: K, see `set_num_effects`.
+        fixed: actions that do the same in every task: what is known of them beforehand is learnt for each of them.
     """
 
-    def __init__(self, settings: ContextSettings, actions: int, codes: int, num_effects: int = 1) -> None:
+    def __init__(
+        self, settings: ContextSettings, actions: int, codes: int, num_effects: int = 1, fixed: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.settings, self.actions, self.codes = settings, actions, codes
         hidden = settings.hidden
         self.contact_features = nn.Linear(2 * codes, settings.contact_features)
         self.gru = nn.GRU(hidden, hidden, batch_first=True)
-        self.initial = nn.Parameter(torch.zeros(2, hidden))  # initial belief about an action, and about the world
+        # Initial beliefs: about an action that is shuffled, about the world, about each of the others.
+        self.initial = nn.Parameter(torch.zeros(2 + len(fixed), hidden))
+        own = [2 + fixed.index(action) if action in fixed else 0 for action in range(actions)]
+        self.register_buffer("initial_row", torch.tensor([*own, 1]), persistent=False)
         self.to_context = nn.Linear(hidden, settings.context)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
         self.set_num_effects(num_effects)
@@ -92,8 +98,7 @@ class ContextInferenceEngine(nn.Module):
 
     def initial_belief(self, batch: int) -> Tensor:
         """The belief before any experience: (batch, A + 1, H)."""
-        rows = torch.cat([self.initial[:1].expand(self.actions, -1), self.initial[1:]])
-        return rows.expand(batch, -1, -1)
+        return self.initial[self.initial_row].expand(batch, -1, -1)
 
     def context(self, belief: Tensor) -> Tensor:
         """The context (..., A + 1, D) of beliefs (..., A + 1, H): row a for action a, the last for the world."""
@@ -145,8 +150,9 @@ class ContextInferenceEngine(nn.Module):
 
             filter   = mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t)
             decoding = weight * mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t'),   t' random, past or future
-            reward, termination = cross-entropies of sampled steps under c_t', t' random; steps with an event (a reward
-            or a termination) and steps without are averaged apart, because events are 6% of the steps
+            reward, termination = cross-entropies of sampled steps under c_t' and what the memory of places held at t',
+            t' random; steps with an event (a termination or an unusual reward) and steps without are averaged apart,
+            because events are 6% of the steps
 
         t and t' must lie in one segment, because effects under another rule are no valid target. Gradients reach
         the engine and the contextual parameters of `transition`; codes and effect posteriors are constants.
@@ -166,16 +172,16 @@ class ContextInferenceEngine(nn.Module):
         losses = {"filter": filtered.mean(), "decoding": weight * (decoded * valid).sum() / valid.sum()}
         codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
         reward, terminated = experience.reward.flatten(), experience.terminated.flatten()
-        event = terminated | (reward != 0)
+        places, event = PlaceMemory.before_steps(experience, self.codes), experience.events.flatten()
         for occurred in (True, False):
             steps = (event == occurred).nonzero()[:, 0]
             if len(steps) == 0:
                 continue
             steps = steps[torch.randint(len(steps), (B * T // 5,), generator=generator, device=steps.device)]
             time, valid = self._other_times(experience.segment, row[steps], generator, steps % T)
-            present = contact_pairs(codes[steps], next_codes[steps], self.codes)
-            world = context[row[steps], time, -1]
-            terms = transition.reward_and_termination_loss(world, present, reward[steps], terminated[steps])
+            then = (codes[steps], next_codes[steps], places, row[steps] * T + time, context[row[steps], time, -1])
+            happened = (reward[steps], terminated[steps])
+            terms = transition.reward_and_termination_loss(*happened, *then, earned=places.earned[steps])
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + (term * valid).sum() / valid.sum().clamp_min(1)
         return losses, beliefs.detach()
@@ -483,6 +489,23 @@ class ThompsonAgent(KnownRuleAgent):
         return (physics * self.world.space.pairs + pair)[:, 0]
 
 
+class AdvisedAgent:
+    """Does what an external environment says that the reference agent `name` would do; see `environment.ADVICE`."""
+
+    def __init__(self, world: ExternalWorlds, name: str) -> None:
+        self.world, self.name = world, name
+
+    def reset(self, obs: Tensor) -> None:
+        """Nothing to reset: the environment knows the task."""
+
+    def act(self) -> Tensor:
+        """Actions (B,) int64."""
+        return self.world.advice(self.name)
+
+    def observe(self, action: Tensor, step: WorldStep) -> None:
+        """Nothing to learn: the environment saw it itself."""
+
+
 class RandomAgent:
     """Acts at random, by a seed, with `actions` to choose from: the bottom of the scale."""
 
@@ -557,13 +580,17 @@ def require_room(world: WorldSettings, lifetimes: int, numbers: int = 1 << 28) -
 def references(
     settings: WorldSettings, lifetimes: int, split: Split, seed: int, device: torch.device
 ) -> dict[str, Trajectories]:
-    """Rollouts of the reference agents: random and, where there is an exact solution, Thompson and known rule."""
+    """Rollouts of the reference agents: random and, where there is an exact solution or an external environment offers
+    one, Thompson and known rule."""
     require_room(settings, lifetimes)
     makers: dict[str, Callable] = {"random": lambda world: RandomAgent(seed, settings.sizes.actions)}
     if not settings.gym_id:
         q = ActionValues(settings, device=device)
         makers["thompson"] = lambda world: ThompsonAgent(world, q, seed)
         makers["known_rule"] = lambda world: KnownRuleAgent(world, q)
+    else:
+        offered = make_worlds(settings, 1, split, seed).advisors()
+        makers |= {name: functools.partial(AdvisedAgent, name=name) for name in offered}
     rollouts = {}
     for name, make in makers.items():
         world = make_worlds(settings, lifetimes, split, seed, device)

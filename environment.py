@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -72,7 +73,9 @@ class WorldSettings:
     # MiniGrid-... is fully visible, with `cell` pixels a tile. `package:Id-v0` first imports the package that registers
     # the id. Of the other settings only lifetime, slip (always to a random action) and noise apply.
     gym_id: str = ""
-    shuffled: tuple[int, ...] = ()  # which actions of the external environment are shuffled, 4 to 20; empty for all
+    # Which actions of the external environment are shuffled for every lifetime: all, none, or the numbers of 2 to 20;
+    # empty for all, or for none where the environment has tasks of its own.
+    shuffle: tuple[str, ...] = ()
     # What is held out for test: 28 of 144 pairs of action map and roles (combinations), or a quarter of the action maps
     # (permutations); with either, a fifth of the wall layouts and one wind strength.
     holdout: Literal["combinations", "permutations"] = "combinations"
@@ -99,14 +102,14 @@ class WorldSettings:
         changed = [name for name in built_in if getattr(self, name) != getattr(WorldSettings, name)]
         if self.gym_id and changed:
             raise ValueError(f"world.{changed[0]} is not for an external environment: leave it out with {self.gym_id}.")
-        if self.shuffled and not self.gym_id:
-            raise ValueError("world.shuffled is only for an external environment: leave it out or give world.gym_id.")
+        if self.shuffle and not self.gym_id:
+            raise ValueError("world.shuffle is only for an external environment: leave it out or give world.gym_id.")
 
     @property
     def sizes(self) -> Sizes:
         """Sizes of observations and actions; ValueError if the external environment is missing or not supported."""
-        built_in = Sizes((self.pixels, self.pixels, 3), self.actions)
-        return external_sizes(self.gym_id, self.cell, self.shuffled) if self.gym_id else built_in
+        built_in = Sizes((self.pixels, self.pixels, 3), self.actions, ())
+        return external_sizes(self.gym_id, self.cell, self.shuffle) if self.gym_id else built_in
 
     @property
     def pixels(self) -> int:
@@ -119,6 +122,7 @@ class Sizes(NamedTuple):
 
     obs_shape: tuple[int, int, int]  # (height, width, 3)
     actions: int  # number of actions
+    fixed: tuple[int, ...]  # actions that do the same in every task, as far as the permutation goes
 
 
 def checked(split: str) -> str:
@@ -611,17 +615,28 @@ for preset, changes in WORLDS.items():
     )
 
 
+ADVICE = {"thompson": "thompson_action", "known_rule": "expert_action"}
+"""Reference agents, and the methods by which an external environment may say what they would do."""
+
+
 class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """Adds hidden rules to any Gymnasium environment with Discrete actions and RGB frames.
 
-    Every reset begins a lifetime of several episodes under a new rule: which action does what. Seen from outside, one
-    episode is one lifetime; infos are as in `PixelEnv`. ValueError for other environments and non-finite rewards.
+    Every reset begins a lifetime of several episodes under a new rule: which action does what, and a task of the
+    environment's own if it has any. Seen from outside, one episode is one lifetime; infos are as in `PixelEnv`.
+    ValueError for other environments and non-finite rewards. An environment may offer
+
+    - `tasks` and `set_task(task)`, called before a lifetime begins, as in Meta-World (Yu et al., 2019): a sequence, of
+      which three fifths are for training, one for validation and one for test, or a mapping of these three names to
+      sequences;
+    - `expert_action()`, the action of one who knows the task, and `thompson_action()`, that of posterior sampling;
+    - `metadata["lifetime"]` and `metadata["patch"]`, defaults of world.lifetime and vae.patch.
 
     Args:
         env: the environment; observations (H, W, 3) uint8.
         lifetime: steps of one rule, 2 to 10,000.
-        split: which permutations are drawn: three fifths are for training, one for validation, one for test.
-        shuffled: actions that are permuted among themselves, 4 to 20; empty for all of them.
+        split: which tasks and permutations are drawn; of these, too, three fifths are for training.
+        shuffle: actions that are permuted among themselves, see `WorldSettings`.
         slip, noise: probability of a random action; standard deviation of the pixel noise as a fraction of 255.
     """
 
@@ -630,11 +645,11 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         env: gymnasium.Env,
         lifetime: int = 256,
         split: Split = "train",
-        shuffled: tuple[int, ...] = (),
+        shuffle: tuple[str, ...] = (),
         slip: float = 0.0,
         noise: float = 0.0,
     ) -> None:
-        arguments = {"lifetime": lifetime, "split": split, "shuffled": shuffled, "slip": slip, "noise": noise}
+        arguments = {"lifetime": lifetime, "split": split, "shuffle": shuffle, "slip": slip, "noise": noise}
         gymnasium.utils.RecordConstructorArgs.__init__(self, **arguments)
         gymnasium.Wrapper.__init__(self, env)
         actions, obs = env.action_space, env.observation_space
@@ -642,10 +657,8 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
             raise ValueError(f"actions are {actions}, but must be Discrete, from 0 on: discretize them first.")
         if not isinstance(obs, gymnasium.spaces.Box) or obs.dtype != np.uint8 or obs.shape[2:] != (3,):
             raise ValueError(f"observations are {obs}, but must be uint8 (H, W, 3): try wrappers.AddRenderObservation.")
-        self.shuffled = np.array(shuffled or range(actions.n))
-        known = len(set(self.shuffled)) == len(self.shuffled) and np.isin(self.shuffled, range(actions.n)).all()
-        if not known or not 4 <= len(self.shuffled) <= 20:  # the rank of a permutation of 21 does not fit into 64 bits
-            raise ValueError(f"shuffled is {shuffled or 'all'}, but must be 4 to 20 different actions of {actions}.")
+        self.tasks = split_tasks(env.get_wrapper_attr("tasks")) if env.has_wrapper_attr("tasks") else None
+        self.shuffled = np.array(shuffled_actions(shuffle, int(actions.n), self.tasks is not None), int)
         self.lifetime, self.split, self.slip, self.noise = lifetime, checked(split), slip, noise
         require_all("HiddenRulesWrapper", self, lifetime=(2, 10_000), slip=(0, 1), noise=(0, 10))
         self._random: np.random.Generator | None = None
@@ -655,11 +668,18 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         if self._random is None or seed is not None:
             # A random stream apart from the wrapped environment's: else its first state could reveal the rule.
             self._random = np.random.default_rng(None if seed is None else np.random.SeedSequence(seed, spawn_key=(8,)))
+        self.task = 0
+        if self.tasks:
+            index = int(self._random.integers(len(self.tasks[self.split])))
+            self.task = index + sum(len(self.tasks[split]) for split in SPLITS[: SPLITS.index(self.split)])
+            self.env.get_wrapper_attr("set_task")(self.tasks[self.split][index])
         frame, _ = self.env.reset(seed=seed, options=options)
-        while True:
+        order = np.arange(len(self.shuffled))
+        while len(order):
             order = self._random.permutation(len(self.shuffled))
-            self.task = permutation_rank(order)
-            if permutation_split(self.task) == self.split:
+            rank = permutation_rank(order)
+            if permutation_split(rank) == self.split:
+                self.task = (self.task + rank * sum(map(len, (self.tasks or {"": [0]}).values()))) % 2**62
                 break
         self.action_map = np.arange(self.env.action_space.n)  # action -> action of the wrapped environment
         self.action_map[self.shuffled] = self.shuffled[order]
@@ -680,9 +700,17 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         self.steps += 1
         return self._add_noise(frame), float(reward), False, self.steps >= self.lifetime, info
 
+    def advice(self, name: str) -> int:
+        """What the reference agent of that name, see `ADVICE`, does now; ValueError if that is no action."""
+        action = self.env.get_wrapper_attr(ADVICE[name])()
+        if not self.env.action_space.contains(action):
+            raise ValueError(f"{ADVICE[name]}() returned {action!r}, but must return one of {self.env.action_space}.")
+        return int((self.action_map == action).argmax())
+
     def describe_rule(self) -> str:
         """The rule in words, for captions."""
-        return "actions of the environment, by action: " + " ".join(map(str, self.action_map.tolist()))
+        task = f"task {self.task}; " if self.tasks else ""
+        return task + "actions of the environment, by action: " + " ".join(map(str, self.action_map.tolist()))
 
     def _add_noise(self, frame: np.ndarray) -> np.ndarray:
         noise = self._random.normal(0, 255 * self.noise, frame.shape) if self.noise else 0
@@ -695,6 +723,44 @@ def permutation_rank(order: np.ndarray) -> int:
     for place, value in enumerate(order):
         rank = rank * (len(order) - place) + int((order[place + 1 :] < value).sum())
     return rank
+
+
+def shuffled_actions(shuffle: tuple[str, ...], actions: int, has_tasks: bool) -> list[int]:
+    """The actions that `shuffle`, see `WorldSettings`, stands for; ValueError if it stands for none that there are."""
+    if shuffle == ("none",) or (not shuffle and has_tasks):
+        return []
+    every = [str(action) for action in range(actions)]
+    chosen = every if shuffle in ((), ("all",)) else list(shuffle)
+    # The rank of a permutation of 21 does not fit into 64 bits; three of two or three actions are too few to hold out.
+    if len(set(chosen)) < len(chosen) or not set(chosen) <= set(every) or not 4 <= len(chosen) <= 20:
+        raise ValueError(
+            f"world.shuffle is {' '.join(chosen)}, but must be all, none, or 4 to 20 different actions from 0 to "
+            f"{actions - 1}."
+        )
+    return sorted(map(int, chosen))
+
+
+def split_tasks(tasks: Any) -> dict[Split, Sequence]:
+    """An environment's tasks by split: as they are if they are a mapping, else drawn by a fixed seed, three fifths for
+    training. ValueError for too few, or for two that are equal."""
+    if not isinstance(tasks, Mapping):
+        if len(tasks) < 3:
+            raise ValueError(f"the environment has {len(tasks)} tasks: at least 3 are needed, one for each split.")
+        order, fifth = np.random.default_rng(7).permutation(len(tasks)).tolist(), max(1, len(tasks) // 5)
+        parts = {"train": order[2 * fifth :], "validation": order[fifth : 2 * fifth], "test": order[:fifth]}
+        tasks = {split: [tasks[i] for i in part] for split, part in parts.items()}
+    missing = [split for split in SPLITS if split not in tasks or not len(tasks[split])]
+    if missing:
+        raise ValueError(f"the environment's tasks have none for {missing[0]}: give some for each of {SPLITS}.")
+    first: dict[bytes, str] = {}
+    for split in SPLITS:
+        for task in tasks[split]:
+            key = pickle.dumps(task)
+            if key in first:
+                where = f"in {first[key]} and in {split}"
+                raise ValueError(f"the environment's task {task!r} occurs twice, {where}: leave one out.")
+            first[key] = split
+    return tasks
 
 
 def permutation_split(rank: int) -> Split:
@@ -717,18 +783,28 @@ def make_inner_env(gym_id: str, cell: int) -> gymnasium.Env:
 
 
 @functools.cache
-def external_sizes(gym_id: str, cell: int, shuffled: tuple[int, ...] = ()) -> Sizes:
+def external_sizes(gym_id: str, cell: int, shuffle: tuple[str, ...] = ()) -> Sizes:
     """Sizes of an external environment; ValueError if it cannot be made or is not supported."""
-    env = HiddenRulesWrapper(make_inner_env(gym_id, cell), shuffled=shuffled)
-    sizes = Sizes(env.observation_space.shape, int(env.action_space.n))
+    env = HiddenRulesWrapper(make_inner_env(gym_id, cell), shuffle=shuffle)
+    fixed = tuple(action for action in range(env.action_space.n) if action not in env.shuffled)
+    sizes = Sizes(env.observation_space.shape, int(env.action_space.n), fixed)
     env.close()
     return sizes
+
+
+def external_defaults(gym_id: str) -> dict[str, dict[str, int]]:
+    """What an external environment's metadata change in the settings, see `HiddenRulesWrapper`; ValueError as above."""
+    env = make_inner_env(gym_id, WorldSettings.cell)
+    places = {"lifetime": "world", "patch": "vae"}
+    changes = {section: {name: env.metadata[name]} for name, section in places.items() if name in env.metadata}
+    env.close()
+    return changes
 
 
 def make_external_env(settings: WorldSettings, split: Split) -> HiddenRulesWrapper:
     """One external environment with hidden rules."""
     inner = make_inner_env(settings.gym_id, settings.cell)
-    return HiddenRulesWrapper(inner, settings.lifetime, split, settings.shuffled, settings.slip, settings.noise)
+    return HiddenRulesWrapper(inner, settings.lifetime, split, settings.shuffle, settings.slip, settings.noise)
 
 
 class ExternalEnvError(RuntimeError):
@@ -761,6 +837,14 @@ class ExternalWorlds:
         final_obs = np.stack(info["final_frame"][info["_final_frame"]]) if "_final_frame" in info else frames[:0]
         parts = (frames, reward.astype(np.float32), info["episode_terminated"], info["episode_truncated"], final_obs)
         return WorldStep(*(torch.tensor(part, device=self.device) for part in parts))
+
+    def advisors(self) -> list[str]:
+        """Those of `ADVICE` that the environment offers."""
+        return [name for name, method in ADVICE.items() if self.vector.envs[0].has_wrapper_attr(method)]
+
+    def advice(self, name: str) -> Tensor:
+        """What the reference agent of that name does now: actions (B,) int64."""
+        return torch.tensor(self._guarded(self.vector.call, "advice", name), device=self.device)
 
     def describe_rule(self, row: int) -> str:
         """The hidden rule of one environment in words, for captions."""

@@ -33,7 +33,7 @@ from tyro.conf import Positional
 from agent import AgentController, Learner, Planner, PlannerSettings, System, TrainingSettings
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
 from context_engine import infer_reward_bins, references, require_room, rollout
-from environment import WORLDS, ExternalEnvError, WorldSettings, make_worlds
+from environment import WORLDS, ExternalEnvError, WorldSettings, external_defaults, make_worlds
 from memory import MemorySettings, Processes, RunFolder, UserError, merge, require, write_json
 from transition_model import TransitionModel, TransitionSettings
 from world_model import VAE, VAESettings, Value, animate_lifetime, belief_nll, compare, plot_adaptation, report
@@ -63,7 +63,7 @@ PRESETS: dict[str, dict] = {
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
-        "planner": {"nodes": 256, "collect_nodes": 256},
+        "planner": {"nodes": 256, "collect_nodes": 256, "expand_margin": 0.3},
         "training": dict(updates=600, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
         | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64),
     },
@@ -119,6 +119,8 @@ def with_file(settings: Settings, path: Path | None, preset: str | None, gym_id:
         preset = preset or given.get("preset") or ("gym" if gym_id or world.get("gym_id") else "default")
         if isinstance(preset, str) and preset in PRESETS:  # `merge` refuses any other, with the names that exist
             settings = with_preset(settings, preset)
+        if gym_id := gym_id or world.get("gym_id"):
+            settings = merge(settings, external_defaults(gym_id))
         return merge(settings, {**overrides, "preset": preset} if given is overrides else overrides), given
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}" if path else str(error)) from error
@@ -163,7 +165,7 @@ def build_system(settings: Settings, engine: type = ContextInferenceEngine, plan
     torch.manual_seed(s.seed)
     vae = VAE(perception, obs_shape=sizes.obs_shape, context_dim=context_dim).to(device)
     transition = TransitionModel(dynamics, codes=codes, grid=vae.grid, context_dim=context_dim).to(device)
-    inference = engine(s.context, actions=sizes.actions, codes=codes).to(device)
+    inference = engine(s.context, actions=sizes.actions, codes=codes, fixed=sizes.fixed).to(device)
     pixels = 3 * perception.patch**2
     appearance = AppearanceEngine(s.context, pixels=pixels).to(device) if s.context.appearance else None
     value = Value(codes, vae.grid, context_dim, keypoints=s.planner.keypoints, width=s.planner.width).to(device)

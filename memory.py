@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import filelock
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 Device = torch.device | str
@@ -67,7 +68,7 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
             continue
         if isinstance(old, tuple) and isinstance(value, (list, tuple)):
             kind = get_args(get_type_hints(type(settings))[name])[0]  # int of tuple[int, ...]
-            if all(type(x) in (int, float) and kind(x) == x for x in value):
+            if all(type(x) is kind or (type(x) in (int, float) and kind(x) == x) for x in value):
                 value = tuple(map(kind, value))
         if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
@@ -137,6 +138,11 @@ class Experience(NamedTuple):
         """(B, T) bool: the episode ended with the step, either way."""
         return self.terminated | self.truncated
 
+    @property
+    def events(self) -> Tensor:
+        """(B, T) bool: the step brought a termination, or another reward than most steps."""
+        return self.terminated | (self.reward != self.reward.flatten().mode().values)
+
     def rows(self, index: Tensor | slice) -> Experience:
         """The same for some of the lifetimes."""
         return Experience(*(part[index] for part in self))
@@ -152,13 +158,65 @@ def empty_experience(batch: int, steps: int, patches: int, num_effects: int, dev
     return Experience(*parts)
 
 
+class PlaceMemory(NamedTuple):
+    """What came with every code at every place in B lifetimes, for rewards and ends that depend on where something is.
+
+    A visited place without reward is evidence too. What holds for one place holds for all: they are told apart by what
+    happened there alone. Source: the idea of a memory that is addressed by place, Parisotto & Salakhutdinov, "Neural
+    Map", ICLR 2018; here it is sums, so nothing has to be learnt to write it.
+    """
+
+    # (B, S, columns, 4) float32, over the steps that led to a code at a place: their number, rewards, terminations, and
+    # what the episode had earned before
+    sums: Tensor
+    column: Tensor  # (C,) int64: which column a code has
+    earned: Tensor  # (B,) float32: what the present episode has earned so far
+
+    @classmethod
+    def empty(cls, batch: int, patches: int, codes: int, device: Device = "cpu") -> PlaceMemory:
+        """At the start of lifetimes."""
+        sums = torch.zeros(batch, patches, codes, 4, device=device)
+        return cls(sums, torch.arange(codes, device=device), torch.zeros(batch, device=device))
+
+    @classmethod
+    def before_steps(cls, experience: Experience, codes: int) -> PlaceMemory:
+        """Before every step of experience (B, T, ...): the memories of B * T lifetimes."""
+        reward = experience.reward
+        before = reward.cumsum(1) - reward  # earned in the lifetime before each step
+        first = F.pad(experience.ended[:, :-1], (1, 0), value=True)
+        begin = torch.where(first, torch.arange(reward.shape[1], device=reward.device), 0).cummax(1).values
+        earned = before - before.gather(1, begin)
+        # Only codes that occur have a column of their own; all others share one that stays empty.
+        occurs = torch.bincount(experience.next_codes.flatten().int(), minlength=codes) > 0
+        column = torch.where(occurs, occurs.cumsum(0) - 1, occurs.sum())
+        index = column[experience.next_codes.int()][..., None, None].expand(-1, -1, -1, 1, 4)
+        now = torch.stack([torch.ones_like(reward), reward, experience.terminated.float(), earned], -1)
+        sums = torch.zeros(*experience.codes.shape, int(occurs.sum()) + 1, 4, device=reward.device)
+        sums.scatter_(3, index, now[:, :, None, None].expand_as(index))
+        sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1).cumsum_(1)
+        return cls(sums.flatten(0, 1), column, earned.flatten())
+
+    def add(self, next_codes: Tensor, step: WorldStep) -> None:
+        """Remember, in place, that a step led to next_codes (B, S)."""
+        now = torch.stack([torch.ones_like(step.reward), step.reward, step.terminated.float(), self.earned], -1)
+        index = self.column[next_codes.int()][..., None, None].expand(-1, -1, 1, 4)
+        self.sums.scatter_add_(2, index, now[:, None, None].expand_as(index))
+        self.earned.add_(step.reward).masked_fill_(step.ended, 0)
+
+    def recall(self, row: Tensor, place: Tensor, code: Tensor) -> Tensor:
+        """What came with codes (q,) at places (q,) in lifetimes `row` (q,), (q, 4), as logarithms with a sign."""
+        _, S, columns, _ = self.sums.shape
+        found = self.sums.view(-1, 4).index_select(0, (row * S + place) * columns + self.column[code])
+        return found.sign() * found.abs().log1p()
+
+
 class EpisodicMemory:
     """The experience of the present lifetime in B environments; cleared when the task ends.
 
-    The context engine consumes it: `engine(memory)` is the belief after everything in it.
+    The context engine consumes it: `engine(memory)` is the belief after everything in it. `places` is a `PlaceMemory`.
 
     Args:
-        batch, patches, num_effects: B, S and K; capacity: steps of a lifetime.
+        batch, patches, codes, num_effects: B, S, C and K; capacity: steps of a lifetime.
         keep_frames: keep the observations too, for the store of past lifetimes.
     """
 
@@ -167,12 +225,14 @@ class EpisodicMemory:
         batch: int,
         capacity: int,
         patches: int,
+        codes: int,
         num_effects: int,
         device: Device = "cpu",
         keep_frames: bool = False,
     ) -> None:
         self.capacity, self.keep_frames = capacity, keep_frames
         self._all = empty_experience(batch, capacity, patches, num_effects, device)
+        self.places = PlaceMemory.empty(batch, patches, codes, device)
         self.clear()
 
     def __len__(self) -> int:
@@ -181,6 +241,7 @@ class EpisodicMemory:
     def clear(self) -> None:
         """Forget everything: a new task begins, and nothing that happened under the old one says anything about it."""
         self.steps = 0
+        self.places.sums.zero_(), self.places.earned.zero_()
         self.frames: list[Tensor] = []
         self.final_obs: list[Tensor] = []
 
@@ -201,6 +262,7 @@ class EpisodicMemory:
         now = (codes, next_codes, posterior, action, step.reward, step.terminated, step.truncated)
         for kept, value in zip(self._all, now, strict=False):  # the segment stays 0: the agent does not know it
             kept[:, self.steps] = value
+        self.places.add(next_codes, step)
         self.steps += 1
         if self.keep_frames:
             self.frames.append(obs)
@@ -437,7 +499,7 @@ class RunFolder:
     written once), and in the end `evaluation.json`, `timing.json`, `adaptation.png` and `lifetime.gif`.
     """
 
-    FORMAT = 5  # of checkpoints; raised when they change
+    FORMAT = 6  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config, self.metrics = folder, folder / "config.json", folder / "metrics.jsonl"

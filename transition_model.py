@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from film_layer import FiLMLayer
-from memory import Experience, require_all
+from memory import Experience, PlaceMemory, require_all
 
 SMOOTHING = 0.05  # added to counts of changes
 ODD = 0x5851F42D4C957F2D  # any odd number of 63 bits, for hashes
@@ -41,12 +41,13 @@ class TransitionSettings:
     padding: Literal["", "zeros", "circular"] = ""
     prior_width: int = 64  # hidden features of the prior, at least 1
     contact_width: int = 64  # features of a pair (code before, code after), at least 1
+    place_width: int = 32  # features of such a pair at its place, at least 1
     reward_bins: tuple[float, ...] = (-1.0, 0.0, 1.0)  # rewards that the environment gives, at least two, increasing
     film_scale: float = 3.0  # initial FiLM weights over PyTorch's: one experience must visibly change predictions
     learning_rate: float = 6e-3  # Adam's initial learning rate of the effects, in [0, 1]; it decays with the run
 
     def __post_init__(self) -> None:
-        widths = dict.fromkeys(("width", "prior_width", "contact_width"), (1, 4096))
+        widths = dict.fromkeys(("width", "prior_width", "contact_width", "place_width"), (1, 4096))
         require_all("transition", self, max_effects=(2, 255), kernel=(1, 31), film_scale=(0, 100), learning_rate=(0, 1))
         require_all("transition", self, **widths)
         if self.kernel % 2 == 0:
@@ -486,6 +487,13 @@ class TransitionModel(nn.Module):
         self.contact_in = nn.Sequential(nn.Linear(2 * codes, pair), nn.SiLU(), nn.Linear(pair, pair))
         self.contact_film = FiLMLayer(context_dim, pair, settings.film_scale)
         self.contact_out = nn.Linear(pair, len(settings.reward_bins) + 1)
+        # What is where adds to the same outputs, nothing at first.
+        self.place_pair = nn.Parameter(torch.randn(codes**2, settings.place_width))
+        self.place_past = nn.Linear(5, settings.place_width)
+        self.place_film = FiLMLayer(context_dim, settings.place_width, settings.film_scale)
+        self.place_out = nn.Linear(settings.place_width, len(settings.reward_bins) + 1, bias=False)
+        nn.init.zeros_(self.place_out.weight)
+        self.register_buffer("background", torch.zeros((), dtype=torch.uint8))  # the most frequent code
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
         self.register_buffer("bits", random_bits(codes**2), persistent=False)
@@ -514,14 +522,43 @@ class TransitionModel(nn.Module):
         return self.prior_out(features).log_softmax(-1)
 
     def reward_and_termination(
-        self, present: Tensor, context: Tensor, row: Tensor | None = None
+        self,
+        codes: Tensor,
+        next_codes: Tensor,
+        places: PlaceMemory,
+        lifetime: Tensor,
+        context: Tensor,
+        row: Tensor | None = None,
+        earned: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Reward and termination from the contact features.
+        """Reward and termination of N steps, from what meets what (contact features) and from what is where.
 
-        `present` (N, C*C) bool comes from `contact_pairs`, `context` (B, D) is the world row of the context, and
-        `row` (N,) int64 the index of each one's context, so that shared contexts are computed once; without it N = B.
-        Returns log p(r) (N, bins) over `reward_bins`, and the logit (N,) of the episode's termination.
+            logits = W max over contacts of f(contact, c) + U sum over places of g(pair, what came with it there, c)
+
+        Args:
+            codes, next_codes: (N, S) uint8.
+            places: of any number of lifetimes; `lifetime` (N,) int64 says which is each step's.
+            context: (B, D), the world row of the context, and `row` (N,) int64 the index of each step's, so that
+                shared contexts are computed once; without it N = B.
+            earned: (N,), what the episode had earned before the step; that of `places` if not given.
+
+        Returns:
+            log p(r) (N, bins) over `reward_bins`, and the logit (N,) of the episode's termination.
         """
+        out = self._contact_logits(contact_pairs(codes, next_codes, self.codes), context, row)
+        # A patch that is and stays background says nothing.
+        step, place = ((codes != self.background) | (next_codes != self.background)).nonzero(as_tuple=True)
+        before, after = codes[step, place].int(), next_codes[step, place].int()
+        own = lifetime[step]
+        earned = places.earned[own] if earned is None else earned[step]
+        past = torch.cat([places.recall(own, place, after), (earned.sign() * earned.abs().log1p())[:, None]], 1)
+        features = self.place_pair.index_select(0, before * self.codes + after) + self.place_past(past)
+        features = F.silu(self.place_film(features, context, step if row is None else row[step]))
+        out = out.index_add(0, step, self.place_out(features))
+        return out[..., :-1].log_softmax(-1), out[..., -1]
+
+    def _contact_logits(self, present: Tensor, context: Tensor, row: Tensor | None) -> Tensor:
+        """Logits (N, bins + 1) of contacts (N, C*C) bool; for the contexts see `reward_and_termination`."""
         occurs = present.any(0)  # compute only pairs that occur in the batch, about a third of all
         occurs[0] = True  # at least one, because the maximum over none is undefined
         occurring = occurs.nonzero()[:, 0]
@@ -532,8 +569,7 @@ class TransitionModel(nn.Module):
             each, which = distinct(present.long() @ self.bits[occurring] + row * ODD)
             features, present = features.index_select(0, row[each]), present[each]
         out = self.contact_out(features.masked_fill_(~present[..., None], ABSENT).amax(-2))  # (N, bins + 1)
-        out = out if which is None else out[which]
-        return out[..., :-1].log_softmax(-1), out[..., -1]
+        return out if which is None else out[which]
 
     def two_hot(self, reward: Tensor) -> Tensor:
         """Rewards (N,) as weights (N, bins) of the two nearest bins, whose weighted mean they are (DreamerV3, Hafner
@@ -577,7 +613,7 @@ class TransitionModel(nn.Module):
             background = (likelihood + odds).logsumexp(-1, keepdim=True)
             robust = torch.logaddexp(likelihood, background)
             explained = (label * torch.lerp(robust, likelihood, 0.02)).sum(-1)
-        event = experience.terminated | (experience.reward != 0)
+        event = experience.events
         weight = torch.where(event, 0.5 / event.sum().clamp_min(1), 0.5 / (~event).sum().clamp_min(1))
         consistent = -(weight * explained).sum() / weight.sum()
         return {"consistent": consistent, "marginal": -0.1 * (likelihood + marginal).logsumexp(-1).mean()}
@@ -613,11 +649,11 @@ class TransitionModel(nn.Module):
         return self.log_prior(chosen)[:, 0]
 
     def reward_and_termination_loss(
-        self, context: Tensor, present: Tensor, reward: Tensor, terminated: Tensor
+        self, reward: Tensor, terminated: Tensor, *arguments: Tensor | PlaceMemory, **options: Tensor
     ) -> dict[str, Tensor]:
-        """Cross-entropies (N,) in nats of rewards (N,), as `two_hot`, and terminations (N,) bool; see
-        `reward_and_termination` for the contexts (N, D) and `present` (N, C*C)."""
-        log_reward, end = self.reward_and_termination(present, context)
+        """Cross-entropies (N,) in nats of rewards (N,), as `two_hot`, and terminations (N,) bool; the other arguments
+        are those of `reward_and_termination`."""
+        log_reward, end = self.reward_and_termination(*arguments, **options)
         return {
             "reward": -(self.two_hot(reward) * log_reward).sum(-1),
             "termination": F.binary_cross_entropy_with_logits(end, terminated.float(), reduction="none"),

@@ -54,7 +54,7 @@ SPACE = {  # what is searched by default
     "planner.tau": {"low": 0.05, "high": 0.5, "log": True},
     "planner.lambda_": {"low": 0.5, "high": 0.95, "log": False},
     "planner.discount": {"low": 0.9, "high": 0.97, "log": False},
-    "planner.expand_margin": {"low": 0.0, "high": 0.5, "log": False},
+    "planner.expand_margin": {"low": 0.0, "high": 0.2, "log": False},
     "planner.min_branch_prob": {"low": 0.05, "high": 0.9, "log": False},
     "planner.nodes": {"low": 1, "high": 64, "log": True},
     "training.exploration": {"low": 0.05, "high": 0.5, "log": False},

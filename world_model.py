@@ -197,7 +197,7 @@ class VAE(nn.Module):
         last.bias[found:] -= 10
 
     @torch.no_grad()
-    def merge_codes(self, frames: Tensor, context: Tensor, tolerance: float = 0.5) -> int:
+    def merge_codes(self, frames: Tensor, context: Tensor, tolerance: float = 0.65) -> int:
         """Merge codes that stand for the same kind of patch; `encode` returns only the merged codes from then on.
 
         Where environments differ in appearance, one kind of patch may have one code under some contexts and another

@@ -29,7 +29,7 @@ import torch
 import main
 from agent import Learner, System
 from main import Settings, build_system
-from memory import Processes, merge
+from memory import PlaceMemory, Processes, merge
 
 torch.set_num_threads(1)  # tiny settings gain nothing from a second thread, and results depend on their number
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +107,13 @@ def tiny_system(num_effects: int = 8, **changes: dict) -> System:
 def make_generator(seed: int = 0) -> torch.Generator:
     """A generator on the CPU."""
     return torch.Generator().manual_seed(seed)
+
+
+def places_of(batch: int, patches: int, codes: int) -> PlaceMemory:
+    """Random memories of places."""
+    places = PlaceMemory.empty(batch, patches, codes)
+    places.sums.copy_(torch.rand(places.sums.shape, generator=make_generator()))
+    return places
 
 
 # ------------------------------------------------------------------------------------------------------ folders

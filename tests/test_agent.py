@@ -15,9 +15,9 @@ from agent import AgentController, Learner, Planner, PlannerSettings
 from context_engine import ContextInferenceEngine, ExactFilter, rollout
 from environment import HiddenRulesWorld, Rule, task_split
 from main import build_system, train
-from memory import WorldStep
-from tests.shared import TOTAL, make_generator, temporary_folder, tiny, tiny_system
-from transition_model import EffectCache, contact_pairs
+from memory import PlaceMemory, WorldStep
+from tests.shared import TOTAL, make_generator, places_of, temporary_folder, tiny, tiny_system
+from transition_model import EffectCache
 
 VALIDATION = "validation"
 
@@ -30,6 +30,8 @@ class TestPlanner(unittest.TestCase):
         torch.nn.init.normal_(self.system.target_value.reset_out[-1].weight)
         self.codes = torch.randint(6, (9, 16), generator=make_generator(), dtype=torch.uint8)
         self.context = torch.randn(9, 5, 32, generator=make_generator())
+        torch.nn.init.normal_(self.system.transition.place_out.weight)
+        self.places = places_of(9, 16, 6)
 
     def lifetimes(self):
         """Experience (6, 12, ...) of the untrained agent, and the contexts on the way."""
@@ -40,7 +42,9 @@ class TestPlanner(unittest.TestCase):
 
     def test_permuting_the_actions_permutes_the_values(self):
         planner, order = self.system.planner, torch.tensor([2, 0, 3, 1, 4])
-        values, permuted = (planner.action_values(self.codes, c) for c in (self.context, self.context[:, order]))
+        values, permuted = (
+            planner.action_values(self.codes, c, self.places) for c in (self.context, self.context[:, order])
+        )
         torch.testing.assert_close(permuted, values[:, order[:4]])
         self.assertGreater(float(values.std(1).min()), 0)
 
@@ -55,13 +59,15 @@ class TestPlanner(unittest.TestCase):
         with torch.no_grad():
             for action in range(4):
                 for k in range(grids.shape[1]):
-                    pairs = contact_pairs(codes, grids[:, k], 6)
-                    log_reward, end = transition.reward_and_termination(pairs, context[:, -1])
+                    heads = transition.reward_and_termination
+                    log_reward, end = heads(codes, grids[:, k], self.places, torch.tensor([0]), context[:, -1])
                     next_value, e = value(value.statistics(grids[:, k]), pooled), torch.sigmoid(end)
                     following = 0.95 * ((1 - e) * next_value + e * value.reset_value(pooled))
                     chance = transition.log_prior(context[:, :-1])[0, action, k].exp()
                     expected[action] += float(chance * (log_reward[0].exp() @ transition.reward_bins + following))
-        torch.testing.assert_close(planner.action_values(codes, context)[0], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            planner.action_values(codes, context, self.places)[0], expected, atol=1e-4, rtol=1e-4
+        )
 
     def outcomes(self, grid, context):
         """What follows a grid, by the grid that it leads to: probability (A,), reward, end and V; W besides."""
@@ -69,7 +75,8 @@ class TestPlanner(unittest.TestCase):
         codes, pooled, found = torch.tensor(grid, dtype=torch.uint8)[None], value.pool(context), {}
         prior = transition.log_prior(context[:, :-1])[0].exp()
         for k, after in enumerate(transition.effects.predict(codes)[0][0]):
-            log_reward, end = transition.reward_and_termination(contact_pairs(codes, after[None], 6), context[:, -1])
+            before = (codes, after[None], PlaceMemory.empty(1, 16, 6), torch.tensor([0]))
+            log_reward, end = transition.reward_and_termination(*before, context[:, -1])
             next_value = value(value.statistics(after[None]), pooled)
             worth = map(float, (log_reward[0].exp() @ transition.reward_bins, end[0].sigmoid(), next_value))
             key = tuple(after.tolist())
@@ -92,7 +99,8 @@ class TestPlanner(unittest.TestCase):
             reached = {}
             for grid, reach in frontier.items():
                 q = back_up(grid, {})
-                close = [a for a in range(4) if q[a] > q.max() - settings.expand_margin]
+                margin = settings.expand_margin * (q.max().abs() + 1)  # 1 is the largest reward
+                close = [a for a in range(4) if q[a] > q.max() - margin]
                 if not close or (grid == root and len(close) == 1):
                     continue
                 for after, (chance, _, end, _) in graph[grid][0].items():
@@ -126,7 +134,7 @@ class TestPlanner(unittest.TestCase):
             settings = PlannerSettings(nodes=nodes, top_p=1.0, expand_margin=margin, min_branch_prob=probability)
             planner.settings = settings
             with self.subTest(settings), mock.patch.object(planner, "_expand", wraps=planner._expand) as expanded:
-                q = planner.action_values(codes, context)
+                q = planner.action_values(codes, context, PlaceMemory.empty(len(codes), 16, 6))
                 pairs = [pair for call in expanded.call_args_list for pair in zip(*call.args[1::-1], strict=True)]
                 grids = [(int(row), tuple(grid.tolist())) for row, grid in pairs]
                 self.assertEqual(len(set(grids)), len(grids))
@@ -155,8 +163,8 @@ class TestPlanner(unittest.TestCase):
             first = torch.tensor([0, 1, *[2] * 6]).expand(len(grids), -1)
             return torch.stack(after, 1), first
 
-        def heads(present, context, row):
-            reached = present[:, 2 * 6 + 1, None]
+        def heads(codes, next_codes, places, lifetime, context, row):
+            reached = ((codes == 2) & (next_codes == 1)).any(1, keepdim=True)
             return torch.where(reached, torch.tensor([-99.0, -99, 0]), torch.tensor([-99.0, 0, -99])), -99 + 0 * row
 
         sure, doubt = 99 * torch.eye(4, 8)[None], torch.zeros(1, 4, 8)
@@ -166,7 +174,7 @@ class TestPlanner(unittest.TestCase):
                 mock.patch.object(system.transition, "log_prior", lambda context, x=logits: x.log_softmax(-1)),
                 mock.patch.object(system.transition, "reward_and_termination", heads),
             ):
-                q = planner.action_values(codes, self.context[:1], predict=predict)[0]
+                q = planner.action_values(codes, self.context[:1], self.places, predict=predict)[0]
             with self.subTest(nodes=nodes, found=found):
                 self.assertAlmostEqual(float(q[0]), found, places=4)
                 self.assertEqual(bool(q[0] > q[1:].max()), found > 0)
@@ -176,30 +184,31 @@ class TestPlanner(unittest.TestCase):
         planner = self.system.planner
         planner.settings = PlannerSettings(nodes=9, expand_margin=100, min_branch_prob=0)
         with mock.patch.object(planner.value, "pool", wraps=planner.value.pool) as pool:
-            planner.action_values(self.codes, self.context)
+            planner.action_values(self.codes, self.context, self.places)
         self.assertEqual([call.args[0] is self.context for call in pool.call_args_list], [True])
 
     def test_cached_effects_change_nothing(self):
         planner, network = self.system.planner, self.system.transition.effects
-        plain = planner.action_values(self.codes, self.context)
+        plain = planner.action_values(self.codes, self.context, self.places)
         for slots in (1 << 15, 3):  # with room for all grids, and with hardly any
             cache = EffectCache(network, slots)
             for _ in range(2):
-                cached = planner.action_values(self.codes, self.context, predict=cache)
+                cached = planner.action_values(self.codes, self.context, self.places, predict=cache)
                 torch.testing.assert_close(cached, plain)
 
     def test_chunks_change_nothing(self):
         planner = self.system.planner
         planner.settings = PlannerSettings(nodes=9, expand_margin=100, min_branch_prob=0)
-        whole = planner.action_values(self.codes, self.context)
+        whole = planner.action_values(self.codes, self.context, self.places)
         planner.CHUNK = 4
         predict = mock.Mock(wraps=self.system.transition.effects.predict)
-        torch.testing.assert_close(planner.action_values(self.codes, self.context, predict=predict), whole)
+        chunked = planner.action_values(self.codes, self.context, self.places, predict=predict)
+        torch.testing.assert_close(chunked, whole)
         self.assertEqual(max(len(call.args[0]) for call in predict.call_args_list), 4)
 
     def test_a_context_that_is_not_finite_does_not_stop_the_planner(self):
         """The training stops when it next checks its losses, and names the one that is not finite."""
-        values = self.system.planner.action_values(self.codes, self.context * torch.nan)
+        values = self.system.planner.action_values(self.codes, self.context * torch.nan, self.places)
         self.assertEqual(values.shape, (9, 4))
 
     def test_the_value_learns_and_the_target_value_and_the_belief_do_not(self):
@@ -216,7 +225,8 @@ class TestPlanner(unittest.TestCase):
         system = self.system
         experience, context = self.lifetimes()
         codes, contexts = experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1)
-        values = system.planner.action_values(codes, contexts, nodes=1)
+        places = PlaceMemory.before_steps(experience, 6)
+        values = system.planner.action_values(codes, contexts, places, nodes=1)
         never = experience._replace(action=((values.argmax(-1) + 1) % 4).view(6, 12))
         predicted = system.value(system.value.statistics(codes), system.value.pool(contexts))
         expected = (predicted - values.amax(-1)).square().mean()
@@ -227,7 +237,8 @@ class TestPlanner(unittest.TestCase):
         system, slow = self.system, self.system.target_value
         experience, context = self.lifetimes()
         codes, contexts = experience.codes.flatten(0, 1), context[:, :-1].flatten(0, 1)
-        values = system.planner.action_values(codes, contexts, nodes=1)
+        places = PlaceMemory.before_steps(experience, 6)
+        values = system.planner.action_values(codes, contexts, places, nodes=1)
         chosen = experience._replace(action=values.argmax(-1).view(6, 12))
         best, squares = values.amax(-1).view(6, 12), []
         with torch.no_grad():
@@ -357,7 +368,7 @@ class TestLearner(unittest.TestCase):
             learner = Learner(build_system(tiny(planner={"collect_nodes": nodes})))
             with mock.patch.object(Planner, "action_values", return_value=torch.zeros(8, 4)) as values:
                 learner.collect(exploration=0.0)
-            self.assertEqual({call.args[2] for call in values.call_args_list}, {nodes})
+            self.assertEqual({call.args[3] for call in values.call_args_list}, {nodes})
 
     def test_only_training_tasks_are_ever_stored(self):
         for holdout in ("combinations", "permutations"):
@@ -508,7 +519,7 @@ class TestLearner(unittest.TestCase):
 
     def test_another_planner_takes_the_place_of_the_built_in_one(self):
         class Still(Planner):
-            def action_values(self, codes, context, nodes=0, predict=None):
+            def action_values(self, codes, context, places, nodes=0, predict=None):
                 return torch.zeros(len(codes), context.shape[1] - 1)
 
             def loss(self, value, experience, context):

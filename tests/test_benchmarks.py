@@ -1,4 +1,4 @@
-"""What the benchmarks of effects and of external environments compute."""
+"""What the benchmarks of effects and of external environments compute, and the classics."""
 
 import contextlib
 import importlib.util
@@ -7,11 +7,71 @@ import re
 import unittest
 
 import gymnasium
+import numpy as np
 import torch
 
+from environment import SPLITS
 from main import load_system
-from tests.benchmarks import effects
+from tests.benchmarks import classics, effects
 from tests.shared import tiny_run
+
+
+CLASSICS = (
+    classics.HiddenGoal,
+    classics.Darkroom,
+    classics.DarkroomPermuted,
+    classics.DarkKeyToDoor,
+    classics.FrozenLakeMeta,
+)
+
+
+class TestClassics(unittest.TestCase):
+    def test_the_published_sizes(self):
+        sizes = {}
+        for family in CLASSICS:
+            env = family()
+            parts = [len(env.tasks[split]) for split in SPLITS]
+            sizes[family.__name__] = (env.size, env.episode, env.metadata["lifetime"], sum(parts), parts[-1])
+        lakes = sizes.pop("FrozenLakeMeta")
+        self.assertEqual(lakes[:3], (5, 25, 200))
+        expected = {"HiddenGoal": (5, 15, 60, 21, 4), "Darkroom": (9, 20, 200, 81, 16)}
+        expected |= {"DarkroomPermuted": (9, 50, 200, 120, 12), "DarkKeyToDoor": (9, 50, 400, 6480, 324)}
+        self.assertEqual(sizes, expected)
+
+    def test_who_knows_the_task_takes_the_shortest_path_to_the_goal(self):
+        for family, start in ((classics.HiddenGoal, 0), (classics.Darkroom, 40)):
+            env = family()
+            for task in env.tasks["test"]:
+                env.set_task(task)
+                env.reset(seed=0)
+                goal = int(env.reward[task, 0].argmax())
+                distance = sum(abs(a - b) for a, b in zip(divmod(goal, env.size), divmod(start, env.size), strict=True))
+                rewards = [env.step(env.expert_action())[1] for _ in range(env.episode)]
+                self.assertEqual(rewards.count(1.0), env.episode - max(0, distance - 1))
+
+    def test_posterior_sampling_finds_out_the_task_and_never_excludes_it(self):
+        for family in CLASSICS:
+            env, earned = family(), np.zeros(2)
+            for task in env.tasks["test"][:2]:
+                env.set_task(task)
+                env.reset(seed=0)
+                for step in range(env.metadata["lifetime"]):
+                    _, reward, terminated, truncated, _ = env.step(env.thompson_action())
+                    earned[int(2 * step >= env.metadata["lifetime"])] += reward
+                    self.assertTrue(np.isfinite(env.log_posterior[task]))
+                    if terminated or truncated:
+                        env.reset()
+            with self.subTest(family.__name__):
+                self.assertGreater(earned[1], earned[0])
+
+    def test_the_key_comes_before_the_door_and_frames_do_not_show_it(self):
+        env = classics.DarkKeyToDoor()
+        env.set_task(0)  # key in cell 0, door in cell 1
+        env.reset(seed=0)
+        env.cell = 2
+        rewards = [env.step(action)[1] for action in (2, 2, 3, 2, 3)]  # by the door to the key, back, and once more
+        self.assertEqual(rewards, [0, 1, 1, 0, 0])
+        self.assertEqual(len(np.unique(env.draw().reshape(-1, 3), axis=0)), 2)  # the body and the ground
 
 
 class TestEffects(unittest.TestCase):

@@ -65,7 +65,7 @@ class TestBelief(unittest.TestCase):
 
     def test_the_belief_of_a_memory_equals_the_one_carried_along(self):
         engine, experience = engine_of(), experience_of()
-        memory = EpisodicMemory(B, T, S, K)
+        memory = EpisodicMemory(B, T, S, C, K)
         belief, none = engine.initial_belief(B), torch.zeros(B, dtype=torch.bool)
         for t in range(5):
             now = Experience(*(part[:, t] for part in experience))

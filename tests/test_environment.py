@@ -89,7 +89,7 @@ class TestRules(unittest.TestCase):
             ({"reward_values": (float("nan"),)}, "reward_values is nan"),
             ({"switch_step": 5}, "switch_step is 5 and world.switch is 0"),
             ({"gym_id": "Room-v0", "walls": 2}, "world.walls is not for an external environment"),
-            ({"shuffled": (0, 1, 2, 3)}, "give world.gym_id"),
+            ({"shuffle": ("0", "1", "2", "3")}, "give world.gym_id"),
         ):
             with self.subTest(**changes), self.assertRaisesRegex(ValueError, message):
                 WorldSettings(**changes)
@@ -469,7 +469,7 @@ class TestHiddenRulesWrapper(unittest.TestCase):
         self.assertGreater(len(maps), 5)
 
     def test_actions_can_be_left_unshuffled_and_splits_have_different_rules(self):
-        env, ranks = HiddenRulesWrapper(Room(), shuffled=(0, 1, 2, 3)), {}
+        env, ranks = HiddenRulesWrapper(Room(), shuffle=("0", "1", "2", "3")), {}
         for split in SPLITS:
             env.split = split
             env.reset(seed=0)
@@ -517,8 +517,8 @@ class TestHiddenRulesWrapper(unittest.TestCase):
         for env, options, message in (
             (Continuous(), {}, "must be Discrete"),
             (Symbolic(), {}, "must be uint8"),
-            (Room(), {"shuffled": (0, 1)}, "must be 4 to 20"),
-            (Room(), {"shuffled": (0, 1, 2, 9)}, "Discrete\\(5\\)"),
+            (Room(), {"shuffle": ("0", "1")}, "4 to 20"),
+            (Room(), {"shuffle": ("0", "1", "2", "9")}, "from 0 to 4"),
             (Room(), {"lifetime": 1}, "lifetime is 1"),
             (Room(), {"split": "best"}, "split is 'best'"),
             (Room(), {"slip": 2}, "slip is 2"),
@@ -530,6 +530,78 @@ class TestHiddenRulesWrapper(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "reward nan"):
             for action in np.random.default_rng(0).integers(0, 5, 300):
                 env.step(action)
+
+
+class TaskRoom(Room):
+    """The room with tasks of its own: the place of the reward, hidden."""
+
+    metadata = {"render_modes": [], "lifetime": 20}
+
+    def __init__(self, tasks=range(9)):
+        super().__init__()
+        self.tasks = tasks
+
+    def set_task(self, task):
+        self.task = task
+
+    def step(self, action):
+        frame, *_ = super().step(action)
+        return frame, float(self.place @ (3, 1) == self.task), False, self.episode_step >= 5, {}
+
+    def expert_action(self):
+        return 3
+
+
+gymnasium.register("TaskRoom-v0", entry_point=TaskRoom)
+
+
+class TestTasks(unittest.TestCase):
+    def test_a_task_is_drawn_for_every_lifetime_from_disjoint_splits(self):
+        drawn, numbers = {}, {}
+        for split in SPLITS:
+            env = HiddenRulesWrapper(TaskRoom(), lifetime=12, split=split)
+            env.reset(seed=1)
+            drawn[split], numbers[split] = set(), set()
+            for _ in range(80):
+                env.reset()
+                self.assertEqual(env.action_map.tolist(), [0, 1, 2, 3, 4])  # tasks of its own: nothing is shuffled
+                task = env.unwrapped.task
+                drawn[split].add(task)
+                numbers[split].add(env.task)
+                ends = 0
+                for action in np.random.default_rng(0).integers(0, 5, 12):
+                    ends += env.step(action)[4]["episode_truncated"]
+                self.assertEqual((env.unwrapped.task, ends), (task, 2))  # the same in all episodes
+        self.assertEqual([len(drawn[split]) for split in SPLITS], [7, 1, 1])
+        for sets in (drawn, numbers):
+            self.assertEqual(sum(map(len, sets.values())), len(set().union(*sets.values())))
+
+    def test_published_splits_are_kept_and_actions_shuffled_where_asked(self):
+        tasks = {"train": [0, 1], "validation": [2], "test": [3]}
+        env = HiddenRulesWrapper(TaskRoom(tasks), split="test", shuffle=("all",))
+        maps = set()
+        for seed in range(9):
+            env.reset(seed=seed)
+            maps.add(tuple(env.action_map))
+            self.assertEqual(env.unwrapped.task, 3)
+            self.assertEqual(env.advice("known_rule"), int(np.argmax(env.action_map == 3)))
+        self.assertGreater(len(maps), 3)
+
+    def test_tasks_and_advice_that_cannot_be_used_are_refused(self):
+        for tasks, message in (
+            ([0, 1], "has 2 tasks: at least 3"),
+            ({"train": [0, 1], "test": [2]}, "none for validation"),
+            ({"train": [0, 1], "validation": [2], "test": []}, "none for test"),
+            ([0, 1, 2, 1], "task 1 occurs twice"),
+        ):
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
+                HiddenRulesWrapper(TaskRoom(tasks))
+        for answer, message in ((5, "returned 5"), (None, "returned None"), (RuntimeError("lost"), "lost")):
+            with mock.patch.object(TaskRoom, "expert_action", mock.Mock(side_effect=[answer])):
+                worlds = environment.ExternalWorlds(replace(ROOM, gym_id="TaskRoom-v0"), 1, "train", 0)
+                worlds.reset()
+                with self.subTest(message), self.assertRaisesRegex(environment.ExternalEnvError, message):
+                    worlds.advice("known_rule")
 
 
 class TestExternalWorlds(unittest.TestCase):
@@ -556,7 +628,7 @@ class TestExternalWorlds(unittest.TestCase):
         self.assertFalse(torch.equal(runs[0][1], runs[2][1]))
 
     def test_unshuffled_actions_stay_and_an_environment_that_fails_is_named(self):
-        worlds = environment.make_worlds(replace(ROOM, shuffled=(0, 1, 2, 3)), 2, "test", 5)
+        worlds = environment.make_worlds(replace(ROOM, shuffle=("0", "1", "2", "3")), 2, "test", 5)
         rollout(worlds, RandomAgent(0, 5))
         self.assertEqual("4", worlds.describe_rule(1).split()[-1])
         worlds.reset()

@@ -559,6 +559,20 @@ class TestReadme(unittest.TestCase):
         self.assertTrue(names["truncated"])
         self.assertEqual(len(names["agent"].memory), 64)
 
+    def test_the_task_distribution_of_the_readme_is_trained_on(self):
+        (example,) = (text for text in re.findall(r"```python\n(.*?)```", self.text, re.S) if "set_task" in text)
+        folder = temporary_folder()
+        (folder / "mine.py").write_text(example)
+        (folder / "tiny.json").write_text(json.dumps({"training": TINY["training"], "context": TINY["context"]}))
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            code, printed = in_process(["--config", "tiny.json", "--world.gym-id", "mine:Corridor-v0"], folder)
+        self.assertEqual(code, 0, printed)
+        result = json.loads((only_run(folder) / "evaluation.json").read_text())
+        self.assertEqual(set(result["returns"]), {"agent", "random", "known_rule"})
+        self.assertEqual(len(result["agent"]["by_step"]), 60)
+        self.assertGreater(result["known_rule"]["return_mean"], 40)
+        self.assertIn("normalised", result)
+
     def test_links_and_figures_exist(self):
         for target in re.findall(r"\]\(([^)#]+)", self.text):
             if "://" not in target:

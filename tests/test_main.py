@@ -478,7 +478,7 @@ class TestEveryEnvironment(unittest.TestCase):
         return folder, *in_process(["--config", "tiny.json", *arguments], folder)
 
     def test_an_external_environment_is_trained_on_evaluated_and_repeated(self):
-        folder, code, errors = self.external("--world.gym-id", "Room-v0", "--world.shuffled", *"0123")
+        folder, code, errors = self.external("--world.gym-id", "Room-v0", "--world.shuffle", *"0123")
         self.assertEqual(code, 0, errors)
         run = only_run(folder)
         config = json.loads((run / "config.json").read_text())
@@ -565,8 +565,8 @@ class TestEveryEnvironment(unittest.TestCase):
             (["--world.gym-id", "Nowhere-v0"], "Nowhere-v0"),
             (["--world.gym-id", "CartPole-v1"], "must be uint8"),
             ([*room, "--world.cell", "5"], "does not divide"),
-            ([*room, "--world.cell", "4", "--world.shuffled", "0", "1"], "4 to 20"),
-            (["--world.shuffled", "0", "1", "2", "3"], "give world.gym_id"),
+            ([*room, "--world.cell", "4", "--world.shuffle", "0", "1"], "4 to 20"),
+            (["--world.shuffle", "0", "1", "2", "3"], "give world.gym_id"),
         ):
             code, errors = in_process(arguments, folder)
             self.assertEqual(code, 2, errors)

@@ -21,10 +21,12 @@ from memory import (
     FrameBlock,
     LifetimeStore,
     MemorySettings,
+    PlaceMemory,
     Processes,
     RunFolder,
     UserError,
     WorldStep,
+    empty_experience,
     make_generator,
     merge,
     remove_stale_blocks,
@@ -45,7 +47,7 @@ def counted(lifetime: int = 0) -> EpisodicMemory:
     def frame(numbers: torch.Tensor) -> torch.Tensor:
         return numbers.to(torch.uint8)[:, None, None, None].expand(-1, 2, 2, 3)
 
-    memory = EpisodicMemory(BATCH, T, patches=4, num_effects=3, keep_frames=True)
+    memory = EpisodicMemory(BATCH, T, patches=4, codes=256, num_effects=3, keep_frames=True)
     now = torch.tensor([0, 50]) + lifetime
     for step in range(T):
         ended = torch.tensor([(row, step) in ENDS for row in range(BATCH)])
@@ -56,6 +58,52 @@ def counted(lifetime: int = 0) -> EpisodicMemory:
         memory.append(*codes, torch.full((BATCH, 3), step / 8), torch.full((BATCH,), step), frame(now), happened)
         now = obs
     return memory
+
+
+def random_experience(codes: int = 3) -> tuple[Experience, list[WorldStep]]:
+    """Ten steps of four lifetimes on five patches, and the same step by step."""
+    generator, shape = torch.Generator().manual_seed(0), (4, 10)
+    experience = empty_experience(*shape, 5, 2, "cpu")
+    experience = experience._replace(
+        codes=torch.randint(codes, (*shape, 5), generator=generator).byte(),
+        next_codes=torch.randint(codes, (*shape, 5), generator=generator).byte(),
+        reward=torch.randint(-1, 2, shape, generator=generator).float(),
+        terminated=torch.rand(shape, generator=generator) < 0.2,
+        truncated=torch.rand(shape, generator=generator) < 0.1,
+    )
+    parts = zip(*(x.unbind(1) for x in (experience.reward, experience.terminated, experience.truncated)), strict=True)
+    return experience, [WorldStep(None, *part, None) for part in parts]
+
+
+class TestPlaceMemory(unittest.TestCase):
+    def test_what_is_recalled_equals_loops_over_the_past(self):
+        """Step by step and for all steps at once; a code that never occurs has nothing."""
+        experience, steps = random_experience()
+        carried, made = PlaceMemory.empty(4, 5, 7), PlaceMemory.before_steps(experience, 7)
+        row, place, code = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (4, 5, 7)), indexing="ij"))
+        for t, step in enumerate(steps):
+            expected = torch.zeros(4, 5, 7, 4)
+            earned = torch.zeros(4)
+            for b in range(4):
+                for past in range(t):
+                    reward = float(experience.reward[b, past])
+                    happened = torch.tensor([1, reward, float(experience.terminated[b, past]), earned[b]])
+                    for s in range(5):
+                        expected[b, s, int(experience.next_codes[b, past, s])] += happened
+                    earned[b] = 0 if experience.ended[b, past] else earned[b] + reward
+            expected = (expected.sign() * expected.abs().log1p()).flatten(0, 2)
+            torch.testing.assert_close(carried.recall(row, place, code), expected)
+            torch.testing.assert_close(made.recall(row * 10 + t, place, code), expected)
+            torch.testing.assert_close(carried.earned, earned)
+            torch.testing.assert_close(made.earned.view(4, 10)[:, t], earned)
+            carried.add(experience.next_codes[:, t], step)
+
+    def test_events_are_what_is_unusual(self):
+        experience, _ = random_experience()
+        reward = torch.full((4, 10), -0.1)
+        reward[1, 3] = 1.0
+        experience = experience._replace(reward=reward, terminated=reward == 2)
+        self.assertEqual(experience.events.nonzero().tolist(), [[1, 3]])
 
 
 class TestEpisodicMemory(unittest.TestCase):

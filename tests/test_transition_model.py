@@ -10,7 +10,7 @@ from context_engine import rollout
 from environment import HiddenRulesWorld
 from main import build_system, train
 from memory import Experience, RunFolder, empty_experience
-from tests.shared import make_generator, temporary_folder, tiny, tiny_system
+from tests.shared import make_generator, places_of, temporary_folder, tiny, tiny_system
 from transition_model import (
     EffectCache,
     EffectNetwork,
@@ -460,15 +460,19 @@ class TestContextualHeads(unittest.TestCase):
         prior = model.log_prior(context).exp()
         torch.testing.assert_close(prior.sum(-1), torch.ones(2, 3))
         self.assertFalse(torch.allclose(prior[0], prior[1]))
-        present = contact_pairs(random_codes(2), random_codes(2, 1), 3)
-        log_reward, end = model.reward_and_termination(present, context[:, -1])
+        torch.nn.init.normal_(model.place_out.weight)
+        now, own = (random_codes(2), random_codes(2, 1)), torch.arange(2)
+        places = places_of(2, now[0].shape[1], 3)
+        log_reward, end = model.reward_and_termination(*now, places, own, context[:, -1])
         torch.testing.assert_close(log_reward.exp().sum(-1), torch.ones(2))
         self.assertEqual((log_reward.shape, end.shape), ((2, 3), (2,)))
-        alone, row = model.reward_and_termination(present[1:], context[1:, -1])[0], torch.tensor([1, 0, 1])
+        alone = model.reward_and_termination(*(x[1:] for x in now), places, own[1:], context[1:, -1])[0]
         torch.testing.assert_close(alone, log_reward[1:])  # other rows have no influence
-        shared, _ = model.reward_and_termination(present[row], context[:, -1], row)
+        row = torch.tensor([1, 0, 1])
+        shared, _ = model.reward_and_termination(*(x[row] for x in now), places, row, context[:, -1], row)
         torch.testing.assert_close(shared, log_reward[row])
-        self.assertEqual(model.reward_and_termination(present[:0], context[:, -1], row[:0])[0].shape, (0, 3))
+        none = model.reward_and_termination(*(x[:0] for x in now), places, row[:0], context[:, -1], row[:0])[0]
+        self.assertEqual(none.shape, (0, 3))
 
     def test_a_step_that_effects_explain_alike_leaves_open_which_it_was(self):
         model, context, action = model_of(), torch.randn(4, 3, 5, requires_grad=True), torch.tensor([0, 1, 1, 0])

@@ -30,7 +30,7 @@ from tyro.conf import Positional
 from agent import AgentController, Learner, Planner, System
 from film_layer import FiLMLayer
 from main import Settings, build_system, evaluate, train
-from memory import Experience, UserError, WorldStep, merge, write_json
+from memory import Experience, PlaceMemory, UserError, WorldStep, merge, write_json
 from tests.benchmarks import command_line, load_systems, score_cells
 from transition_model import EffectCache
 from world_model import Value, bootstrap_ci, format_ci, mean, statistics
@@ -92,7 +92,12 @@ class ModelFree(Planner):
     """
 
     def action_values(
-        self, codes: Tensor, context: Tensor, nodes: int = 1, predict: EffectCache | None = None
+        self,
+        codes: Tensor,
+        context: Tensor,
+        places: PlaceMemory | None = None,
+        nodes: int = 1,
+        predict: EffectCache | None = None,
     ) -> Tensor:
         """Q (B, A) of the target network for code grids (B, S) uint8 under contexts (B, A + 1, D)."""
         with torch.no_grad():

@@ -1,0 +1,214 @@
+"""The classics of meta-reinforcement learning as pixel environments, each a task distribution of one's own.
+
+    python3 main.py --world.gym-id tests.benchmarks.classics:HiddenGoal-v0
+
+A grid is drawn in which only the body is seen (on the lake the goal too). Everything else is hidden and depends on the
+task. Published settings:
+
+- HiddenGoal: 5x5, the goal in one of 21 cells, four episodes of 15 steps, -0.1 a step off the goal and 1 on it
+  (Zintgraf et al., "VariBAD", ICLR 2020, `GridNavi`).
+- Darkroom: 9x9, from the centre, ten episodes of 20 steps, 1 a step on the goal (Laskin et al., "In-context
+  Reinforcement Learning with Algorithm Distillation", ICLR 2023).
+- DarkroomPermuted: the goal in the far corner and known, five actions permuted, 12 of 120 permutations held out, four
+  episodes of 50 steps (Lee et al., "Decision-Pretrained Transformer", NeurIPS 2023; Son et al., "Distilling
+  Reinforcement Learning Algorithms for In-Context Model-Based Planning", ICLR 2025).
+- DarkKeyToDoor: 1 for the first step on the key, then 1 for the first one on the door, from a random cell, eight
+  episodes of 50 steps; 5% of the 6480 pairs held out (the same).
+- FrozenLakeMeta: a lake with unseen holes for every lifetime, two actions swapped with probability one half, as
+  AMAGO's `MetaFrozenLake` (Grigsby et al., ICLR 2024); a move slips to either side with probability 0.1 each.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+
+from environment import SPLITS
+
+STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, stay: (row, column)
+SIDES = ((2, 3), (2, 3), (0, 1), (0, 1), (4, 4))  # where a move may slip to
+PATCH = 4  # pixels along each side of a cell
+
+
+class Classic(gymnasium.Env):
+    """A grid whose tasks are tables over n tasks, S cells and F stages of an episode; the agent sees the body alone.
+
+    Args:
+        size: cells along each side; episode: steps of an episode; lifetime: steps of a task.
+        reward: (n, F, S), for a step into a cell; a positive one leads to the next stage, if there is any.
+        ends: (n, F, S) bool, where an episode ends.
+        moves: (n, A), which of STEPS each action makes.
+        start: cell in which an episode begins, a random one if None; goal: a cell that is drawn, if any.
+        slip: probability of slipping to each side.
+        held_out: share of the tasks held out for the test, and as many for validation.
+    """
+
+    observation_space: gymnasium.spaces.Box
+    action_space = gymnasium.spaces.Discrete(len(STEPS))
+    metadata = {"render_modes": [], "patch": PATCH}
+
+    def __init__(
+        self,
+        size: int,
+        episode: int,
+        lifetime: int,
+        reward: np.ndarray,
+        ends: np.ndarray,
+        moves: np.ndarray,
+        start: int | None,
+        goal: int | None = None,
+        slip: float = 0.0,
+        held_out: float = 0.2,
+    ) -> None:
+        self.size, self.episode, self.start, self.goal, self.slip = size, episode, start, goal, slip
+        self.reward, self.ends, self.moves = reward, ends, moves
+        self.metadata = self.metadata | {"lifetime": lifetime}
+        self.observation_space = gymnasium.spaces.Box(0, 255, (size * PATCH, size * PATCH, 3), np.uint8)
+        order, held = np.random.default_rng(7).permutation(len(reward)), round(held_out * len(reward))
+        parts = np.split(order, [len(order) - 2 * held, len(order) - held])
+        self.tasks = {split: part.tolist() for split, part in zip(SPLITS, parts, strict=True)}
+        place = np.arange(size**2)
+        row, column = place // size, place % size
+        to = [(np.clip(row + y, 0, size - 1), np.clip(column + x, 0, size - 1)) for y, x in STEPS]
+        self.to = np.stack([row * size + column for row, column in to])  # (step, S): the cell that a step leads to
+        self.task = 0
+
+    def set_task(self, task: int) -> None:
+        """A lifetime in a task begins: posterior sampling starts from the uniform prior over all tasks."""
+        self.task, self.log_posterior, self.sample = task, np.zeros(len(self.reward)), None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Begin an episode in the present task."""
+        super().reset(seed=seed)
+        self.cell = int(self.np_random.integers(self.size**2)) if self.start is None else self.start
+        self.stage = self.steps = 0
+        return self.draw(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Move, and update the posterior over tasks."""
+        move, chance = self.moves[self.task, action], self.np_random.random()
+        if chance < 2 * self.slip:
+            move = SIDES[move][int(chance < self.slip)]
+        before, self.cell = self.cell, int(self.to[move, self.cell])
+        reward, ended = self.reward[self.task, self.stage, self.cell], self.ends[self.task, self.stage, self.cell]
+        self._infer(before, action, reward, ended)
+        self.stage = min(self.stage + int(reward > 0), self.reward.shape[1] - 1)
+        self.steps += 1
+        return self.draw(), float(reward), bool(ended), self.steps >= self.episode, {}
+
+    def draw(self) -> np.ndarray:
+        """The frame: (H, W, 3) uint8."""
+        cells = np.full((self.size**2, 3), 20, np.uint8)
+        if self.goal is not None:
+            cells[self.goal] = (60, 200, 80)
+        cells[self.cell] = (220, 60, 60)
+        return cells.reshape(self.size, self.size, 3).repeat(PATCH, 0).repeat(PATCH, 1)
+
+    def expert_action(self) -> int:
+        """The best action of one who knows the task."""
+        return int(self.plan(self.task)[self.stage, self.cell])
+
+    def thompson_action(self) -> int:
+        """The best action in a task sampled from the exact posterior, anew when it is not possible any more."""
+        if self.sample is None or np.isneginf(self.log_posterior[self.sample]):
+            weight = np.exp(self.log_posterior - self.log_posterior.max())
+            self.sample = int(self.np_random.choice(len(weight), p=weight / weight.sum()))
+        return int(self.plan(self.sample)[self.stage, self.cell])
+
+    def _infer(self, before: int, action: int, reward: float, ended: bool) -> None:
+        """Bayes' rule for every task."""
+        reached = self.to[:, before] == self.cell  # (step,)
+        by_move = (1 - 2 * self.slip) * reached + self.slip * reached[np.array(SIDES)].sum(1)
+        likelihood = by_move[self.moves[:, action]]
+        likelihood = likelihood * (self.reward[:, self.stage, self.cell] == reward)
+        with np.errstate(divide="ignore"):
+            self.log_posterior += np.log(likelihood * (self.ends[:, self.stage, self.cell] == ended))
+
+    def plan(self, task: int, discount: float = 0.97) -> np.ndarray:
+        """The best action (F, S) in a task, by value iteration."""
+        return plans(self.__class__)(self, task, discount)
+
+
+@functools.cache
+def plans(family: type) -> Any:
+    """A planner for a family of tasks that computes every plan once, whatever the environment."""
+    known: dict[int, np.ndarray] = {}
+
+    def plan(env: Classic, task: int, discount: float) -> np.ndarray:
+        if task not in known:
+            reward, ends, last = env.reward[task], env.ends[task], env.reward.shape[1] - 1
+            value, stage = np.zeros(reward.shape), np.minimum(np.arange(last + 1)[:, None] + (reward > 0), last)
+            for _ in range(200):
+                entered = reward + discount * ~ends * value[stage, np.arange(reward.shape[1])]  # (F, S)
+                by_step = entered[:, env.to]  # (F, step, S)
+                mixed = (1 - 2 * env.slip) * by_step + env.slip * by_step[:, np.array(SIDES)].sum(2)
+                q = mixed[:, env.moves[task]]  # (F, A, S)
+                previous, value = value, q.max(1)
+                if np.abs(value - previous).max() < 1e-6:
+                    break
+            known[task] = q.argmax(1)
+        return known[task]
+
+    return plan
+
+
+class HiddenGoal(Classic):
+    """VariBAD's grid."""
+
+    def __init__(self) -> None:
+        cells = [cell for cell in range(25) if cell not in (0, 1, 5, 6)]
+        reward = np.where(np.arange(25) == np.array(cells)[:, None], 1.0, -0.1)[:, None]
+        moves = np.tile(np.arange(5), (len(cells), 1))
+        super().__init__(5, 15, 60, reward, np.zeros_like(reward, bool), moves, start=0)
+
+
+class Darkroom(Classic):
+    """Algorithm Distillation's dark room."""
+
+    def __init__(self) -> None:
+        reward = np.eye(81)[:, None]
+        super().__init__(9, 20, 200, reward, np.zeros_like(reward, bool), np.tile(np.arange(5), (81, 1)), start=40)
+
+
+class DarkroomPermuted(Classic):
+    """The dark room with its goal in the corner and permuted actions."""
+
+    def __init__(self) -> None:
+        moves = np.array(list(itertools.permutations(range(5))))
+        reward = np.tile(np.arange(81) == 80, (len(moves), 1, 1)).astype(float)
+        super().__init__(9, 50, 200, reward, np.zeros_like(reward, bool), moves, start=0, held_out=0.1)
+
+
+class DarkKeyToDoor(Classic):
+    """First the key, then the door; whether one has the key is not seen."""
+
+    def __init__(self) -> None:
+        pairs = np.array(list(itertools.permutations(range(81), 2)))  # (key, door)
+        reward = np.zeros((len(pairs), 3, 81))  # stages: nothing yet, with the key, done
+        for stage in (0, 1):
+            np.put_along_axis(reward[:, stage], pairs[:, stage : stage + 1], 1.0, 1)
+        moves = np.tile(np.arange(5), (len(pairs), 1))
+        super().__init__(9, 50, 400, reward, np.zeros_like(reward, bool), moves, start=None, held_out=0.05)
+
+
+class FrozenLakeMeta(Classic):
+    """Lakes with unseen holes; down and right may be swapped."""
+
+    LAKES = 2000
+
+    def __init__(self) -> None:
+        lakes = np.array([list("".join(generate_random_map(5, seed=seed))) for seed in range(self.LAKES)])
+        lakes = np.unique(lakes, axis=0).repeat(2, 0)  # (n, 25)
+        reward = (lakes == "G").astype(float)[:, None]
+        ends = ((lakes == "G") | (lakes == "H"))[:, None]
+        moves = np.tile([[0, 1, 2, 3, 4], [0, 3, 2, 1, 4]], (len(lakes) // 2, 1))
+        super().__init__(5, 25, 200, reward, ends, moves, start=0, goal=24, slip=0.1)
+
+
+for family in (HiddenGoal, Darkroom, DarkroomPermuted, DarkKeyToDoor, FrozenLakeMeta):
+    gymnasium.register(f"{family.__name__}-v0", entry_point=family, disable_env_checker=True, order_enforce=False)
