@@ -20,7 +20,6 @@ task. Published settings:
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -33,6 +32,7 @@ from environment import SPLITS
 STEPS = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))  # up, down, left, right, stay: (row, column)
 SIDES = ((2, 3), (2, 3), (0, 1), (0, 1), (4, 4))  # where a move may slip to
 PATCH = 4  # pixels along each side of a cell
+PLANS: dict[tuple[type, int], np.ndarray] = {}  # by family and task
 
 
 class Classic(gymnasium.Env):
@@ -130,31 +130,20 @@ class Classic(gymnasium.Env):
             self.log_posterior += np.log(likelihood * (self.ends[:, self.stage, self.cell] == ended))
 
     def plan(self, task: int, discount: float = 0.97) -> np.ndarray:
-        """The best action (F, S) in a task, by value iteration."""
-        return plans(self.__class__)(self, task, discount)
-
-
-@functools.cache
-def plans(family: type) -> Any:
-    """A planner for a family of tasks that computes every plan once, whatever the environment."""
-    known: dict[int, np.ndarray] = {}
-
-    def plan(env: Classic, task: int, discount: float) -> np.ndarray:
-        if task not in known:
-            reward, ends, last = env.reward[task], env.ends[task], env.reward.shape[1] - 1
+        """The best action (F, S) in a task, by value iteration, computed once for all environments of a family."""
+        if (type(self), task) not in PLANS:
+            reward, ends, last = self.reward[task], self.ends[task], self.reward.shape[1] - 1
             value, stage = np.zeros(reward.shape), np.minimum(np.arange(last + 1)[:, None] + (reward > 0), last)
             for _ in range(200):
                 entered = reward + discount * ~ends * value[stage, np.arange(reward.shape[1])]  # (F, S)
-                by_step = entered[:, env.to]  # (F, step, S)
-                mixed = (1 - 2 * env.slip) * by_step + env.slip * by_step[:, np.array(SIDES)].sum(2)
-                q = mixed[:, env.moves[task]]  # (F, A, S)
+                by_step = entered[:, self.to]  # (F, step, S)
+                mixed = (1 - 2 * self.slip) * by_step + self.slip * by_step[:, np.array(SIDES)].sum(2)
+                q = mixed[:, self.moves[task]]  # (F, A, S)
                 previous, value = value, q.max(1)
                 if np.abs(value - previous).max() < 1e-6:
                     break
-            known[task] = q.argmax(1)
-        return known[task]
-
-    return plan
+            PLANS[type(self), task] = q.argmax(1)
+        return PLANS[type(self), task]
 
 
 class HiddenGoal(Classic):
