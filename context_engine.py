@@ -152,7 +152,8 @@ class ContextInferenceEngine(nn.Module):
             decoding = weight * mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t'),   t' random, past or future
             reward, termination = cross-entropies of sampled steps under c_t' and what the memory of places held at t',
             t' random; steps with an event (a termination or an unusual reward) and steps without are averaged apart,
-            because events are 6% of the steps
+            because events are 6% of the steps, and the logits of events are shifted by as much as they count more, so
+            that the heads predict how often they happen (Menon et al., "Long-tail Learning via Logit Adjustment", 2021)
 
         t and t' must lie in one segment, because effects under another rule are no valid target. Gradients reach
         the engine and the contextual parameters of `transition`; codes and effect posteriors are constants.
@@ -173,6 +174,8 @@ class ContextInferenceEngine(nn.Module):
         codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
         reward, terminated = experience.reward.flatten(), experience.terminated.flatten()
         places, event = PlaceMemory.before_steps(experience, self.codes), experience.events.flatten()
+        usual, share = reward.mode().values, event.float().mean().clamp(0.5 / (B * T), 1 - 0.5 / (B * T))
+        odds = ((1 - share) / share).log()  # how much more an event counts than another step
         for occurred in (True, False):
             steps = (event == occurred).nonzero()[:, 0]
             if len(steps) == 0:
@@ -180,7 +183,7 @@ class ContextInferenceEngine(nn.Module):
             steps = steps[torch.randint(len(steps), (B * T // 5,), generator=generator, device=steps.device)]
             time, valid = self._other_times(experience.segment, row[steps], generator, steps % T)
             then = (codes[steps], next_codes[steps], places, row[steps] * T + time, context[row[steps], time, -1])
-            happened = (reward[steps], terminated[steps])
+            happened = (reward[steps], terminated[steps], usual, odds)
             terms = transition.reward_and_termination_loss(*happened, *then, earned=places.earned[steps])
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + (term * valid).sum() / valid.sum().clamp_min(1)

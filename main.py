@@ -63,7 +63,7 @@ PRESETS: dict[str, dict] = {
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
-        "planner": {"nodes": 256, "collect_nodes": 256, "expand_margin": 0.3},
+        "planner": {"nodes": 256, "collect_nodes": 256, "expand_margin": 0.3, "min_branch_prob": 0.03},
         "training": dict(updates=600, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
         | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64),
     },

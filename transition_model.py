@@ -649,12 +649,23 @@ class TransitionModel(nn.Module):
         return self.log_prior(chosen)[:, 0]
 
     def reward_and_termination_loss(
-        self, reward: Tensor, terminated: Tensor, *arguments: Tensor | PlaceMemory, **options: Tensor
+        self,
+        reward: Tensor,
+        terminated: Tensor,
+        usual: Tensor,
+        odds: Tensor,
+        *arguments: Tensor | PlaceMemory,
+        **options: Tensor,
     ) -> dict[str, Tensor]:
-        """Cross-entropies (N,) in nats of rewards (N,), as `two_hot`, and terminations (N,) bool; the other arguments
-        are those of `reward_and_termination`."""
+        """Cross-entropies (N,) in nats of rewards (N,), as `two_hot`, and terminations (N,) bool.
+
+        The logits of rewards other than the `usual` one, a scalar, and of terminations are raised by `odds`, a scalar,
+        by which such steps count more than others. The other arguments are those of `reward_and_termination`.
+        """
         log_reward, end = self.reward_and_termination(*arguments, **options)
+        unusual = self.two_hot(usual[None])[0] == 0  # (bins,)
+        log_reward = (log_reward + odds * unusual).log_softmax(-1)
         return {
             "reward": -(self.two_hot(reward) * log_reward).sum(-1),
-            "termination": F.binary_cross_entropy_with_logits(end, terminated.float(), reduction="none"),
+            "termination": F.binary_cross_entropy_with_logits(end + odds, terminated.float(), reduction="none"),
         }

@@ -1,9 +1,10 @@
-"""How an agent adapts in a MiniGrid environment with shuffled actions, beside a shortest-path planner.
+"""How an agent adapts in an external environment, beside one who knows the rule.
 
-RUNs are trained with --world.gym-id MiniGrid-.... Compares the return by step of the lifetime with a random agent's
-and with a planner's that knows the rule and takes a shortest path, all under the same held-out rules. How much of the
-latter's return is reached once the rule should be known is compared lifetime by lifetime; a death is an episode that
-terminates without reward. Figure: external.png in the first run's folder. Needs tests/requirements.txt.
+RUNs are trained with --world.gym-id in one environment. Who knows the rule is the environment's own expert, or in
+MiniGrid a planner that takes a shortest path. Compares the returns in equal parts of the lifetime, such as episodes,
+with those of posterior sampling, where the environment offers it, and of a random agent, all on the same held-out
+tasks. Shares of the expert's return are compared lifetime by lifetime; a death is an episode that terminates without
+reward. Figure: external.png in the first run's folder. Needs tests/requirements.txt.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from agent import AgentController, System
-from context_engine import RandomAgent, rollout
+from context_engine import references, rollout
 from environment import ExternalWorlds
 from main import EVALUATION_SEEDS, HeldOut
-from memory import UserError, WorldStep
+from memory import UserError, WorldStep, require
 from tests.benchmarks import command_line, load_systems
-from world_model import Trajectories, bootstrap_ci, format_ci, mean, ratio_of_means
+from world_model import AGENTS, Trajectories, bootstrap_ci, format_ci, mean, ratio_of_means
 
-BIN, LATE = 32, 32  # steps that are averaged in a column; step from which on the rule should be known
 LEFT, RIGHT, FORWARD, PICKUP, TOGGLE = 0, 1, 2, 3, 5  # MiniGrid's own actions
-SHORTEST = "known rule, shortest path"
 State = tuple[int, int, int, bool, bool]  # x, y, direction, whether it has the key, whether it has opened the door
 
 
@@ -89,63 +88,73 @@ def first_action(env: gymnasium.Env) -> int:
 
 
 def rollouts(systems: list[System], lifetimes: int, split: HeldOut) -> dict[str, list[Trajectories]]:
-    """What happened by agent, the trained agent's first; one item for each run of the trained agent."""
+    """What happened by agent, the trained agent's first, one item for each run; UserError if nobody knows the rule."""
     world, seed = systems[0].settings.world, EVALUATION_SEEDS[split]
+    found = {name: [one] for name, one in references(world, lifetimes, split, seed, systems[0].device).items()}
 
     def rollout_of(make: Callable) -> Trajectories:
         worlds = ExternalWorlds(world, lifetimes, split, seed, systems[0].device)
         return rollout(worlds, make(worlds))
 
-    return {
-        "agent": [rollout_of(lambda _, system=system: AgentController(system)) for system in systems],
-        SHORTEST: [rollout_of(ShortestPathAgent)],
-        "random": [rollout_of(lambda _: RandomAgent(seed, world.sizes.actions))],
-    }
+    if "known_rule" not in found and "MiniGrid" not in world.gym_id:
+        raise UserError(
+            f"{world.gym_id} offers no expert_action() and is not one of MiniGrid's: nothing to compare with."
+        )
+    if "known_rule" not in found:
+        found["known_rule"] = [rollout_of(ShortestPathAgent)]
+    return {"agent": [rollout_of(lambda _, system=system: AgentController(system)) for system in systems]} | found
 
 
-def late_cells(each: list[Trajectories], shortest: Trajectories) -> list[str]:
-    """Two cells of the table, both of the steps from LATE on: the return as a share of the shortest path's with its
-    interval, and deaths per episode won."""
-    best = shortest.reward[:, LATE:].sum(1).numpy().astype(float)
-    pairs = [np.stack([one.reward[:, LATE:].sum(1).numpy().astype(float), best]) for one in each]
-    won = sum(int((one.terminated & (one.reward > 0))[:, LATE:].sum()) for one in each)
-    died = sum(int((one.terminated & (one.reward <= 0))[:, LATE:].sum()) for one in each)
-    share = float(ratio_of_means(*np.concatenate(pairs, 1))) if best.any() else None
-    return [format_ci(share, bootstrap_ci(ratio_of_means, *pairs), 3), f"{died / won:.3f}" if won else "-"]
+def cells(each: list[Trajectories], best: Trajectories, columns: int) -> list[str]:
+    """The row of an agent: return; shares of the return of `best` after the first part and in the last part; episodes
+    that ended in the last part and were won; deaths for each episode won after the first part; returns by part."""
+    size = best.reward.shape[1] // columns
+    reward = np.stack([one.reward[:, : size * columns].double().numpy() for one in (*each, best)])
+    by_part = reward.reshape(*reward.shape[:2], columns, size).sum(3)  # (runs and best, lifetimes, part)
+    row = [format_ci(float(reward[:-1].sum(2).mean()), bootstrap_ci(mean, *reward[:-1].sum(2)[:, None]), 2)]
+    for part in (slice(1, None), slice(-1, None)):
+        earned = by_part[:, :, part].sum(2)
+        pairs = [np.stack([own, earned[-1]]) for own in earned[:-1]]
+        row.append(format_ci(float(earned[:-1].mean() / earned[-1].mean()), bootstrap_ci(ratio_of_means, *pairs), 3))
+    won = torch.cat([one.terminated & (one.reward > 0) for one in each])
+    died = torch.cat([one.terminated & (one.reward <= 0) for one in each])
+    ended = torch.cat([one.terminated | one.truncated for one in each])
+    last = slice(size * (columns - 1), None)
+    row.append(f"{won[:, last].sum() / ended[:, last].sum():.3f}" if won.any() else "-")
+    row.append(f"{died[:, size:].sum() / won[:, size:].sum():.3f}" if won[:, size:].any() else "-")
+    return [*row, *(f"{x:.2f}" for x in by_part[:-1].mean((0, 1)))]
 
 
-def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: HeldOut = "test") -> None:
+def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: HeldOut = "test", columns: int = 8) -> None:
     """Print the table and save the figure.
 
     Args:
-        runs: Folders of runs trained in one MiniGrid environment.
+        runs: Folders of runs trained in one external environment.
         lifetimes: Lifetimes of each agent.
         split: Which rules.
+        columns: Equal parts of the lifetime, at least 2; for episodes of a fixed length, how many there are.
     """
     systems = load_systems(runs)
     world = systems[0].settings.world
-    if "MiniGrid" not in world.gym_id:
-        raise UserError(f"{runs[0]} was not trained in MiniGrid: python3 main.py --world.gym-id MiniGrid-Empty-5x5-v0.")
-    bins = range(0, world.lifetime - BIN + 1, BIN)
-    late = (f"after step {LATE}, share of the shortest path", f"deaths per episode won after step {LATE}")
-    heads = ["agent", "return", *late, *(f"steps {low} to {low + BIN - 1}" for low in bins)]
+    require("columns", columns, 2, world.lifetime)
+    if not world.gym_id:
+        raise UserError(f"{runs[0]} was not trained in an external environment: python3 main.py --world.gym-id ID.")
+    found, size = rollouts(systems, lifetimes, split), world.lifetime // columns
+    shares = (f"of known rule after step {size}", "of known rule in the last part")
+    counts = ("episodes won in the last part", f"deaths per episode won after step {size}")
+    heads = ["agent", "return", *shares, *counts, *(f"part {k + 1}" for k in range(columns))]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    found = rollouts(systems, lifetimes, split)
     for name, each in found.items():
-        returns = [one.reward.sum(1).numpy()[None].astype(float) for one in each]
-        total = format_ci(float(np.mean(returns)), bootstrap_ci(mean, *returns), 2)
-        reward = np.concatenate([one.reward.numpy() for one in each])
-        by_bin = reward[:, : len(bins) * BIN].reshape(-1, len(bins), BIN).sum(2).mean(0)
-        cells = [name, total, *late_cells(each, found[SHORTEST][0]), *(f"{x:.2f}" for x in by_bin)]
-        print("| " + " | ".join(cells) + " |")
-        axes.plot(np.array(bins) + BIN / 2, by_bin / BIN, marker=".", label=name)
+        row = cells(each, found["known_rule"][0], columns)
+        print("| " + " | ".join([AGENTS[name], *row]) + " |")
+        middle = (np.arange(columns) + 0.5) * size
+        axes.plot(middle, np.array(row[-columns:], float) / size, marker=".", label=AGENTS[name])
     axes.set(xlabel="step of the lifetime", ylabel="reward per step", title=world.gym_id)
-    axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
     figure.savefig(runs[0] / "external.png", dpi=120)
-    held_out = f"{lifetimes} lifetimes under rules of the {split} split"
+    held_out = f"{lifetimes} lifetimes under rules of the {split} split, parts of {size} steps"
     print(f"\n{held_out}, {len(runs)} runs; figure in {runs[0] / 'external.png'}")
 
 
