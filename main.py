@@ -55,7 +55,8 @@ PRESETS: dict[str, dict] = {
     },
     "everything": {
         "vae": {"num_codes": 7},
-        "transition": {"width": 48, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
+        "transition": {"width": 48, "prior_width": 128, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
+        "context": {"hidden": 96, "context": 64},
         "planner": {"nodes": 64, "collect_nodes": 64, "min_branch_prob": 0.15},
         "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600, evaluation_lifetimes=256),
     },
