@@ -608,8 +608,11 @@ class Learner:
         self.optimizers = self._make_optimizers()
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        for generator, saved in zip((self.generator, self.sampler), shards[rank]["generators"], strict=True):
-            generator.set_state(saved.cpu())
+        self.sampler.set_state(shards[rank]["generators"][1].cpu())
+        try:
+            self.generator.set_state(shards[rank]["generators"][0].cpu())
+        except RuntimeError:  # another kind of device has other states: begin a new stream
+            self.generator = make_generator(self.settings.seed, 10**6 + state["counters"][0], self.device)
         self.update, self.collections, self.env_steps = state["counters"]
         self.metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
         self.seconds = state["seconds"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import numbers
 import pickle
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -665,6 +666,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Begin a lifetime under a newly drawn rule; a seed fixes this and all later lifetimes."""
+        self._options = options
         if self._random is None or seed is not None:
             # A random stream apart from the wrapped environment's: else its first state could reveal the rule.
             self._random = np.random.default_rng(None if seed is None else np.random.SeedSequence(seed, spawn_key=(8,)))
@@ -673,7 +675,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
             index = int(self._random.integers(len(self.tasks[self.split])))
             self.task = index + sum(len(self.tasks[split]) for split in SPLITS[: SPLITS.index(self.split)])
             self.env.get_wrapper_attr("set_task")(self.tasks[self.split][index])
-        frame, _ = self.env.reset(seed=seed, options=options)
+        frame = self._restart(seed)
         order = np.arange(len(self.shuffled))
         while len(order):
             order = self._random.permutation(len(self.shuffled))
@@ -688,17 +690,26 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Take an action under the hidden rule; returns Gymnasium's five-tuple."""
+        if self._random is None:
+            raise gymnasium.error.ResetNeeded("step() was called before reset(): call reset() first.")
+        if not self.action_space.contains(action):
+            raise ValueError(f"action is {action!r}, but must be an integer from 0 to {self.action_space.n - 1}.")
         chance, random_action = self._random.random(), self._random.integers(len(self.action_map))
         taken = self.action_map[random_action if chance < self.slip else action]
-        frame, reward, terminated, truncated, _ = self.env.step(taken)
-        if not math.isfinite(reward):
-            raise ValueError(f"the environment {self.env} returned the reward {reward}, which is not finite.")
+        answer = self.env.step(taken)
+        if not isinstance(answer, tuple) or len(answer) != 5:
+            given = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
+            raise ValueError(f"{self.unwrapped}.step returned {given}, but must return Gymnasium's five-tuple.")
+        frame, reward, terminated, truncated, _ = answer
+        if not isinstance(reward, (numbers.Real, np.bool_)) or not math.isfinite(np.float32(reward)):
+            given = f"{self.unwrapped}.step returned the reward {reward!r}"
+            raise ValueError(f"{given}, but rewards must be finite float32.")
         info = {"episode_terminated": bool(terminated), "episode_truncated": bool(truncated and not terminated)}
+        frame = self._add_noise(self._checked(frame, "step"))  # a copy: the environment may draw into it again
         if terminated or truncated:
-            info["final_frame"] = self._add_noise(frame)
-            frame, _ = self.env.reset()
+            info["final_frame"], frame = frame, self._add_noise(self._restart())
         self.steps += 1
-        return self._add_noise(frame), float(reward), False, self.steps >= self.lifetime, info
+        return frame, float(reward), False, self.steps >= self.lifetime, info
 
     def advice(self, name: str) -> int:
         """What the reference agent of that name, see `ADVICE`, does now; ValueError if that is no action."""
@@ -711,6 +722,23 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         """The rule in words, for captions."""
         task = f"task {self.task}; " if self.tasks else ""
         return task + "actions of the environment, by action: " + " ".join(map(str, self.action_map.tolist()))
+
+    def _restart(self, seed: int | None = None) -> np.ndarray:
+        """The first frame of an episode; inner episodes get the lifetime's options too."""
+        answer = self.env.reset(seed=seed, options=self._options)
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            given = f"{self.unwrapped}.reset returned {type(answer).__name__}"
+            raise ValueError(f"{given}, but must return (observation, info).")
+        return self._checked(answer[0], "reset")
+
+    def _checked(self, frame: Any, call: str) -> np.ndarray:
+        """The frame; ValueError if it is not what the observation space promises."""
+        shape, space = getattr(frame, "shape", None), self.observation_space
+        if not isinstance(frame, np.ndarray) or shape != space.shape or frame.dtype != np.uint8:
+            given = f"{shape} {frame.dtype}" if isinstance(frame, np.ndarray) else type(frame).__name__
+            given = f"{self.unwrapped}.{call} returned an observation {given}"
+            raise ValueError(f"{given}, but promises {space.shape} uint8.")
+        return frame
 
     def _add_noise(self, frame: np.ndarray) -> np.ndarray:
         noise = self._random.normal(0, 255 * self.noise, frame.shape) if self.noise else 0
@@ -772,14 +800,16 @@ def permutation_split(rank: int) -> Split:
 def make_inner_env(gym_id: str, cell: int) -> gymnasium.Env:
     """The Gymnasium environment of that id; ValueError if it cannot be made. MiniGrid's show the whole grid, `cell`
     pixels a tile, without the highlighted field of view."""
+    name = gym_id.removeprefix("minigrid:")
     try:
-        if not gym_id.startswith("MiniGrid-"):
-            return gymnasium.make(gym_id)
+        if not name.startswith("MiniGrid-"):
+            return gymnasium.make(gym_id, disable_env_checker=True)  # the wrapper checks
         from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper  # optional; the import registers its environments
 
-        return ImgObsWrapper(RGBImgObsWrapper(gymnasium.make(gym_id, highlight=False), tile_size=cell))
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"world.gym_id is {gym_id!r}, which cannot be made: {error}") from error
+        return ImgObsWrapper(RGBImgObsWrapper(gymnasium.make(name, highlight=False), tile_size=cell))
+    except Exception as error:  # external code may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"world.gym_id is {gym_id!r}, which cannot be made: {reason}") from error
 
 
 @functools.cache

@@ -14,8 +14,10 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -114,7 +116,7 @@ def with_file(settings: Settings, path: Path | None, preset: str | None, gym_id:
     """`settings` with a preset (the named one, else the file's, else gym for an external environment) and a file's
     overrides on top; and these overrides. UserError if the file cannot be read or does not fit."""
     try:
-        overrides = {} if path is None else json.loads(path.read_text())
+        overrides = {} if path is None else json.loads(path.read_text("utf-8-sig"))
         given = overrides if isinstance(overrides, dict) else {}
         world = given.get("world") if isinstance(given.get("world"), dict) else {}
         preset = preset or given.get("preset") or ("gym" if gym_id or world.get("gym_id") else "default")
@@ -185,11 +187,12 @@ def build_system(settings: Settings, engine: type = ContextInferenceEngine, plan
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-def train(learner: Learner, run: RunFolder | None = None, until: int | None = None, checkpoints: bool = True) -> bool:
+def train(learner: Learner, run: RunFolder | None = None, until: int | None = None, checkpoints: bool = True) -> int:
     """Meta-train update by update, to the planned end or to update `until`.
 
-    With a run, metrics and, unless `checkpoints` is off, checkpoints are written. The first Ctrl-C ends the present
-    update and saves (then this returns False), a second one stops at once. Of several processes all call this.
+    With a run, metrics and, unless `checkpoints` is off, checkpoints are written. The first Ctrl-C or SIGTERM ends
+    the present update and saves (then this returns its number, else 0), a second one stops at once. Of several
+    processes all call this.
 
     Raises:
         UserError: a loss is not finite.
@@ -200,7 +203,8 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
     started = time.perf_counter() - learner.seconds
     board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1) if writes else nullcontext()
     bar = tqdm(total=learner.total, initial=learner.update, disable=not (writes and sys.stderr.isatty()))
-    with ctrl_c() as asked, board, bar:
+    spoken = (time.monotonic(), learner.update)  # of the last line where there is no bar
+    with stop_requests() as asked, board, bar:
         while learner.update < end and not stopped:
             phase, update = learner.phase()
             learner.set_learning_rates(phase, update)
@@ -248,27 +252,37 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     raise UserError(f"{wrong[0]} is not finite at update {learner.update}: {text}")
             if logs and writes:
                 log(learner, run, board, bar)
+                if bar.disable and spoken[0] + 60 <= time.monotonic() and spoken[1] + end / 10 <= learner.update:
+                    print(f"update {learner.update} of {learner.total}: {bar.postfix}", flush=True)
+                    spoken = (time.monotonic(), learner.update)
             bar.update()
             if run is not None and checkpoints and (saves or stopped):
                 learner.seconds = time.perf_counter() - started
                 run.save(learner)
-    return not stopped
+    return (asked or [signal.SIGINT])[0] if stopped else 0
 
 
 @contextmanager
-def ctrl_c() -> Iterator[list]:
-    """A list that is empty until Ctrl-C is pressed; a second Ctrl-C interrupts at once."""
-    asked: list[bool] = []
+def stop_requests() -> Iterator[list[int]]:
+    """Signals so far that ask to stop, Ctrl-C (SIGINT) or SIGTERM; a second one stops at once. Other threads than the
+    main one cannot be asked, and SIGTERM is torchrun's own where it started the process."""
+    asked: list[int] = []
+    signals = (signal.SIGINT,) if distributed.is_torchelastic_launched() else (signal.SIGINT, signal.SIGTERM)
+    signals = signals if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.getsignal(number) for number in signals}
 
-    def stop(*_: Any) -> None:
-        asked.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def stop(number: int, _: Any) -> None:
+        asked.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
-    previous = signal.signal(signal.SIGINT, stop)
+    for number in signals:
+        signal.signal(number, stop)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def log(learner: Learner, run: RunFolder, board: SummaryWriter, bar: tqdm) -> None:
@@ -311,6 +325,11 @@ def watch(system: System, seed: int, path: Path, fps: int = 4) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
+MAY_CHANGE = ("device", "training.updates", "training.log_every", "training.checkpoint_every")
+MAY_CHANGE += ("training.evaluation_lifetimes", "memory.budget_mb")
+"""Settings in which a run may go on differently from its checkpoint."""
+
+
 @dataclass(frozen=True)
 class TrainArguments(Settings):
     """Meta-train, then evaluate on held-out tasks. Precedence: default < preset < --config < flags."""
@@ -354,26 +373,28 @@ def run_training(run: RunFolder, learner: Learner) -> None:
         learner.processes.any_rank(False)  # wait until the folder is as it should be
         if main_process:
             print(f"training {folder}", flush=True)
-        if not train(learner, run):
+        again = f"python3 main.py resume {shlex.quote(str(folder))}"
+        if number := train(learner, run):
             if main_process:
-                print(
-                    f"stopped at update {learner.update} and saved: python3 main.py resume {folder} goes on.",
-                    flush=True,
-                )
-            sys.exit(130)
+                print(f"stopped at update {learner.update} and saved: {again} goes on.", flush=True)
+            sys.exit(128 + number)
         if not main_process:
             return
         write_json({"total": learner.seconds}, folder / "timing.json")
-        result = evaluate(learner.system, "test", t.evaluation_lifetimes, env_steps=learner.env_steps)
-        write_json(result, folder / "evaluation.json")
-        plot_adaptation([result], folder / "adaptation.png")
-        watch(learner.system, 0, folder / "lifetime.gif")
+        try:
+            result = evaluate(learner.system, "test", t.evaluation_lifetimes, env_steps=learner.env_steps)
+            write_json(result, folder / "evaluation.json")
+            plot_adaptation([result], folder / "adaptation.png")
+            watch(learner.system, 0, folder / "lifetime.gif")
+        except KeyboardInterrupt:
+            print(f"the training is complete and saved: {again} evaluates it.", flush=True)
+            raise
     print(report(result) + f"\ntrained for {learner.seconds:.0f} s; results and figures are in {folder}")
 
 
 def restore_checkpoint(run: RunFolder, learner: Learner) -> None:
     """Continue from a run's checkpoint, with the learner's own settings; UserError if they do not fit together."""
-    state, logged = run.load()
+    state, logged = run.load(learner.settings, MAY_CHANGE)
     with fits_together(run.folder):
         learner.load_state_dict(state, run.blocks)
     if learner.update > learner.total:
@@ -389,7 +410,7 @@ def fits_together(folder: Path) -> Iterator[None]:
     """UserError if what the run's folder holds does not fit its settings or is damaged."""
     try:
         yield
-    except (RuntimeError, KeyError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, TypeError, EOFError, FileNotFoundError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder} does not fit together ({reason}): a file of it is damaged or was edited.") from error
 
@@ -397,47 +418,63 @@ def fits_together(folder: Path) -> Iterator[None]:
 def load_system(folder: Path | str, device: str | None = None) -> tuple[System, dict]:
     """A trained system from a run's checkpoint, on the run's own device if none is named; and the learner's state."""
     run = RunFolder(Path(folder))
-    system = build_system(run.settings(Settings(), **({} if device is None else {"device": device})))
-    state, _ = run.load()
+    settings = run.settings(Settings(), **({} if device is None else {"device": device}))
+    state, _ = run.load(settings, MAY_CHANGE)
+    system = build_system(settings)
     with fits_together(run.folder):
         system.load(state["modules"])
     return system, state
 
 
-def resume_command(run: Positional[Path], updates: int | None = None) -> None:
+def resume_command(run: Positional[Path], updates: int | None = None, device: str | None = None) -> None:
     """Go on with a run as if it had never stopped.
 
     Args:
         run: Folder of the run.
         updates: Planned end in updates of adaptation; the run's own if not given. Learning rates and exploration then
             fall up to the new end.
+        device: Where to compute; where the run was trained if not given.
     """
     folder = RunFolder(run)
-    settings = folder.settings(Settings(), **({} if updates is None else {"training": {"updates": updates}}))
+    changes = {} if updates is None else {"training": {"updates": updates}}
+    settings = folder.settings(Settings(), **changes, **({} if device is None else {"device": device}))
     run_training(folder, Learner(build_system(settings), Processes.from_torchrun()))
 
 
 def evaluate_command(
-    run: Positional[Path], lifetimes: int | None = None, split: HeldOut = "test", device: str | None = None
+    run: Positional[Path],
+    lifetimes: int | None = None,
+    split: HeldOut = "test",
+    device: str | None = None,
+    output: Path | None = None,
 ) -> None:
-    """Evaluate a trained run on held-out tasks again; the result goes to its folder and to the screen.
+    """Evaluate a trained run on held-out tasks again; the result goes to the screen and to its folder.
 
     Args:
         run: Folder of the run.
         lifetimes: Held-out lifetimes, at least 2; those of the run's final evaluation if not given.
         split: Which tasks.
         device: Where to compute; where the run was trained if not given.
+        output: JSON file to write; evaluation-<split>-<lifetimes>.json in the run's folder if not given.
     """
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists: name another --output.")
     system, state = load_system(run, device)
     lifetimes = system.settings.training.evaluation_lifetimes if lifetimes is None else lifetimes
     require("lifetimes", lifetimes, 2, 10**6)
     result = evaluate(system, split, lifetimes, env_steps=state["counters"][2])
-    path = run / f"evaluation-{split}-{lifetimes}.json"
-    write_json(result, path)
-    print(report(result) + f"\nwritten to {path}")
+    print(report(result), flush=True)
+    path = output or run / f"evaluation-{split}-{lifetimes}.json"
+    try:
+        write_json(result, path)
+    except OSError as error:
+        raise UserError(f"the result was not kept in {path} ({error.strerror}): name another --output.") from error
+    print(f"written to {path}")
 
 
-def watch_command(run: Positional[Path], seed: int = 0, fps: int = 4, output: Path | None = None) -> None:
+def watch_command(
+    run: Positional[Path], seed: int = 0, fps: int = 4, output: Path | None = None, device: str | None = None
+) -> None:
     """Write an animation of a held-out lifetime.
 
     Args:
@@ -445,13 +482,17 @@ def watch_command(run: Positional[Path], seed: int = 0, fps: int = 4, output: Pa
         seed: Which lifetime, at least 0.
         fps: Steps a second, 1 to 100.
         output: File to write, .gif or .mp4; lifetime-<seed>.gif in the run's folder if not given.
+        device: Where to compute; where the run was trained if not given.
     """
     require("seed", seed, 0, 10**9)
     require("fps", fps, 1, 100)
     path = output or run / f"lifetime-{seed}.gif"
     if output is not None and output.exists():
         raise UserError(f"{output} exists: name another --output.")
-    watch(load_system(run)[0], seed, path, fps)
+    system, _ = load_system(run, device)
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: name another --output.")
+    watch(system, seed, path, fps)
     print(f"written to {path}")
 
 
@@ -468,6 +509,8 @@ def overview() -> str:
 def run_program(program: str, call: Callable, *arguments: Any, **options: Any) -> None:
     """Call it as a program: exit code 2 and one sentence for what the user can fix, 130 for Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
+    if "" not in sys.path:
+        sys.path.append("")  # the working directory: environments of one's own may lie there
     try:
         call(*arguments, **options)
     except (UserError, ValueError, OSError, ExternalEnvError) as error:

@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -89,8 +90,8 @@ def make_generator(seed: int, stream: int, device: Device = "cpu") -> torch.Gene
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """An array as a tensor, copied only if it must be: torch refuses views with negative strides, such as flips."""
-    return torch.from_numpy(np.ascontiguousarray(array))
+    """An array as a tensor of its own: an environment may draw into the same array again."""
+    return torch.from_numpy(np.array(array))
 
 
 class WorldStep(NamedTuple):
@@ -542,7 +543,7 @@ class RunFolder:
         """The run's settings, in a copy of the settings dataclass `default`, with `changes` on top; UserError if it is
         not the folder of a run, or its settings cannot be read."""
         try:
-            return merge(merge(default, json.loads(self.config.read_text())), changes)
+            return merge(merge(default, json.loads(self.config.read_text("utf-8-sig"))), changes)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder} is not a run that can be read: {error}") from error
 
@@ -572,7 +573,9 @@ class RunFolder:
         state = learner.state_dict()  # waits for the blocks of all processes
         if learner.processes.is_main:
             logged = self.metrics.stat().st_size if self.metrics.exists() else 0
-            save_atomically({"format": self.FORMAT, "logged": logged, "learner": state}, self.checkpoint)
+            made_with = flatten(learner.settings)
+            content = {"format": self.FORMAT, "settings": made_with, "logged": logged, "learner": state}
+            save_atomically(content, self.checkpoint)
             remove_stale_blocks(self.blocks, [shard["store"] for shard in state["shards"]])
         learner.processes.any_rank(False)  # wait, or another process would already write blocks that are not named yet
 
@@ -581,22 +584,35 @@ class RunFolder:
         self.metrics.unlink(missing_ok=True)
         remove_stale_blocks(self.blocks, [])
 
-    def load(self) -> tuple[dict, int]:
+    def load(self, settings: Any = None, may_change: tuple[str, ...] = ()) -> tuple[dict, int]:
         """The learner's state, and how many bytes of metrics were logged by then.
 
         Raises:
-            UserError: there is no checkpoint, or it cannot be read.
+            UserError: there is no checkpoint, it cannot be read, or it was made with other `settings` than these, if
+                any are given, except for those that `may_change`.
         """
         try:
+            with open(self.checkpoint, "rb") as file:
+                if file.read(24).startswith(b"version https://git-lfs"):
+                    raise ValueError("it is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
             content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             if content["format"] != self.FORMAT:
                 raise ValueError(f"it has format {content['format']}, this program reads {self.FORMAT}")
-            return content["learner"], content["logged"]
+            made_with, given = content["settings"], {} if settings is None else flatten(settings)
+            state, logged = content["learner"], content["logged"]
         except FileNotFoundError:
             raise UserError(f"{self.folder} has no checkpoint yet: train it again with python3 main.py.") from None
         except Exception as error:  # torch.load raises many kinds for a damaged or foreign file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load unsafely
+                reason = "weights only are loaded, and it holds something else"
             raise UserError(f"{self.checkpoint} cannot be read ({reason}): it is damaged or foreign.") from error
+        names = [name for name in given if name not in may_change and made_with.get(name) != given[name]]
+        if names:
+            other = "; ".join(f"{name} was {made_with.get(name)} and is {given[name]}" for name in names)
+            text = f"{self.config} does not fit the checkpoint, which was made with other settings ({other})"
+            raise UserError(f"{text}: set them back. What may differ: {', '.join(may_change)}.")
+        return state, logged
 
 
 def flatten(settings: Any) -> dict[str, Any]:

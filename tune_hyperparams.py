@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import threading
 import time
 import warnings
@@ -26,12 +27,13 @@ import tyro
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.storages import GrpcStorageProxy, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, journal
 from optuna.trial import FrozenTrial, TrialState
+from torch import distributed
 
 import main
 from agent import Learner
 from context_engine import require_room
 from main import Settings
-from memory import RunFolder, UserError, merge, save_atomically, write_json
+from memory import RunFolder, UserError, flatten, merge, save_atomically, write_json
 
 PROGRAM = "tune_hyperparams.py"
 PRUNING_POINTS = 2  # evaluations of each seed in the course of its training; a trial may be pruned after each
@@ -148,7 +150,7 @@ def objective(trial: optuna.Trial, space: Space, base: Settings, arguments: Tune
         write_json(dataclasses.asdict(learner.settings), run.folder / "config.json")
         for point in range(1, PRUNING_POINTS + 1):
             left = base.training.updates * (PRUNING_POINTS - point) // PRUNING_POINTS
-            if not main.train(learner, run, until=learner.total - left, checkpoints=False):
+            if main.train(learner, run, until=learner.total - left, checkpoints=False):
                 raise KeyboardInterrupt
             result = main.evaluate(learner.system, "validation", arguments.lifetimes)
             score = result["return_mean"] if result.get("normalised") is None else result["normalised"]
@@ -158,7 +160,8 @@ def objective(trial: optuna.Trial, space: Space, base: Settings, arguments: Tune
         scores.append(score)
         state = learner.state_dict()
         kept = {part: state[part] for part in ("modules", "counters")}  # enough to evaluate and watch, not to resume
-        save_atomically({"format": RunFolder.FORMAT, "logged": 0, "learner": kept}, run.checkpoint)
+        content = {"format": RunFolder.FORMAT, "settings": flatten(learner.settings), "logged": 0, "learner": kept}
+        save_atomically(content, run.checkpoint)
     return sum(scores) / len(scores)
 
 
@@ -206,6 +209,10 @@ def prepare(study: optuna.Study, arguments: TuneArguments, base: Settings, space
         raise UserError(f"{folder} was begun with other {', '.join(other)}: give the same ones, or another --study.")
     study.set_user_attr("begun", begun)
     if not study.get_trials(deepcopy=False):
+        if any(folder.glob("trial-*")):
+            raise UserError(
+                f"{folder} holds trials of a study whose storage is gone: name another --study, or move it."
+            )
         study.enqueue_trial({name: value_of(base, name) for name in space})
     if not arguments.storage:  # the lock says that nobody runs them; in a database their heartbeat does
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
@@ -317,7 +324,7 @@ def conclude(study: optuna.Study, base: Settings, overrides: dict[str, Any], fol
         new, was = (f"{x:.6g}" if isinstance(x, float) else x for x in (value, value_of(base, name)))
         print(f"  --{name} {new}   (was {was})")
     print(f"figures in {folder}: {', '.join(save_figures(study, folder))}")
-    print(f"apply it: python3 main.py --config {path}")
+    print(f"apply it: python3 main.py --config {shlex.quote(str(path))}")
     return path
 
 
@@ -368,6 +375,8 @@ def tune(arguments: TuneArguments) -> Path:
             raise UserError(f"{name} is {value}, but must be at least {least}.")
     if not arguments.study.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"study is {arguments.study!r}, but may contain only letters, digits, - and _.")
+    if distributed.is_torchelastic_launched():
+        raise UserError("a study runs in processes of its own: start it with python3 and --jobs, without torchrun.")
     main.get_device(arguments.device)  # fails if this machine has no such device
     base, overrides = main.with_file(Settings(), arguments.config, arguments.preset)
     if base.preset == "gym" and not base.world.gym_id:

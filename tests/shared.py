@@ -269,14 +269,16 @@ def in_parallel(work: Callable[[Processes], Any], count: int = 2) -> list[Any]:
     return results
 
 
-def stopped_at(update: int, what: BaseException | None = None, interrupts: int = 0) -> mock._patch:
-    """A patch under which a training gets so many Ctrl-C, or raises `what`, when it begins an update."""
+def stopped_at(
+    update: int, what: BaseException | None = None, interrupts: int = 0, number: int = signal.SIGINT
+) -> mock._patch:
+    """A patch under which a training gets so many signals, Ctrl-C by default, or raises `what`, at an update."""
     set_learning_rates = Learner.set_learning_rates
 
     def stopping(learner: Learner, *arguments: object) -> None:
         if learner.update == update:
             for _ in range(interrupts):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             if what is not None:
                 raise what
         set_learning_rates(learner, *arguments)

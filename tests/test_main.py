@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import re
+import signal
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -45,7 +46,7 @@ def unwrapped(printed: str) -> str:
 
 def new_run(arguments: list, folder: Path) -> dict:
     """The config.json of a run that the command line starts and at once stops, as Ctrl-C would."""
-    with mock.patch.object(main, "train", return_value=False):
+    with mock.patch.object(main, "train", return_value=signal.SIGINT):
         code, printed = in_process(arguments, folder)
     assert code == 130, printed
     return json.loads((only_run(folder) / "config.json").read_text())
@@ -219,7 +220,7 @@ class TestCommandLine(unittest.TestCase):
     def test_another_run_gives_its_weights_or_is_refused(self):
         folder, first, learners = tiny_folder(), tiny_run(), []
         weights = RunFolder(first).load()[0]["modules"]
-        with mock.patch.object(main, "train", lambda learner, run: learners.append(learner)):
+        with mock.patch.object(main, "train", lambda learner, run: learners.append(learner) or signal.SIGINT):
             code, printed = in_process(["--config", "tiny.json", "--seed", "1", "--init-from", first], folder)
         self.assertEqual(code, 130, printed)
         (learner,) = learners

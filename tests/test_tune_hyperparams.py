@@ -165,7 +165,7 @@ class TestObjective(unittest.TestCase):
             learner.collect_random_lifetimes()
             learner.update = until
             calls.append((str(run.folder.relative_to(folder)), until, checkpoints))
-            return True
+            return 0
 
         def evaluate(system, *arguments):
             calls.append((system.settings.seed, system.settings.planner.tau, *arguments))

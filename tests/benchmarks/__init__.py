@@ -43,14 +43,25 @@ def command_line(main: Callable[..., int | None]) -> None:
     run_program(program.removeprefix("tests.benchmarks."), lambda: sys.exit(parse(config=no_pairs)))
 
 
-def load_systems(runs: Sequence[Path]) -> list[System]:
-    """The trained agents of run folders; UserError if none is named or one cannot be loaded."""
-    from main import load_system
+def run_folders(runs: Sequence[Path]) -> list[Path]:
+    """Folders of runs, each once, their names resolved; what is no run is named and passed. UserError if none is."""
     from memory import UserError
 
-    if not runs:
+    found = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    for folder in found:
+        if not (folder / "config.json").exists():
+            print(f"{folder} is not the folder of a run: passed", file=sys.stderr)
+    found = [folder for folder in found if (folder / "config.json").exists()]
+    if not found:
         raise UserError("name the folder of at least one run.")
-    return [load_system(run)[0] for run in runs]
+    return found
+
+
+def load_systems(runs: Sequence[Path]) -> list[System]:
+    """The trained agents of `run_folders`; UserError if there is none or one cannot be loaded."""
+    from main import load_system
+
+    return [load_system(run)[0] for run in run_folders(runs)]
 
 
 def read_result(run: Path, name: str) -> dict[str, Any]:

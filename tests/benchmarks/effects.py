@@ -26,7 +26,7 @@ from context_engine import rollout
 from environment import NOTHING, ExternalWorlds, HiddenRulesWorld, make_worlds
 from main import EVALUATION_SEEDS
 from memory import Experience, make_generator
-from tests.benchmarks import command_line, load_systems
+from tests.benchmarks import command_line, load_systems, run_folders
 
 
 def random_lifetimes(system: System, lifetimes: int) -> tuple[Experience, Tensor]:
@@ -120,7 +120,7 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 0) -> None:
         lifetimes: Random lifetimes of each run; 0 for 64, or 16 of an external environment.
     """
     found_rows, wrong_rows = [], []
-    for run, system in zip(runs, load_systems(runs), strict=True):
+    for run, system in zip(run_folders(runs), load_systems(runs), strict=True):
         experience, true = random_lifetimes(system, lifetimes or (16 if system.settings.world.gym_id else 64))
         found, first, wrong = found_effects(system, experience)
         labels = by_action(experience, true, found, first)

@@ -19,7 +19,7 @@ from tyro.conf import Positional
 from environment import WorldSettings
 from main import Settings, with_preset
 from memory import RunFolder, UserError, write_json
-from tests.benchmarks import command_line
+from tests.benchmarks import command_line, run_folders
 from world_model import AGENTS, available_metrics, format_ci, plot_adaptation, statistics
 
 HEADS = {
@@ -118,12 +118,10 @@ def main(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None
         output: A new folder; runs/report-<time> if not given.
     """
     output = output or Path("runs") / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not runs:
-        raise UserError("name the folder of at least one finished run.")
     if output.exists():
         raise UserError(f"{output} exists: name another --output.")
     groups: dict[str, list[dict]] = {}
-    for run in runs:
+    for run in run_folders(runs):
         settings = RunFolder(run).settings(Settings())
         groups.setdefault(describe(settings), []).append(read_run(run, settings))
     output.mkdir(parents=True)
