@@ -167,16 +167,17 @@ class PlaceMemory(NamedTuple):
     Map", ICLR 2018; here it is sums, so nothing has to be learnt to write it.
     """
 
-    # (B, S, columns, 4) float32, over the steps that led to a code at a place: their number, rewards, terminations, and
-    # what the episode had earned before
+    # (B, S, columns, 5) float32, over the steps that led to a code at a place: their number, rewards, terminations;
+    # tanh of what the episode had earned before, and its product with the reward
     sums: Tensor
     column: Tensor  # (C,) int64: which column a code has
     earned: Tensor  # (B,) float32: what the present episode has earned so far
+    SUMS = 5
 
     @classmethod
     def empty(cls, batch: int, patches: int, codes: int, device: Device = "cpu") -> PlaceMemory:
         """At the start of lifetimes."""
-        sums = torch.zeros(batch, patches, codes, 4, device=device)
+        sums = torch.zeros(batch, patches, codes, cls.SUMS, device=device)
         return cls(sums, torch.arange(codes, device=device), torch.zeros(batch, device=device))
 
     @classmethod
@@ -190,25 +191,31 @@ class PlaceMemory(NamedTuple):
         # Only codes that occur have a column of their own; all others share one that stays empty.
         occurs = torch.bincount(experience.next_codes.flatten().int(), minlength=codes) > 0
         column = torch.where(occurs, occurs.cumsum(0) - 1, occurs.sum())
-        index = column[experience.next_codes.int()][..., None, None].expand(-1, -1, -1, 1, 4)
-        now = torch.stack([torch.ones_like(reward), reward, experience.terminated.float(), earned], -1)
-        sums = torch.zeros(*experience.codes.shape, int(occurs.sum()) + 1, 4, device=reward.device)
+        index = column[experience.next_codes.int()][..., None, None].expand(-1, -1, -1, 1, cls.SUMS)
+        now = cls._summands(reward, experience.terminated, earned)
+        sums = torch.zeros(*experience.codes.shape, int(occurs.sum()) + 1, cls.SUMS, device=reward.device)
         sums.scatter_(3, index, now[:, :, None, None].expand_as(index))
         sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1).cumsum_(1)
         return cls(sums.flatten(0, 1), column, earned.flatten())
 
     def add(self, next_codes: Tensor, step: WorldStep) -> None:
         """Remember, in place, that a step led to next_codes (B, S)."""
-        now = torch.stack([torch.ones_like(step.reward), step.reward, step.terminated.float(), self.earned], -1)
-        index = self.column[next_codes.int()][..., None, None].expand(-1, -1, 1, 4)
+        now = self._summands(step.reward, step.terminated, self.earned)
+        index = self.column[next_codes.int()][..., None, None].expand(-1, -1, 1, self.SUMS)
         self.sums.scatter_add_(2, index, now[:, None, None].expand_as(index))
         self.earned.add_(step.reward).masked_fill_(step.ended, 0)
 
     def recall(self, row: Tensor, place: Tensor, code: Tensor) -> Tensor:
-        """What came with codes (q,) at places (q,) in lifetimes `row` (q,), (q, 4), as logarithms with a sign."""
+        """What came with codes (q,) at places (q,) in lifetimes `row` (q,), (q, SUMS), as logarithms with a sign."""
         _, S, columns, _ = self.sums.shape
-        found = self.sums.view(-1, 4).index_select(0, (row * S + place) * columns + self.column[code])
+        found = self.sums.view(-1, self.SUMS).index_select(0, (row * S + place) * columns + self.column[code])
         return found.sign() * found.abs().log1p()
+
+    @staticmethod
+    def _summands(reward: Tensor, terminated: Tensor, earned: Tensor) -> Tensor:
+        """What a step adds to the sums: (..., SUMS)."""
+        before = earned.tanh()
+        return torch.stack([torch.ones_like(reward), reward, terminated.float(), before, reward * before], -1)
 
 
 class EpisodicMemory:

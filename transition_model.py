@@ -489,10 +489,11 @@ class TransitionModel(nn.Module):
         self.contact_out = nn.Linear(pair, len(settings.reward_bins) + 1)
         # What is where adds to the same outputs, nothing at first.
         self.place_pair = nn.Parameter(torch.randn(codes**2, settings.place_width))
-        self.place_past = nn.Linear(5, settings.place_width)
+        self.place_past = nn.Linear(PlaceMemory.SUMS + 1, settings.place_width)
         self.place_film = FiLMLayer(context_dim, settings.place_width, settings.film_scale)
-        self.place_out = nn.Linear(settings.place_width, len(settings.reward_bins) + 1, bias=False)
-        nn.init.zeros_(self.place_out.weight)
+        last = nn.Linear(settings.place_width, len(settings.reward_bins) + 1, bias=False)
+        self.place_out = nn.Sequential(nn.Linear(settings.place_width, settings.place_width), nn.SiLU(), last)
+        nn.init.zeros_(self.place_out[-1].weight)
         self.register_buffer("background", torch.zeros((), dtype=torch.uint8))  # the most frequent code
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)

@@ -30,7 +30,7 @@ class TestPlanner(unittest.TestCase):
         torch.nn.init.normal_(self.system.target_value.reset_out[-1].weight)
         self.codes = torch.randint(6, (9, 16), generator=make_generator(), dtype=torch.uint8)
         self.context = torch.randn(9, 5, 32, generator=make_generator())
-        torch.nn.init.normal_(self.system.transition.place_out.weight)
+        torch.nn.init.normal_(self.system.transition.place_out[-1].weight)
         self.places = places_of(9, 16, 6)
 
     def lifetimes(self):

@@ -82,12 +82,14 @@ class TestPlaceMemory(unittest.TestCase):
         carried, made = PlaceMemory.empty(4, 5, 7), PlaceMemory.before_steps(experience, 7)
         row, place, code = (x.flatten() for x in torch.meshgrid(*map(torch.arange, (4, 5, 7)), indexing="ij"))
         for t, step in enumerate(steps):
-            expected = torch.zeros(4, 5, 7, 4)
+            expected = torch.zeros(4, 5, 7, 5)
             earned = torch.zeros(4)
             for b in range(4):
                 for past in range(t):
                     reward = float(experience.reward[b, past])
-                    happened = torch.tensor([1, reward, float(experience.terminated[b, past]), earned[b]])
+                    before = float(earned[b].tanh())
+                    ended = float(experience.terminated[b, past])
+                    happened = torch.tensor([1, reward, ended, before, reward * before])
                     for s in range(5):
                         expected[b, s, int(experience.next_codes[b, past, s])] += happened
                     earned[b] = 0 if experience.ended[b, past] else earned[b] + reward

@@ -460,7 +460,7 @@ class TestContextualHeads(unittest.TestCase):
         prior = model.log_prior(context).exp()
         torch.testing.assert_close(prior.sum(-1), torch.ones(2, 3))
         self.assertFalse(torch.allclose(prior[0], prior[1]))
-        torch.nn.init.normal_(model.place_out.weight)
+        torch.nn.init.normal_(model.place_out[-1].weight)
         now, own = (random_codes(2), random_codes(2, 1)), torch.arange(2)
         places = places_of(2, now[0].shape[1], 3)
         log_reward, end = model.reward_and_termination(*now, places, own, context[:, -1])
