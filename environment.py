@@ -818,6 +818,12 @@ def external_sizes(gym_id: str, cell: int, shuffle: tuple[str, ...] = ()) -> Siz
     env = HiddenRulesWrapper(make_inner_env(gym_id, cell), shuffle=shuffle)
     fixed = tuple(action for action in range(env.action_space.n) if action not in env.shuffled)
     sizes = Sizes(env.observation_space.shape, int(env.action_space.n), fixed)
+    try:  # what it advises is asked for at the end of a training: try it before
+        env.reset(seed=0)
+        for name in filter(lambda name: env.has_wrapper_attr(ADVICE[name]), ADVICE):
+            env.advice(name)
+    except Exception as error:  # external code may raise anything
+        raise ValueError(f"{gym_id} failed: {type(error).__name__}: {error}") from error
     env.close()
     return sizes
 

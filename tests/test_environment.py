@@ -602,6 +602,10 @@ class TestTasks(unittest.TestCase):
                 worlds.reset()
                 with self.subTest(message), self.assertRaisesRegex(environment.ExternalEnvError, message):
                     worlds.advice("known_rule")
+            with mock.patch.object(TaskRoom, "expert_action", mock.Mock(side_effect=[answer])):
+                environment.external_sizes.cache_clear()
+                with self.subTest(message), self.assertRaisesRegex(ValueError, f"TaskRoom-v0 failed.*{message}"):
+                    environment.external_sizes("TaskRoom-v0", 4)
 
 
 class TestExternalWorlds(unittest.TestCase):
