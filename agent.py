@@ -323,6 +323,9 @@ class TrainingSettings:
     exploration_end: float = 0.03  # the same at the end of the run, in [0, 1]; linear in between
     final_lr_scale: float = 0.1  # learning rates fall linearly to this share of their initial values, in [0, 1]
     evaluation_lifetimes: int = 4096  # held-out lifetimes for each agent in the final evaluation, at least 2
+    # updates of adaptation between validations, 0 for none: greedy, on the same held-out lifetimes each time
+    validate_every: int = 200
+    validation_lifetimes: int = 256  # of each validation, at least 2
     log_every: int = 20  # updates between lines of metrics.jsonl, at least 1
     checkpoint_every: int = 200  # updates between checkpoints, at least 1
 
@@ -333,7 +336,8 @@ class TrainingSettings:
         counts = ("updates", "perception_updates", "effect_updates", *self.SHARED, *every)
         require_all("training", self, **dict.fromkeys(counts, (1, 10**9)), value_from=(0, 10**9), plan_from=(0, 10**9))
         shares = dict.fromkeys(("exploration", "exploration_end", "final_lr_scale"), (0, 1))
-        require_all("training", self, **shares, evaluation_lifetimes=(2, 10**7))
+        lifetimes = dict.fromkeys(("evaluation_lifetimes", "validation_lifetimes"), (2, 10**7))
+        require_all("training", self, **shares, **lifetimes, validate_every=(0, 10**9))
         require("training.value_batch", self.value_batch, 1, self.batch)
         if missing := -self.random_lifetimes % self.envs:
             choice = f"a multiple of training.envs: choose {self.random_lifetimes + missing}."

@@ -38,7 +38,8 @@ from context_engine import infer_reward_bins, references, require_room, rollout
 from environment import WORLDS, ExternalEnvError, WorldSettings, external_defaults, make_worlds
 from memory import MemorySettings, Processes, RunFolder, UserError, merge, require, write_json
 from transition_model import TransitionModel, TransitionSettings
-from world_model import VAE, VAESettings, Value, animate_lifetime, belief_nll, compare, plot_adaptation, report
+from world_model import STATISTICS, VAE, VAESettings, Value, animate_lifetime, belief_nll, compare, plot_adaptation
+from world_model import report
 
 # ------------------------------------------------------------------------------------------------------------- settings
 PRESETS: dict[str, dict] = {
@@ -60,7 +61,8 @@ PRESETS: dict[str, dict] = {
         "transition": {"width": 48, "prior_width": 128, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
         "context": {"hidden": 96, "context": 64},
         "planner": {"nodes": 64, "collect_nodes": 64, "min_branch_prob": 0.15},
-        "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600, evaluation_lifetimes=256),
+        "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600, evaluation_lifetimes=256)
+        | dict(validate_every=0),  # the exact filter over 115,200 rules takes minutes
     },
     "gym": {  # for an external environment
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},
@@ -68,7 +70,8 @@ PRESETS: dict[str, dict] = {
         "vae": {"num_codes": 24},
         "planner": {"nodes": 256, "collect_nodes": 256, "expand_margin": 0.3, "min_branch_prob": 0.03},
         "training": dict(updates=600, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
-        | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64),
+        | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64)
+        | dict(validate_every=0),  # environments of others are stepped one by one
     },
 }
 """What each preset changes in the settings; what it changes in the world is environment.WORLDS."""
@@ -95,6 +98,8 @@ class Settings:
     def __post_init__(self) -> None:
         require("seed", self.seed, 0, 1_000_000)
         require_room(self.world, self.training.evaluation_lifetimes)
+        if self.training.validate_every:
+            require_room(self.world, self.training.validation_lifetimes)
         if self.preset not in PRESETS:
             raise ValueError(f"preset is {self.preset!r}, but must be one of {', '.join(PRESETS)}.")
         envs, budget = self.training.envs, self.memory.budget_mb
@@ -242,6 +247,8 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.learn_value(experience.rows(few), beliefs[few])
 
             learner.update += 1
+            if phase == "adaptation" and t.validate_every and (update + 1) % t.validate_every == 0:
+                learner.metrics |= processes.all_gather_object(validate(learner) if processes.is_main else None)[0]
             stopped = processes.any_rank(bool(asked))  # at every update, so that all processes stop after the same one
             over = learner.update == learner.total
             logs, saves = over or learner.update % t.log_every == 0, over or learner.update % t.checkpoint_every == 0
@@ -292,7 +299,7 @@ def log(learner: Learner, run: RunFolder, board: SummaryWriter, bar: tqdm) -> No
         file.write(json.dumps({"update": learner.update, "env_steps": learner.env_steps} | values) + "\n")
     for name, value in values.items():
         board.add_scalar(f"losses/{name}" if "/" in name else f"charts/{name}", value, learner.update)
-    shown = ("return", "vae/reconstruction", "effects/marginal", "context/filter", "value/value")
+    shown = ("return", "validation/return", "effects/marginal", "context/filter", "value/value")
     bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values})
 
 
@@ -318,6 +325,22 @@ def evaluate(system: System, split: str, lifetimes: int, agent: Any = None, env_
     return about | compare(rollouts) | {"belief_nll": belief}
 
 
+def validate(learner: Learner) -> dict[str, torch.Tensor]:
+    """Metrics of the present agent, greedy and searching as deep as it collects, on the same validation lifetimes each
+    time; nothing random is shared with the training."""
+    settings, seed = learner.settings, EVALUATION_SEEDS["validation"] + 10
+    world = (settings.world, learner.training.validation_lifetimes, "validation", seed, learner.device)
+    agent = AgentController(learner.system, nodes=settings.planner.collect_nodes)
+    rollouts = {"agent": rollout(make_worlds(*world), agent)} | references(*world)
+    returns = {name: one.reward.double().sum(1).numpy() for name, one in rollouts.items()}
+    metrics = {"validation/return": returns["agent"].mean()}
+    for name in ("normalised", "of_thompson"):
+        statistic, _, whose = STATISTICS[name]
+        if set(whose) <= set(returns):
+            metrics[f"validation/{name}"] = statistic(*(returns[agent] for agent in whose))
+    return {name: torch.tensor(float(value)) for name, value in metrics.items()}
+
+
 def watch(system: System, seed: int, path: Path, fps: int = 4) -> None:
     """Animate a lifetime in a validation task, chosen by `seed`, to `path`, .gif or .mp4."""
     world = make_worlds(system.settings.world, 1, "validation", EVALUATION_SEED + 100 + seed, system.device)
@@ -326,7 +349,8 @@ def watch(system: System, seed: int, path: Path, fps: int = 4) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- commands
 MAY_CHANGE = ("device", "training.updates", "training.log_every", "training.checkpoint_every")
-MAY_CHANGE += ("training.evaluation_lifetimes", "memory.budget_mb")
+MAY_CHANGE += ("training.evaluation_lifetimes", "training.validate_every", "training.validation_lifetimes")
+MAY_CHANGE += ("memory.budget_mb",)
 """Settings in which a run may go on differently from its checkpoint."""
 
 

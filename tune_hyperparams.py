@@ -135,7 +135,7 @@ def shorten_training(base: Settings, updates: int | None) -> Settings:
     full = base.training.updates
     updates = max(1, full * (5 if base.preset == "quick" else 3) // 10) if updates is None else updates
     scaled = {name: round(getattr(base.training, name) * min(1.0, updates / full)) for name in SCHEDULE}
-    return merge(base, {"training": {"updates": updates, **scaled}})
+    return merge(base, {"training": {"updates": updates, "validate_every": 0, **scaled}})
 
 
 def objective(trial: optuna.Trial, space: Space, base: Settings, arguments: TuneArguments, folder: Path) -> float:

@@ -372,6 +372,24 @@ class TestResume(unittest.TestCase):
         self.assertIn("being trained by another process", printed)
 
 
+class TestValidation(unittest.TestCase):
+    def test_it_changes_nothing_in_the_training_and_is_repeated_after_a_resume(self):
+        folder = tiny_folder(validate_every=7, validation_lifetimes=16)
+        with stopped_at(30, RuntimeError("as if killed")), self.assertRaisesRegex(RuntimeError, "as if killed"):
+            in_process(["--config", "tiny.json"], folder)
+        run = only_run(folder)
+        code, printed = in_process(["resume", run], run)
+        self.assertEqual(code, 0, printed)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        validated = {line["update"]: line["validation/return"] for line in lines if "validation/return" in line}
+        self.assertEqual([update for update in validated if update < 30], [21, 24, 27])
+        self.assertGreater(len(set(validated.values())), 1)
+        self.assertIn("validation/of_thompson", lines[-1])
+        without = [json.dumps({k: v for k, v in line.items() if not k.startswith("validation")}) for line in lines]
+        self.assertEqual("\n".join(without) + "\n", (tiny_run() / "metrics.jsonl").read_text())
+        self.assertEqual((run / "evaluation.json").read_bytes(), (tiny_run() / "evaluation.json").read_bytes())
+
+
 class TestEvaluation(unittest.TestCase):
     def test_it_holds_all_agents_and_the_nll_of_agent_and_exact_filter(self):
         result = json.loads((tiny_run() / "evaluation.json").read_text())
