@@ -42,14 +42,15 @@ class TransitionSettings:
     prior_width: int = 64  # hidden features of the prior, at least 1
     contact_width: int = 64  # features of a pair (code before, code after), at least 1
     place_width: int = 32  # features of such a pair at its place, at least 1
+    place_scale: float = 5.0  # initial weights of what happened at a place over PyTorch's: one visit must count
     reward_bins: tuple[float, ...] = (-1.0, 0.0, 1.0)  # rewards that the environment gives, at least two, increasing
     film_scale: float = 3.0  # initial FiLM weights over PyTorch's: one experience must visibly change predictions
     learning_rate: float = 6e-3  # Adam's initial learning rate of the effects, in [0, 1]; it decays with the run
 
     def __post_init__(self) -> None:
         widths = dict.fromkeys(("width", "prior_width", "contact_width", "place_width"), (1, 4096))
-        require_all("transition", self, max_effects=(2, 255), kernel=(1, 31), film_scale=(0, 100), learning_rate=(0, 1))
-        require_all("transition", self, **widths)
+        require_all("transition", self, max_effects=(2, 255), kernel=(1, 31), film_scale=(0, 100), place_scale=(0, 100))
+        require_all("transition", self, **widths, learning_rate=(0, 1))
         if self.kernel % 2 == 0:
             raise ValueError(f"transition.kernel is {self.kernel}, but must be odd: choose {self.kernel + 1}.")
         if self.padding not in ("", "zeros", "circular"):
@@ -494,6 +495,8 @@ class TransitionModel(nn.Module):
         last = nn.Linear(settings.place_width, len(settings.reward_bins) + 1, bias=False)
         self.place_out = nn.Sequential(nn.Linear(settings.place_width, settings.place_width), nn.SiLU(), last)
         nn.init.zeros_(self.place_out[-1].weight)
+        with torch.no_grad():
+            self.place_past.weight.mul_(settings.place_scale)
         self.register_buffer("background", torch.zeros((), dtype=torch.uint8))  # the most frequent code
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
