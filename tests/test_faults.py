@@ -6,8 +6,11 @@ The kinds of fault are those that public trackers of this field report.
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import unittest
 from pathlib import Path
@@ -25,7 +28,18 @@ from environment import HiddenRulesWrapper
 from main import Settings, build_system, train
 from memory import RunFolder, UserError, WorldStep, as_tensor
 from tests.benchmarks import run_folders
-from tests.shared import TINY, Room, copy_of, in_process, only_run, stopped_at, temporary_folder, tiny, tiny_folder
+from tests.shared import (
+    ROOT,
+    TINY,
+    Room,
+    copy_of,
+    in_process,
+    only_run,
+    stopped_at,
+    temporary_folder,
+    tiny,
+    tiny_folder,
+)
 from tests.shared import tiny_run
 
 FLAGS = """
@@ -354,6 +368,9 @@ class TestEnds(unittest.TestCase):
         elastic = mock.patch.object(tune_hyperparams.distributed, "is_torchelastic_launched", return_value=True)
         with elastic, self.assertRaisesRegex(UserError, "without torchrun"):
             tune_hyperparams.tune(arguments)
+        line, elastic = [sys.executable, "-m", "tests.benchmarks.report"], os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+        done = subprocess.run(line, cwd=ROOT, env=elastic, capture_output=True, text=True)
+        self.assertEqual((done.returncode, "without torchrun" in done.stderr), (2, True), done.stderr)
         folder = temporary_folder()
         (folder / "runs/tune-default/trial-0000").mkdir(parents=True)
         for _ in range(2):

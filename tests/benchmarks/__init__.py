@@ -33,14 +33,22 @@ def command_line(main: Callable[..., int | None]) -> None:
     Errors that the user can fix end with exit code 2 and one sentence on stderr (`main.run_program`).
     """
     import tyro
+    from torch import distributed
 
     from main import run_program
+    from memory import UserError
 
     module = sys.modules["__main__"]
     program = module.__spec__.name
     parse = functools.partial(tyro.cli, main, prog=f"python3 -m {program}", description=module.__doc__)
     no_pairs = (tyro.conf.FlagCreatePairsOff,)  # --record without --no-record
-    run_program(program.removeprefix("tests.benchmarks."), lambda: sys.exit(parse(config=no_pairs)))
+
+    def call() -> None:
+        if distributed.is_torchelastic_launched():
+            raise UserError("a benchmark runs in one process: start it with python3, without torchrun.")
+        sys.exit(parse(config=no_pairs))
+
+    run_program(program.removeprefix("tests.benchmarks."), call)
 
 
 def run_folders(runs: Sequence[Path]) -> list[Path]:
