@@ -381,6 +381,9 @@ class TestBenchmarks(unittest.TestCase):
         config = json.loads((run / "config.json").read_text())
         config["world"]["switch"] = 0.02
         (run / "config.json").write_text(json.dumps(config))
+        checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+        checkpoint["settings"]["world.switch"] = 0.02
+        torch.save(checkpoint, run / "checkpoint.pt")
         with mock.patch.object(module, "LIFETIMES", 64):
             returns = self.returns(printed_by(module.main, (run,)))
         expects, unaware = (returns[name] for name in returns if name.startswith("Thompson"))
