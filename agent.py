@@ -81,36 +81,42 @@ class Planner:
         """
         predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
         prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
-        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled), places)
+        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))
         row, reach = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes))
         nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
         left = depth * (nodes - 1)  # grids that each row may still expand
-        layers = [self._expand(codes, row, belief, predict, [])]
+        layers = [self._expand(codes, row, belief, places, predict, [])]
         while len(layers) < nodes:  # a layer that is left to expand has at least one grid
             edge, reach = self._follow(layers, reach, left)
             if len(edge) == 0:
                 break
             row, codes = layers[-1].row[layers[-1].state[edge]], layers[-1].next_codes[edge]
-            layers.append(self._expand(codes, row, belief, predict, layers))
+            layers.append(self._expand(codes, row, belief, places, predict, layers))
             left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
         return self._iterate(layers, depth)
 
     def _expand(
-        self, codes: Tensor, row: Tensor, belief: tuple, predict: Callable, layers: list[Expansion]
+        self,
+        codes: Tensor,
+        row: Tensor,
+        belief: tuple[Tensor, ...],
+        places: PlaceMemory,
+        predict: Callable,
+        layers: list[Expansion],
     ) -> Expansion:
         """The likely effects in states (N, S) of rows (N,) under the rows' beliefs (B, ...), and what each is worth."""
         if len(codes) > self.CHUNK:
             parts = zip(codes.split(self.CHUNK), row.split(self.CHUNK), strict=True)
-            return Expansion.join([self._expand(few, own, belief, predict, layers) for few, own in parts])
+            return Expansion.join([self._expand(few, own, belief, places, predict, layers) for few, own in parts])
         transition = self.transition
         rows, own = row.unique(return_inverse=True)  # what is the same for all states of a row is computed once
-        prior, world, pooled, reset_value = (part[rows] for part in belief[:-1])
+        prior, world, pooled, reset_value = (part[rows] for part in belief)
         grids, first = predict(codes)  # (N, K, S), (N, K)
         likely, probability = top_p_filter(merge_equal(prior[own], first), self.settings.top_p)
         state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
         next_codes, edge_row = grids[state, effect], own[state]
-        heads = transition.reward_and_termination
-        log_reward, end = heads(codes[state], next_codes, belief[-1], row[state], world, edge_row)
+        step = (codes[state], next_codes, places, row[state])
+        log_reward, end = transition.reward_and_termination(*step, world, edge_row)
         reward, end = log_reward.exp() @ transition.reward_bins, torch.sigmoid(end)
         key, next_key = transition.effects.key(codes, row), transition.effects.key(next_codes, row[state])
         # A grid that occurs again, here or in an earlier layer, is evaluated once.

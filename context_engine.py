@@ -174,7 +174,7 @@ class ContextInferenceEngine(nn.Module):
         codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
         reward, terminated = experience.reward.flatten(), experience.terminated.flatten()
         places, event = PlaceMemory.before_steps(experience, self.codes), experience.events.flatten()
-        usual, share = reward.mode().values, event.float().mean().clamp(0.5 / (B * T), 1 - 0.5 / (B * T))
+        share = event.float().mean().clamp(0.5 / (B * T), 1 - 0.5 / (B * T))
         odds = ((1 - share) / share).log()  # how much more an event counts than another step
         for occurred in (True, False):
             steps = (event == occurred).nonzero()[:, 0]
@@ -183,7 +183,7 @@ class ContextInferenceEngine(nn.Module):
             steps = steps[torch.randint(len(steps), (B * T // 5,), generator=generator, device=steps.device)]
             time, valid = self._other_times(experience.segment, row[steps], generator, steps % T)
             then = (codes[steps], next_codes[steps], places, row[steps] * T + time, context[row[steps], time, -1])
-            happened = (reward[steps], terminated[steps], usual, odds)
+            happened = (reward[steps], terminated[steps], experience.usual_reward, odds)
             terms = transition.reward_and_termination_loss(*happened, *then, earned=places.earned[steps])
             for name, term in terms.items():
                 losses[name] = losses.get(name, 0) + (term * valid).sum() / valid.sum().clamp_min(1)
@@ -592,8 +592,7 @@ def references(
         makers["thompson"] = lambda world: ThompsonAgent(world, q, seed)
         makers["known_rule"] = lambda world: KnownRuleAgent(world, q)
     else:
-        offered = make_worlds(settings, 1, split, seed).advisors()
-        makers |= {name: functools.partial(AdvisedAgent, name=name) for name in offered}
+        makers |= {name: functools.partial(AdvisedAgent, name=name) for name in settings.sizes.advisors}
     rollouts = {}
     for name, make in makers.items():
         world = make_worlds(settings, lifetimes, split, seed, device)

@@ -74,7 +74,7 @@ class WorldSettings:
     # MiniGrid-... is fully visible, with `cell` pixels a tile. `package:Id-v0` first imports the package that registers
     # the id. Of the other settings only lifetime, slip (always to a random action) and noise apply.
     gym_id: str = ""
-    # Which actions of the external environment are shuffled for every lifetime: all, none, or the numbers of 2 to 20;
+    # Which actions of the external environment are shuffled for every lifetime: all, none, or the numbers of 4 to 20;
     # empty for all, or for none where the environment has tasks of its own.
     shuffle: tuple[str, ...] = ()
     # What is held out for test: 28 of 144 pairs of action map and roles (combinations), or a quarter of the action maps
@@ -109,7 +109,7 @@ class WorldSettings:
     @property
     def sizes(self) -> Sizes:
         """Sizes of observations and actions; ValueError if the external environment is missing or not supported."""
-        built_in = Sizes((self.pixels, self.pixels, 3), self.actions, ())
+        built_in = Sizes((self.pixels, self.pixels, 3), self.actions)
         return external_sizes(self.gym_id, self.cell, self.shuffle) if self.gym_id else built_in
 
     @property
@@ -119,11 +119,12 @@ class WorldSettings:
 
 
 class Sizes(NamedTuple):
-    """What an environment shows and how many actions it has."""
+    """What an environment shows, how many actions it has, and what an external one offers besides."""
 
     obs_shape: tuple[int, int, int]  # (height, width, 3)
     actions: int  # number of actions
-    fixed: tuple[int, ...]  # actions that do the same in every task, as far as the permutation goes
+    fixed: tuple[int, ...] = ()  # actions that are not shuffled
+    advisors: tuple[str, ...] = ()  # those of ADVICE for which it has a method
 
 
 def checked(split: str) -> str:
@@ -670,10 +671,11 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         if self._random is None or seed is not None:
             # A random stream apart from the wrapped environment's: else its first state could reveal the rule.
             self._random = np.random.default_rng(None if seed is None else np.random.SeedSequence(seed, spawn_key=(8,)))
-        self.task = 0
+        number, numbers = 0, 1  # of the environment's own task
         if self.tasks:
             index = int(self._random.integers(len(self.tasks[self.split])))
-            self.task = index + sum(len(self.tasks[split]) for split in SPLITS[: SPLITS.index(self.split)])
+            number = index + sum(len(self.tasks[split]) for split in SPLITS[: SPLITS.index(self.split)])
+            numbers = sum(map(len, self.tasks.values()))
             self.env.get_wrapper_attr("set_task")(self.tasks[self.split][index])
         frame = self._restart(seed)
         order = np.arange(len(self.shuffled))
@@ -681,8 +683,9 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
             order = self._random.permutation(len(self.shuffled))
             rank = permutation_rank(order)
             if permutation_split(rank) == self.split:
-                self.task = (self.task + rank * sum(map(len, (self.tasks or {"": [0]}).values()))) % 2**62
+                number += rank * numbers
                 break
+        self.task = number % 2**62  # fits a tensor
         self.action_map = np.arange(self.env.action_space.n)  # action -> action of the wrapped environment
         self.action_map[self.shuffled] = self.shuffled[order]
         self.steps = 0
@@ -759,7 +762,7 @@ def shuffled_actions(shuffle: tuple[str, ...], actions: int, has_tasks: bool) ->
         return []
     every = [str(action) for action in range(actions)]
     chosen = every if shuffle in ((), ("all",)) else list(shuffle)
-    # The rank of a permutation of 21 does not fit into 64 bits; three of two or three actions are too few to hold out.
+    # Fewer than 4 have too few permutations to hold some out; the rank of one of 21 does not fit into 64 bits.
     if len(set(chosen)) < len(chosen) or not set(chosen) <= set(every) or not 4 <= len(chosen) <= 20:
         raise ValueError(
             f"world.shuffle is {' '.join(chosen)}, but must be all, none, or 4 to 20 different actions from 0 to "
@@ -817,15 +820,16 @@ def external_sizes(gym_id: str, cell: int, shuffle: tuple[str, ...] = ()) -> Siz
     """Sizes of an external environment; ValueError if it cannot be made or is not supported."""
     env = HiddenRulesWrapper(make_inner_env(gym_id, cell), shuffle=shuffle)
     fixed = tuple(action for action in range(env.action_space.n) if action not in env.shuffled)
-    sizes = Sizes(env.observation_space.shape, int(env.action_space.n), fixed)
+    advisors = tuple(name for name, method in ADVICE.items() if env.has_wrapper_attr(method))
     try:  # what it advises is asked for at the end of a training: try it before
         env.reset(seed=0)
-        for name in filter(lambda name: env.has_wrapper_attr(ADVICE[name]), ADVICE):
+        for name in advisors:
             env.advice(name)
     except Exception as error:  # external code may raise anything
         raise ValueError(f"{gym_id} failed: {type(error).__name__}: {error}") from error
-    env.close()
-    return sizes
+    finally:
+        env.close()
+    return Sizes(env.observation_space.shape, int(env.action_space.n), fixed, advisors)
 
 
 def external_defaults(gym_id: str) -> dict[str, dict[str, int]]:
@@ -873,10 +877,6 @@ class ExternalWorlds:
         final_obs = np.stack(info["final_frame"][info["_final_frame"]]) if "_final_frame" in info else frames[:0]
         parts = (frames, reward.astype(np.float32), info["episode_terminated"], info["episode_truncated"], final_obs)
         return WorldStep(*(torch.tensor(part, device=self.device) for part in parts))
-
-    def advisors(self) -> list[str]:
-        """Those of `ADVICE` that the environment offers."""
-        return [name for name, method in ADVICE.items() if self.vector.envs[0].has_wrapper_attr(method)]
 
     def advice(self, name: str) -> Tensor:
         """What the reference agent of that name does now: actions (B,) int64."""

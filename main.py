@@ -36,7 +36,7 @@ from agent import AgentController, Learner, Planner, PlannerSettings, System, Tr
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
 from context_engine import infer_reward_bins, references, require_room, rollout
 from environment import WORLDS, ExternalEnvError, WorldSettings, external_defaults, make_worlds
-from memory import MemorySettings, Processes, RunFolder, UserError, merge, require, write_json
+from memory import MemorySettings, Processes, RunFolder, UserError, merge, require, require_new, write_json
 from transition_model import TransitionModel, TransitionSettings
 from world_model import STATISTICS, VAE, VAESettings, Value, animate_lifetime, belief_nll, compare, plot_adaptation
 from world_model import report
@@ -348,9 +348,10 @@ def watch(system: System, seed: int, path: Path, fps: int = 4) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
-MAY_CHANGE = ("device", "training.updates", "training.log_every", "training.checkpoint_every")
-MAY_CHANGE += ("training.evaluation_lifetimes", "training.validate_every", "training.validation_lifetimes")
-MAY_CHANGE += ("memory.budget_mb",)
+MAY_CHANGE = (
+    *("device", "training.updates", "training.log_every", "training.checkpoint_every", "training.evaluation_lifetimes"),
+    *("training.validate_every", "training.validation_lifetimes", "memory.budget_mb"),
+)
 """Settings in which a run may go on differently from its checkpoint."""
 
 
@@ -481,8 +482,7 @@ def evaluate_command(
         device: Where to compute; where the run was trained if not given.
         output: JSON file to write; evaluation-<split>-<lifetimes>.json in the run's folder if not given.
     """
-    if output is not None and output.exists():
-        raise UserError(f"{output} exists: name another --output.")
+    require_new(output)
     system, state = load_system(run, device)
     lifetimes = system.settings.training.evaluation_lifetimes if lifetimes is None else lifetimes
     require("lifetimes", lifetimes, 2, 10**6)
@@ -511,8 +511,7 @@ def watch_command(
     require("seed", seed, 0, 10**9)
     require("fps", fps, 1, 100)
     path = output or run / f"lifetime-{seed}.gif"
-    if output is not None and output.exists():
-        raise UserError(f"{output} exists: name another --output.")
+    require_new(output)
     system, _ = load_system(run, device)
     if not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"{path} cannot be written: name another --output.")

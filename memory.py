@@ -94,6 +94,17 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array))
 
 
+def signed_log(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|): counts and rewards of any size as numbers of the size of features."""
+    return x.sign() * x.abs().log1p()
+
+
+def require_new(output: Path | None) -> None:
+    """Raise UserError if the file or folder that a user named for a result exists: nothing is overwritten."""
+    if output is not None and output.exists():
+        raise UserError(f"{output} exists: name another --output.")
+
+
 class WorldStep(NamedTuple):
     """What one step of B environments returns; observations are (B, H, W, 3) uint8."""
 
@@ -140,9 +151,14 @@ class Experience(NamedTuple):
         return self.terminated | self.truncated
 
     @property
+    def usual_reward(self) -> Tensor:
+        """() float32: the reward of most steps, such as 0 or the price of a step."""
+        return self.reward.flatten().mode().values
+
+    @property
     def events(self) -> Tensor:
-        """(B, T) bool: the step brought a termination, or another reward than most steps."""
-        return self.terminated | (self.reward != self.reward.flatten().mode().values)
+        """(B, T) bool: the step brought a termination or an unusual reward."""
+        return self.terminated | (self.reward != self.usual_reward)
 
     def rows(self, index: Tensor | slice) -> Experience:
         """The same for some of the lifetimes."""
@@ -209,7 +225,7 @@ class PlaceMemory(NamedTuple):
         """What came with codes (q,) at places (q,) in lifetimes `row` (q,), (q, SUMS), as logarithms with a sign."""
         _, S, columns, _ = self.sums.shape
         found = self.sums.view(-1, self.SUMS).index_select(0, (row * S + place) * columns + self.column[code])
-        return found.sign() * found.abs().log1p()
+        return signed_log(found)
 
     @staticmethod
     def _summands(reward: Tensor, terminated: Tensor, earned: Tensor) -> Tensor:

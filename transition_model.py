@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from film_layer import FiLMLayer
-from memory import Experience, PlaceMemory, require_all
+from memory import Experience, PlaceMemory, require_all, signed_log
 
 SMOOTHING = 0.05  # added to counts of changes
 ODD = 0x5851F42D4C957F2D  # any odd number of 63 bits, for hashes
@@ -555,7 +555,7 @@ class TransitionModel(nn.Module):
         before, after = codes[step, place].int(), next_codes[step, place].int()
         own = lifetime[step]
         earned = places.earned[own] if earned is None else earned[step]
-        past = torch.cat([places.recall(own, place, after), (earned.sign() * earned.abs().log1p())[:, None]], 1)
+        past = torch.cat([places.recall(own, place, after), signed_log(earned)[:, None]], 1)
         features = self.place_pair.index_select(0, before * self.codes + after) + self.place_past(past)
         features = F.silu(self.place_film(features, context, step if row is None else row[step]))
         out = out.index_add(0, step, self.place_out(features))

@@ -22,7 +22,7 @@ from context_engine import rollout
 from environment import HiddenRulesWorld, make_worlds
 from main import EVALUATION_SEEDS, evaluate
 from memory import WorldStep
-from tests.benchmarks import command_line, load_systems, score_cells
+from tests.benchmarks import command_line, load_systems, run_folders, score_cells
 from world_model import statistics
 
 LIFETIMES = 512
@@ -131,6 +131,7 @@ def main(runs: Positional[tuple[Path, ...]]) -> None:
         runs: Folders of trained runs of --preset tinted, with and without inferred appearance.
     """
     kinds: dict[str, list[dict]] = {}
+    runs = run_folders(runs)
     for system in load_systems(runs):
         kind = "with appearance" if system.appearance else "without appearance"
         kinds.setdefault(kind, []).append(measure(system))

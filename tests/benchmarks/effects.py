@@ -120,7 +120,8 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 0) -> None:
         lifetimes: Random lifetimes of each run; 0 for 64, or 16 of an external environment.
     """
     found_rows, wrong_rows = [], []
-    for run, system in zip(run_folders(runs), load_systems(runs), strict=True):
+    runs = run_folders(runs)
+    for run, system in zip(runs, load_systems(runs), strict=True):
         experience, true = random_lifetimes(system, lifetimes or (16 if system.settings.world.gym_id else 64))
         found, first, wrong = found_effects(system, experience)
         labels = by_action(experience, true, found, first)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from agent import Learner, System
 from main import PRESETS, Settings, build_system, train, with_preset
-from memory import RunFolder, UserError, merge, write_json
+from memory import RunFolder, UserError, merge, require_new, write_json
 from tests.benchmarks import command_line
 
 COLUMNS = ("update", "seconds", "cpu_seconds", "resident_mb", "store_mb")
@@ -104,8 +104,7 @@ def main(minutes: float = 90, preset: str = "default", threads: int = 1, output:
     """
     if preset not in PRESETS:
         raise UserError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
-    if output.exists():
-        raise UserError(f"{output} exists: name another --output.")
+    require_new(output)
     torch.set_num_threads(threads)
     settings = merge(with_preset(Settings(), preset), {"training": {"updates": 10**6}})
     output.mkdir(parents=True)

@@ -26,7 +26,7 @@ from context_engine import references, rollout
 from environment import ExternalWorlds
 from main import EVALUATION_SEEDS, HeldOut
 from memory import UserError, WorldStep, require
-from tests.benchmarks import command_line, load_systems
+from tests.benchmarks import command_line, load_systems, run_folders
 from world_model import AGENTS, Trajectories, bootstrap_ci, format_ci, mean, ratio_of_means
 
 LEFT, RIGHT, FORWARD, PICKUP, TOGGLE = 0, 1, 2, 3, 5  # MiniGrid's own actions
@@ -115,12 +115,13 @@ def cells(each: list[Trajectories], best: Trajectories, columns: int) -> list[st
     for part in (slice(1, None), slice(-1, None)):
         earned = by_part[:, :, part].sum(2)
         pairs = [np.stack([own, earned[-1]]) for own in earned[:-1]]
-        row.append(format_ci(float(earned[:-1].mean() / earned[-1].mean()), bootstrap_ci(ratio_of_means, *pairs), 3))
+        share = float(earned[:-1].mean() / earned[-1].mean()) if earned[-1].any() else None
+        row.append(format_ci(share, bootstrap_ci(ratio_of_means, *pairs), 3))
     won = torch.cat([one.terminated & (one.reward > 0) for one in each])
     died = torch.cat([one.terminated & (one.reward <= 0) for one in each])
     ended = torch.cat([one.terminated | one.truncated for one in each])
     last = slice(size * (columns - 1), None)
-    row.append(f"{won[:, last].sum() / ended[:, last].sum():.3f}" if won.any() else "-")
+    row.append(f"{won[:, last].sum() / ended[:, last].sum():.3f}" if won.any() and ended[:, last].any() else "-")
     row.append(f"{died[:, size:].sum() / won[:, size:].sum():.3f}" if won[:, size:].any() else "-")
     return [*row, *(f"{x:.2f}" for x in by_part[:-1].mean((0, 1)))]
 
@@ -134,6 +135,7 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: HeldOut
         split: Which rules.
         columns: Equal parts of the lifetime, at least 2; for episodes of a fixed length, how many there are.
     """
+    runs = run_folders(runs)
     systems = load_systems(runs)
     world = systems[0].settings.world
     require("columns", columns, 2, world.lifetime)

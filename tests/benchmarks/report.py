@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from environment import WorldSettings
 from main import Settings, with_preset
-from memory import RunFolder, UserError, write_json
+from memory import RunFolder, UserError, require_new, write_json
 from tests.benchmarks import command_line, run_folders
 from world_model import AGENTS, available_metrics, format_ci, plot_adaptation, statistics
 
@@ -118,8 +118,7 @@ def main(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None
         output: A new folder; runs/report-<time> if not given.
     """
     output = output or Path("runs") / f"report-{time.strftime('%Y%m%d-%H%M%S')}"
-    if output.exists():
-        raise UserError(f"{output} exists: name another --output.")
+    require_new(output)
     groups: dict[str, list[dict]] = {}
     for run in run_folders(runs):
         settings = RunFolder(run).settings(Settings())

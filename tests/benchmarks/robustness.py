@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from agent import System
 from main import evaluate
-from tests.benchmarks import command_line, load_systems
+from tests.benchmarks import command_line, load_systems, run_folders
 from world_model import format_ci, statistics
 
 NOISES, SLIPS, LIFETIMES = (0.0, 0.1, 0.2, 0.3), (0.0, 0.15, 0.3), 512
@@ -60,6 +60,7 @@ def main(runs: Positional[tuple[Path, ...]]) -> None:
     Args:
         runs: Folders of trained runs of one preset.
     """
+    runs = run_folders(runs)
     systems = load_systems(runs)
     cells = {(noise, slip): evaluate_shifted(systems, noise, slip) for slip in SLIPS for noise in NOISES}
     print("| slip | noise | agent | of Thompson | Thompson | known rule |\n|---|---|---|---|---|---|")

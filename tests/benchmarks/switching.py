@@ -21,7 +21,7 @@ from context_engine import ActionValues, KnownRuleAgent, ThompsonAgent, rollout
 from environment import make_worlds
 from main import EVALUATION_SEEDS
 from memory import UserError
-from tests.benchmarks import command_line, load_systems
+from tests.benchmarks import command_line, load_systems, run_folders
 from world_model import bootstrap_ci, format_ci, mean
 
 LIFETIMES, WINDOW, FLOOR = 2048, 8, 1e-3
@@ -86,6 +86,7 @@ def main(runs: Positional[tuple[Path, ...]]) -> None:
     Args:
         runs: Folders of trained runs of --preset switching.
     """
+    runs = run_folders(runs)
     systems = load_systems(runs)
     found = rewards(systems)
     middle = systems[0].settings.world.lifetime // 2
