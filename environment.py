@@ -704,7 +704,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
             given = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
             raise ValueError(f"{self.unwrapped}.step returned {given}, but must return Gymnasium's five-tuple.")
         frame, reward, terminated, truncated, _ = answer
-        if not isinstance(reward, (numbers.Real, np.bool_)) or not abs(reward) <= np.finfo(np.float32).max:
+        if not isinstance(reward, (numbers.Real, np.bool_)) or not abs(reward) <= float(np.finfo(np.float32).max):
             given = f"{self.unwrapped}.step returned the reward {reward!r}"
             raise ValueError(f"{given}, but rewards must be finite float32.")
         info = {"episode_terminated": bool(terminated), "episode_truncated": bool(truncated and not terminated)}

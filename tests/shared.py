@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -34,6 +35,13 @@ from memory import PlaceMemory, Processes, merge
 torch.set_num_threads(1)  # tiny settings gain nothing from a second thread, and results depend on their number
 ROOT = Path(__file__).resolve().parent.parent
 slow = unittest.skipUnless(os.environ.get("SLOW_TESTS"), "slow: set SLOW_TESTS=1")
+
+
+def installed(module: str) -> Callable:
+    """Skips a test where a module of tests/requirements.txt is missing."""
+    return unittest.skipUnless(importlib.util.find_spec(module), "needs pip install -r tests/requirements.txt")
+
+
 TINY = {
     "world": {"grid": 4, "lifetime": 12, "episode_limit": 5},
     "context": {"hidden": 8},

@@ -1,7 +1,6 @@
 """What the benchmarks of effects and of external environments compute, and the classics."""
 
 import contextlib
-import importlib.util
 import io
 import re
 import unittest
@@ -13,7 +12,7 @@ import torch
 from environment import SPLITS
 from main import load_system
 from tests.benchmarks import classics, effects
-from tests.shared import tiny_run
+from tests.shared import installed, tiny_run
 
 
 CLASSICS = (
@@ -119,7 +118,7 @@ class TestEffects(unittest.TestCase):
         self.assertEqual(sum(map(int, counts)), 8 * 12)  # every step is of one kind
 
 
-@unittest.skipUnless(importlib.util.find_spec("minigrid"), "needs pip install -r tests/requirements.txt")
+@installed("minigrid")
 class TestShortestPath(unittest.TestCase):
     def test_it_reaches_the_goal_by_key_and_door_and_past_lava(self):
         from tests.benchmarks.external import first_action

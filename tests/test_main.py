@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import io
 import itertools
 import json
@@ -28,6 +27,7 @@ from tests.shared import (
     TOTAL,
     copy_of,
     in_process,
+    installed,
     only_run,
     stopped_at,
     temporary_folder,
@@ -453,7 +453,7 @@ class TestFigures(unittest.TestCase):
         other = (self.run_folder / "lifetime-3.gif").read_bytes()
         self.assertNotEqual(other, (self.run_folder / "lifetime.gif").read_bytes())
 
-    @unittest.skipUnless(importlib.util.find_spec("imageio_ffmpeg"), "needs pip install -r tests/requirements.txt")
+    @installed("imageio_ffmpeg")
     def test_an_mp4_is_written_once(self):
         path = self.run_folder / "film.mp4"
         code, printed = self.watch("--output", path)
