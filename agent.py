@@ -194,11 +194,13 @@ class Planner:
             pooled = self.value.pool(context[:, 1:].flatten(0, 1))
             next_value = self.value(self.value.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
             after = torch.where(ended, self.value.reset_value(pooled).view(B, T), next_value)
+        # g_t is constant_t + factor_t g_t+1
+        discount, lambda_, chosen = self.settings.discount, self.settings.lambda_, experience.action == choice
+        taken = (experience.reward + discount * (1 - lambda_) * after + best) / 2
+        constant, factor = torch.where(chosen, taken, best), discount * lambda_ / 2 * chosen
         target, following = torch.zeros_like(best), after[:, -1]
         for t in reversed(range(T)):
-            boot = self.settings.lambda_ * following + (1 - self.settings.lambda_) * after[:, t]
-            taken = 0.5 * (experience.reward[:, t] + self.settings.discount * boot) + 0.5 * best[:, t]
-            following = torch.where(experience.action[:, t] == choice[:, t], taken, best[:, t])
+            following = torch.addcmul(constant[:, t], factor[:, t], following)
             target[:, t] = following
         first = F.pad(ended[:, :-1], (1, 0), value=True)
         pooled = value.pool(context[:, :-1].flatten(0, 1))
@@ -255,6 +257,7 @@ class AgentController:
         """From now on act at random with probability `exploration` in [0, 1], sampled from `generator`."""
         self.exploration, self.generator = exploration, generator
 
+    @torch.no_grad()
     def reset(self, obs: Tensor | np.ndarray) -> None:
         """A lifetime begins: memory and belief are reset, because what happened under another rule says nothing here.
         `obs` is (B, H, W, 3) uint8; a single (H, W, 3) is a batch of one."""
@@ -264,6 +267,7 @@ class AgentController:
         batch, sizes = len(self.obs), (math.prod(self.vae.grid), self.engine.codes, self.engine.num_effects)
         self.memory = EpisodicMemory(batch, self.lifetime, *sizes, obs.device, self.keep_frames)
         self.belief, self.appearance_state = self.engine.initial_belief(batch), None
+        self.context = self.engine.context(self.belief)
         self.effect_cache = EffectCache(self.transition.effects)
         self.nll: list[Tensor] = []  # (B,) for each step: its negative log-likelihood, as in ExactFilter
 
@@ -274,9 +278,9 @@ class AgentController:
         self.codes = self.vae.encode(self.obs, self.visual_context)
         if self.exploration >= 1:  # nothing to plan
             return self._random_action()
-        context = self.engine.context(self.belief)
-        known = (context, self.memory.places)
-        action = self.planner.action_values(self.codes, *known, self.nodes, self.effect_cache).argmax(-1)
+        known = (self.context, self.memory.places)
+        self.values = self.planner.action_values(self.codes, *known, self.nodes, self.effect_cache)  # (B, A)
+        action = self.values.argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
             action = torch.where(chance < self.exploration, self._random_action(), action)
@@ -289,15 +293,16 @@ class AgentController:
         next_codes = self.vae.encode(step.next_obs, self.visual_context)
         likelihood = self.transition.effects.log_likelihood(self.codes, next_codes)
         posterior = self.transition.effect_posterior(likelihood)
-        self.nll.append(self.transition.nll(likelihood, action, self.engine.context(self.belief)))
+        self.nll.append(self.transition.nll(likelihood, action, self.context))
         self.memory.append(self.codes, next_codes, posterior, action, self.obs, step)
         self.belief = self.engine.step(self.belief, self.memory.latest())
+        self.context = self.engine.context(self.belief)  # (B, A + 1, D)
         self.obs = step.obs
 
     def _visual_context(self) -> Tensor:
         """The context (B, D) that modulates perception."""
         if self.appearance is None:
-            return self.engine.context(self.belief)[:, -1]
+            return self.context[:, -1]
         patches = self.vae.patches(self.obs)[:, None]
         contexts, self.appearance_state = self.appearance.sequence(patches, self.appearance_state)
         return contexts[:, 0]
@@ -382,6 +387,7 @@ class Learner:
         self.update = self.collections = self.env_steps = 0
         self.metrics: dict[str, Tensor] = {}
         self.seconds = 0.0  # of training, so far
+        self.validations: list[list[float]] = []  # see `plot_learning`
 
     def _make_optimizers(self) -> dict[str, torch.optim.Adam]:
         """One for each group of parts that learn together."""
@@ -603,6 +609,7 @@ class Learner:
             "counters": [self.update, self.collections, self.env_steps],
             "metrics": {name: float(value) for name, value in self.metrics.items()},
             "seconds": self.seconds,
+            "validations": self.validations,
             "shards": self.processes.all_gather_object({"generators": generators, "store": self.store.state_dict()}),
         }
 
@@ -625,7 +632,7 @@ class Learner:
             self.generator = make_generator(self.settings.seed, 10**6 + state["counters"][0], self.device)
         self.update, self.collections, self.env_steps = state["counters"]
         self.metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
-        self.seconds = state["seconds"]
+        self.seconds, self.validations = state["seconds"], state["validations"]
         if self.processes.is_main:
             remove_stale_blocks(blocks, [shard["store"] for shard in shards])
         self.store.load_state_dict(shards[rank]["store"], blocks)

@@ -163,45 +163,47 @@ class ContextInferenceEngine(nn.Module):
         """
         B, T = experience.action.shape
         beliefs = self.sequence(experience)
-        context = self.context(beliefs[:, :-1])  # (B, T, A + 1, D)
         action, posterior = experience.action.flatten(), experience.posterior.float().flatten(0, 1)
         row = torch.arange(B, device=action.device).repeat_interleave(T)
-        time, valid = self._other_times(experience.segment, row, generator)
-        filtered = transition.prior_loss(context.flatten(0, 1), action, posterior)
-        decoded = transition.prior_loss(context[row, time], action, posterior)
+        step = torch.arange(T, device=action.device).repeat(B)
+        time, valid = self._other_times(experience.segment, row, step, generator)
+
+        def context_at(row: Tensor, time: Tensor, of: Tensor | int) -> Tensor:  # all others are not needed
+            index = (row * (T + 1) + time) * (self.actions + 1) + of
+            return self.context(beliefs.flatten(0, 2).index_select(0, index))
+
+        own = context_at(row.repeat(2), torch.cat([step, time]), action.repeat(2))
+        filtered, decoded = transition.prior_loss(own, posterior.repeat(2, 1)).chunk(2)
         weight = self.settings.decoding_weight
         losses = {"filter": filtered.mean(), "decoding": weight * (decoded * valid).sum() / valid.sum()}
-        codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)
-        reward, terminated = experience.reward.flatten(), experience.terminated.flatten()
-        places, event = PlaceMemory.before_steps(experience, self.codes), experience.events.flatten()
+
+        event, n = experience.events.flatten(), B * T // 5
         share = event.float().mean().clamp(0.5 / (B * T), 1 - 0.5 / (B * T))
         odds = ((1 - share) / share).log()  # how much more an event counts than another step
-        for occurred in (True, False):
-            steps = (event == occurred).nonzero()[:, 0]
-            if len(steps) == 0:
-                continue
-            steps = steps[torch.randint(len(steps), (B * T // 5,), generator=generator, device=steps.device)]
-            time, valid = self._other_times(experience.segment, row[steps], generator, steps % T)
-            then = (codes[steps], next_codes[steps], places, row[steps] * T + time, context[row[steps], time, -1])
-            happened = (reward[steps], terminated[steps], experience.usual_reward, odds)
-            terms = transition.reward_and_termination_loss(*happened, *then, earned=places.earned[steps])
-            for name, term in terms.items():
-                losses[name] = losses.get(name, 0) + (term * valid).sum() / valid.sum().clamp_min(1)
+        kinds = (kind.nonzero()[:, 0] for kind in (event, ~event))
+        draws = [x[torch.randint(len(x), (n,), generator=generator, device=x.device)] for x in kinds if len(x)]
+        steps = torch.cat(draws)
+        time, valid = self._other_times(experience.segment, row[steps], step[steps], generator)
+        valid = valid.view(-1, n) / valid.view(-1, n).sum(1, keepdim=True).clamp_min(1)
+        parts = (experience.codes, experience.next_codes, experience.reward, experience.terminated)
+        codes, next_codes, reward, terminated = (part.flatten(0, 1)[steps] for part in parts)
+        places = PlaceMemory.before_steps(experience, self.codes)
+        then = (codes, next_codes, places, row[steps] * T + time, context_at(row[steps], time, self.actions))
+        happened = (reward, terminated, experience.usual_reward, odds)
+        terms = transition.reward_and_termination_loss(*happened, *then, earned=places.earned[steps])
+        losses |= {name: (term.view(-1, n) * valid).sum() for name, term in terms.items()}
         return losses, beliefs.detach()
 
     def _other_times(
-        self, segment: Tensor, row: Tensor, generator: torch.Generator, step: Tensor | None = None
+        self, segment: Tensor, row: Tensor, step: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """A random time (N,) for each step of lifetimes `row` (N,), and whether it lies in the step's segment (float).
+        """A random time (N,) for each step (N,) of lifetimes `row` (N,), and whether both lie in one segment (float).
 
-        Without `step` (N,) the steps are those of whole lifetimes in order. Without decoding, each step keeps its time.
+        Without decoding, each step keeps its time.
         """
-        T = segment.shape[1]
-        if step is None:
-            step = torch.arange(len(row), device=row.device) % T
         if self.settings.decoding_weight == 0:
             return step, torch.ones(len(row), device=row.device)
-        time = torch.randint(T, row.shape, generator=generator, device=row.device)
+        time = torch.randint(segment.shape[1], row.shape, generator=generator, device=row.device)
         return time, (segment[row, time] == segment[row, step]).float()
 
 

@@ -207,11 +207,11 @@ class PlaceMemory(NamedTuple):
         # Only codes that occur have a column of their own; all others share one that stays empty.
         occurs = torch.bincount(experience.next_codes.flatten().int(), minlength=codes) > 0
         column = torch.where(occurs, occurs.cumsum(0) - 1, occurs.sum())
-        index = column[experience.next_codes.int()][..., None, None].expand(-1, -1, -1, 1, cls.SUMS)
-        now = cls._summands(reward, experience.terminated, earned)
+        index = column[experience.next_codes[:, :-1].int()][..., None, None].expand(-1, -1, -1, 1, cls.SUMS)
+        now = cls._summands(reward, experience.terminated, earned)[:, :-1, None, None]
         sums = torch.zeros(*experience.codes.shape, int(occurs.sum()) + 1, cls.SUMS, device=reward.device)
-        sums.scatter_(3, index, now[:, :, None, None].expand_as(index))
-        sums = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1).cumsum_(1)
+        sums[:, 1:].scatter_(3, index, now.expand_as(index))  # what a step adds is known from the next one on
+        sums.cumsum_(1)
         return cls(sums.flatten(0, 1), column, earned.flatten())
 
     def add(self, next_codes: Tensor, step: WorldStep) -> None:
@@ -520,10 +520,11 @@ class RunFolder:
     """The folder of a run: settings, metrics, checkpoint, and the lock that keeps two trainings apart.
 
     It holds `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoint.pt` and `store/` (the frames, each block
-    written once), and in the end `evaluation.json`, `timing.json`, `adaptation.png` and `lifetime.gif`.
+    written once), and in the end `evaluation.json`, `timing.json`, `learning.png`, `adaptation.png` and
+    `lifetime.gif`.
     """
 
-    FORMAT = 6  # of checkpoints; raised when they change
+    FORMAT = 7  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config, self.metrics = folder, folder / "config.json", folder / "metrics.jsonl"

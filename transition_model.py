@@ -377,9 +377,11 @@ class EffectNetwork(nn.Module):
 
     def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:
         """log p(z'|z, k) (B, K) in nats, summed over patches, of code grids (B, S) uint8."""
-        log_p = self._logits(codes, codes_first=True).log_softmax(2)  # (B, S, C, K)
+        logits = self._logits(codes, codes_first=True)  # (B, S, C, K)
         index = next_codes.long()[:, :, None, None].expand(-1, -1, 1, self.num_effects)
-        return log_p.gather(2, index)[:, :, 0].sum(1)
+        return (logits.gather(2, index)[:, :, 0] - logits.logsumexp(2)).sum(
+            1
+        )  # faster than a log-softmax over few codes
 
     @torch.no_grad()
     def predict(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -518,7 +520,8 @@ class TransitionModel(nn.Module):
 
     def nll(self, likelihood: Tensor, action: Tensor, context: Tensor) -> Tensor:
         """-log sum_k pi(k|a, c) p(z'|z, k) (B,), nats, of log p(z'|z, k) (B, K), actions (B,), contexts (B, A+1, D)."""
-        return -(self._chosen_prior(context, action) + likelihood).logsumexp(-1)
+        own = context.gather(1, action[:, None, None].expand(-1, 1, context.shape[-1]))  # (B, 1, D)
+        return -(self.log_prior(own)[:, 0] + likelihood).logsumexp(-1)
 
     def log_prior(self, context: Tensor) -> Tensor:
         """log pi(k|a, c) (B, A, K) of contexts (B, A, D), one row for each action in question."""
@@ -639,18 +642,13 @@ class TransitionModel(nn.Module):
             share = ((slipped.sum(1, keepdim=True) + 2) / (likelihood.shape[1] + 8)).clamp_max(0.5)
         return label, odds
 
-    def prior_loss(self, context: Tensor, action: Tensor, posterior: Tensor) -> Tensor:
-        """-log sum_k q(k) pi(k|a, c) (N,), nats, of posteriors q (N, K), actions (N,) and contexts (N, A + 1, D).
+    def prior_loss(self, context: Tensor, posterior: Tensor) -> Tensor:
+        """-log sum_k q(k) pi(k|a, c) (N,), nats, of posteriors q (N, K) and contexts (N, D), the actions' own rows.
 
         Up to a constant that is the negative log-likelihood of the step, `nll`. So a step that several effects explain
         alike, such as a move against a wall, leaves open which of them it was.
         """
-        return -(self._chosen_prior(context, action) + posterior.clamp_min(1e-7).log()).logsumexp(-1)
-
-    def _chosen_prior(self, context: Tensor, action: Tensor) -> Tensor:
-        """log pi(k|a, c) (N, K) of one action (N,) under each context (N, A + 1, D)."""
-        chosen = context.gather(1, action[:, None, None].expand(-1, 1, context.shape[-1]))  # (N, 1, D)
-        return self.log_prior(chosen)[:, 0]
+        return -(self.log_prior(context[:, None])[:, 0] + posterior.clamp_min(1e-7).log()).logsumexp(-1)
 
     def reward_and_termination_loss(
         self,

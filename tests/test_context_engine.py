@@ -122,9 +122,8 @@ class TestLoss(unittest.TestCase):
 
     def test_targets_stay_within_their_segment(self):
         experience = experience_of(segments=3)
-        row = torch.arange(B).repeat_interleave(T)
-        other_time, same = engine_of()._other_times(experience.segment, row, make_generator())
-        step = torch.arange(B * T) % T
+        row, step = torch.arange(B).repeat_interleave(T), torch.arange(B * T) % T
+        other_time, same = engine_of()._other_times(experience.segment, row, step, make_generator())
         self.assertTrue(torch.equal(same.bool(), other_time // 3 == step // 3))
         self.assertTrue(same.bool().any() and not same.bool().all())
 
@@ -132,9 +131,8 @@ class TestLoss(unittest.TestCase):
         engine, experience = engine_of(), experience_of(segments=3)
         engine.settings = replace(engine.settings, decoding_weight=0.0)
         row, step = torch.arange(B).repeat_interleave(T), torch.arange(B * T) % T
-        for asked in (None, step):
-            at, valid = engine._other_times(experience.segment, row, make_generator(), asked)
-            self.assertTrue(torch.equal(at, step) and bool(valid.all()))
+        at, valid = engine._other_times(experience.segment, row, step, make_generator())
+        self.assertTrue(torch.equal(at, step) and bool(valid.all()))
         losses, _ = engine.loss(experience, transition_model(), make_generator())
         self.assertEqual(float(losses["decoding"].detach()), 0)
         self.assertGreater(float(losses["reward"].detach()), 0)

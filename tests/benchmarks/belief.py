@@ -55,7 +55,7 @@ def record(system: System, split: str, seed: int) -> Record:
     steps: list[tuple[Tensor, ...]] = []
     for _ in range(system.settings.world.lifetime):
         with torch.no_grad():
-            context = system.engine.context(agent.belief)
+            context = agent.context
             prior = system.transition.log_prior(context[:, :-1]).exp()
         posterior = exact.log_posterior.exp()
         action = agent.act()
