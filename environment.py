@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium
 import numpy as np
-import scipy.ndimage
 import torch
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -216,13 +215,15 @@ def task_split(settings: WorldSettings, split: str) -> Tensor:
 def layouts(grid: int, walls: int) -> dict[str, Tensor]:
     """Wall layouts of each split, (n, grid, grid) bool: up to 500, all different, split 3 : 1 : 1. The free cells of a
     layout are connected."""
+    from scipy import ndimage  # a tenth of a second, for worlds with walls only
+
     fixed, found = np.random.default_rng(7), {}
     for _ in range(1000):
         layout = np.zeros((grid, grid), bool)
         for cell in fixed.permutation(grid**2):
             if layout.sum() < walls:
                 layout.flat[cell] = True
-                layout.flat[cell] = scipy.ndimage.label(~layout)[1] == 1
+                layout.flat[cell] = ndimage.label(~layout)[1] == 1
         if layout.sum() == walls:
             found[layout.tobytes()] = layout
         if len(found) == 500:

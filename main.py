@@ -23,23 +23,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import tyro
 from torch import distributed
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from agent import AgentController, Learner, Planner, PlannerSettings, System, TrainingSettings
 from context_engine import AppearanceEngine, ContextInferenceEngine, ContextSettings, ExactFilter
 from context_engine import infer_reward_bins, references, require_room, rollout
-from environment import WORLDS, ExternalEnvError, WorldSettings, external_defaults, make_worlds
+from environment import WORLDS, ExternalEnvError, ExternalWorlds, HiddenRulesWorld, WorldSettings
+from environment import external_defaults, make_worlds
 from memory import MemorySettings, Processes, RunFolder, UserError, merge, require, require_new, write_json
 from transition_model import TransitionModel, TransitionSettings
-from world_model import STATISTICS, VAE, VAESettings, Value, animate_lifetime, belief_nll, compare, plot_adaptation
-from world_model import report
+from world_model import STATISTICS, VAE, VAESettings, Value, adaptation, belief_nll, compare, plot_adaptation
+from world_model import plot_learning, plot_lifetime, record_lifetime, report, save_animation
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # ------------------------------------------------------------------------------------------------------------- settings
 PRESETS: dict[str, dict] = {
@@ -206,7 +209,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
     end, stopped = learner.total if until is None else until, False
     writes = run is not None and processes.is_main and learner.update < end
     started = time.perf_counter() - learner.seconds
-    board = SummaryWriter(run.folder / "tensorboard", purge_step=learner.update + 1) if writes else nullcontext()
+    board = open_board(run.folder / "tensorboard", learner.update) if writes else nullcontext()
     bar = tqdm(total=learner.total, initial=learner.update, disable=not (writes and sys.stderr.isatty()))
     spoken = (time.monotonic(), learner.update)  # of the last line where there is no bar
     with stop_requests() as asked, board, bar:
@@ -248,7 +251,9 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
 
             learner.update += 1
             if phase == "adaptation" and t.validate_every and (update + 1) % t.validate_every == 0:
-                learner.metrics |= processes.all_gather_object(validate(learner) if processes.is_main else None)[0]
+                learner.seconds = time.perf_counter() - started
+                shown = validate(learner, board if writes else None) if processes.is_main else None
+                learner.metrics |= processes.all_gather_object(shown)[0]
             stopped = processes.any_rank(bool(asked))  # at every update, so that all processes stop after the same one
             over = learner.update == learner.total
             logs, saves = over or learner.update % t.log_every == 0, over or learner.update % t.checkpoint_every == 0
@@ -292,6 +297,13 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def open_board(folder: Path, update: int) -> SummaryWriter:
+    """TensorBoard's events in `folder`, without those of an earlier training after this update."""
+    from torch.utils.tensorboard import SummaryWriter  # a tenth of a second, for trainings only
+
+    return SummaryWriter(folder, purge_step=update + 1)
+
+
 def log(learner: Learner, run: RunFolder, board: SummaryWriter, bar: tqdm) -> None:
     """One line to metrics.jsonl, the same to TensorBoard, the gist to the progress bar."""
     values = {name: float(value) for name, value in learner.metrics.items()}
@@ -325,26 +337,38 @@ def evaluate(system: System, split: str, lifetimes: int, agent: Any = None, env_
     return about | compare(rollouts) | {"belief_nll": belief}
 
 
-def validate(learner: Learner) -> dict[str, torch.Tensor]:
+def validate(learner: Learner, board: SummaryWriter | None = None) -> dict[str, torch.Tensor]:
     """Metrics of the present agent, greedy and searching as deep as it collects, on the same validation lifetimes each
-    time; nothing random is shared with the training."""
+    time, and pictures of them for TensorBoard; nothing random is shared with the training."""
     settings, seed = learner.settings, EVALUATION_SEEDS["validation"] + 10
-    world = (settings.world, learner.training.validation_lifetimes, "validation", seed, learner.device)
+    worlds = (settings.world, learner.training.validation_lifetimes, "validation", seed, learner.device)
     agent = AgentController(learner.system, nodes=settings.planner.collect_nodes)
-    rollouts = {"agent": rollout(make_worlds(*world), agent)} | references(*world)
+    rollouts = {"agent": rollout(make_worlds(*worlds), agent)} | references(*worlds)
     returns = {name: one.reward.double().sum(1).numpy() for name, one in rollouts.items()}
     metrics = {"validation/return": returns["agent"].mean()}
     for name in ("normalised", "of_thompson"):
         statistic, _, whose = STATISTICS[name]
         if set(whose) <= set(returns):
             metrics[f"validation/{name}"] = statistic(*(returns[agent] for agent in whose))
+    means = [float(returns[name].mean()) for name in ("agent", "thompson") if name in returns]
+    learner.validations.append([learner.update, learner.env_steps, learner.seconds, *means])
+    if board is not None:
+        curves = plot_adaptation([{name: adaptation(one) for name, one in rollouts.items()}])
+        board.add_figure("adaptation", curves, learner.update)
+        board.add_figure("lifetime", plot_lifetime(*record_lifetime(agent, one_world(settings, 0))), learner.update)
     return {name: torch.tensor(float(value)) for name, value in metrics.items()}
+
+
+def one_world(settings: Settings, seed: int) -> HiddenRulesWorld | ExternalWorlds:
+    """A single environment with a validation task, chosen by `seed`."""
+    return make_worlds(settings.world, 1, "validation", EVALUATION_SEED + 100 + seed, get_device(settings.device))
 
 
 def watch(system: System, seed: int, path: Path, fps: int = 4) -> None:
     """Animate a lifetime in a validation task, chosen by `seed`, to `path`, .gif or .mp4."""
-    world = make_worlds(system.settings.world, 1, "validation", EVALUATION_SEED + 100 + seed, system.device)
-    animate_lifetime(AgentController(system), world, path, fps)
+    world = one_world(system.settings, seed)
+    frames, effects = record_lifetime(AgentController(system), world)
+    save_animation(frames, effects, "hidden rule: " + world.describe_rule(0).replace("\n", "; "), path, fps)
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
@@ -405,11 +429,13 @@ def run_training(run: RunFolder, learner: Learner) -> None:
             sys.exit(128 + number)
         if not main_process:
             return
-        write_json({"total": learner.seconds}, folder / "timing.json")
+        write_json({"total": learner.seconds, "validations": learner.validations}, folder / "timing.json")
         try:
             result = evaluate(learner.system, "test", t.evaluation_lifetimes, env_steps=learner.env_steps)
             write_json(result, folder / "evaluation.json")
-            plot_adaptation([result], folder / "adaptation.png")
+            plot_adaptation([result]).savefig(folder / "adaptation.png")
+            if learner.validations:
+                plot_learning(learner.validations).savefig(folder / "learning.png")
             watch(learner.system, 0, folder / "lifetime.gif")
         except KeyboardInterrupt:
             print(f"the training is complete and saved: {again} evaluates it.", flush=True)

@@ -8,22 +8,27 @@ Source: Kingma & Welling, "Auto-Encoding Variational Bayes", 2014.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from film_layer import FiLMLayer
 from memory import require_all
-from transition_model import ABSENT, one_hot
+from transition_model import ABSENT, TransitionModel, change_keys, one_hot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 
 @dataclass(frozen=True)
@@ -373,6 +378,8 @@ def bootstrap_ci(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> l
     Returns:
         low and high; None where the statistic is not finite, such as a ratio to nothing.
     """
+    from scipy.stats import bootstrap  # half a second, in the end
+
     together = np.stack(strata, 1)  # (k, runs, n)
 
     def of_rows(rows: np.ndarray, axis: int) -> np.ndarray:
@@ -381,7 +388,7 @@ def bootstrap_ci(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> l
 
     options = dict(n_resamples=2000, batch=100, method="percentile", vectorized=True, rng=np.random.default_rng(0))
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
-        found = scipy.stats.bootstrap([np.arange(together.shape[-1])], of_rows, **options).confidence_interval
+        found = bootstrap([np.arange(together.shape[-1])], of_rows, **options).confidence_interval
     return [float(end) if np.isfinite(end) else None for end in (found.low, found.high)]
 
 
@@ -392,7 +399,8 @@ def mean(x: np.ndarray) -> np.ndarray:
 
 def interquartile_mean(x: np.ndarray) -> np.ndarray:
     """IQM over the last axis: the mean of the middle half."""
-    return scipy.stats.trim_mean(x, 0.25, axis=-1)
+    cut = x.shape[-1] // 4
+    return np.partition(x, (cut, x.shape[-1] - cut - 1))[..., cut : x.shape[-1] - cut].mean(-1)
 
 
 def ratio_of_means(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -438,18 +446,22 @@ def statistics(*results: dict[str, Any]) -> dict[str, Any]:
     return stats
 
 
+def adaptation(trajectories: Trajectories) -> dict[str, Any]:
+    """Mean return, and mean reward by step of the lifetime with its standard error."""
+    reward = trajectories.reward.double()
+    error = (reward.std(0) / len(reward) ** 0.5).tolist()
+    return {"return_mean": float(reward.sum(1).mean()), "by_step": reward.mean(0).tolist(), "by_step_error": error}
+
+
 def summary(trajectories: Trajectories) -> dict[str, Any]:
-    """Mean and interquartile mean of the returns with intervals, mean reward by step with its standard error, and mean
-    counts of goals, hazards and time-outs in a lifetime."""
+    """`adaptation`, interquartile mean of the returns, intervals of both means, and mean counts of goals, hazards and
+    time-outs in a lifetime."""
     reward = trajectories.reward.double()
     returns, per_lifetime = reward.sum(1).numpy(), lambda happened: float(happened.double().sum(1).mean())
-    return {
-        "return_mean": float(returns.mean()),
+    return adaptation(trajectories) | {
         "return_iqm": float(interquartile_mean(returns)),
         "return_mean_ci95": bootstrap_ci(mean, returns[None]),
         "return_iqm_ci95": bootstrap_ci(interquartile_mean, returns[None]),
-        "by_step": reward.mean(0).tolist(),
-        "by_step_error": (reward.std(0) / len(returns) ** 0.5).tolist(),
         "goals": per_lifetime(reward > 0),
         "hazards": per_lifetime(reward < 0),
         "timeouts": per_lifetime(trajectories.truncated),
@@ -502,11 +514,11 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot_adaptation(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward by step of the lifetime for every agent, averaged over evaluations, to `path` (PNG); see `plot_curve`."""
+def plot_adaptation(results: Sequence[dict[str, Any]]) -> Figure:
+    """Reward by step of the lifetime for every agent, averaged over evaluations; see `adaptation` and `plot_curve`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes, first = figure.subplots(), results[0]
     for name, label in AGENTS.items():
         if name in first:
@@ -514,10 +526,11 @@ def plot_adaptation(results: Sequence[dict[str, Any]], path: Path) -> None:
             error = np.sqrt(np.square([result[name]["by_step_error"] for result in results]).sum(0)) / len(results)
             returns = np.mean([result[name]["return_mean"] for result in results])
             plot_curve(axes, by_step, error, f"{label}: {returns:.2f}")
-    runs = f", {len(results)} runs" if len(results) > 1 else ""
-    axes.set_title(f"{first['lifetimes']} lifetimes, {first['split']} tasks{runs}")
+    if "lifetimes" in first:
+        runs = f", {len(results)} runs" if len(results) > 1 else ""
+        axes.set_title(f"{first['lifetimes']} lifetimes, {first['split']} tasks{runs}")
     axes.legend(title="return per lifetime", loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def plot_curve(axes: Any, by_step: Sequence[float], error: Sequence[float], label: str, bin_steps: int = 4) -> None:
@@ -531,28 +544,133 @@ def plot_curve(axes: Any, by_step: Sequence[float], error: Sequence[float], labe
     axes.set(xlabel="step of the lifetime", ylabel="reward a step")
 
 
-LifetimeFrame = tuple[np.ndarray, np.ndarray, np.ndarray, str]
-"""Of one step: observation and reconstruction (H, W, 3), belief (action, effect) as probabilities, a heading."""
+def plot_learning(validations: Sequence[Sequence[float]]) -> Figure:
+    """Held-out return over seconds and frames of training, from rows (update, frames, seconds, return and, where it is
+    known, Thompson sampling's return)."""
+    from matplotlib.figure import Figure
+
+    _, frames, seconds, returns, *thompson = zip(*validations, strict=True)
+    figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, x, label in zip(panels, (seconds, frames), ("seconds of training", "frames of training"), strict=True):
+        axes.plot((0, *x), (math.nan, *returns), marker="o", label="agent")
+        for level in thompson:
+            axes.axhline(level[-1], color="tab:orange", label="Thompson sampling")
+        axes.set(xlabel=label, xlim=(0, None))
+    panels[0].set_ylabel("return per lifetime, validation tasks")
+    panels[0].legend(loc="lower right", fontsize="small")
+    return figure
+
+
+ARROWS = ("↖↑↗", "←·→", "↙↓↘")  # by rows down and columns to the right, from -1 to 1
+
+
+class EffectPicture(NamedTuple):
+    """What an effect changes, to be drawn instead of its number."""
+
+    arrow: str  # which way something moves; empty where nothing does
+    colour: tuple[float, ...]  # (3,) in 0..1, of what moves
+    patches: np.ndarray  # (h, w, 3) in 0..1: what changes, before and after; empty where nothing does
 
 
 @torch.no_grad()
-def animate_lifetime(agent: Any, world: Any, path: Path, fps: int) -> None:
-    """Roll out a lifetime of an `AgentController` in a single environment and animate it, see `save_animation`."""
-    frames, earned = [], 0.0
+def picture_effects(vae: VAE, transition: TransitionModel, codes: Tensor, context: Tensor) -> list[EffectPicture]:
+    """What every effect most often changes in grids (N, S) uint8; `context` (1, D) modulates the decoder."""
+    pictures, columns = [], vae.grid[1]
+    for after in transition.effects.predict(codes)[0].unbind(1):
+        changed = after != codes
+        first = changed.byte().argmax(1, keepdim=True).expand_as(codes)
+        key = change_keys(codes, after, columns, first).sum(1)
+        if 4 * len(moves := key[key != 0]) < len(key):
+            pictures.append(EffectPicture(ARROWS[1][1], (0, 0, 0), np.zeros((0, 0, 3))))
+            continue
+        which = int((key == moves.mode().values).nonzero()[0])
+        before, behind, at = codes[which], after[which], changed[which].nonzero()[:, 0].tolist()
+        images = vae.decode(torch.stack([before, behind]), context.expand(2, -1)).clamp(0, 1).cpu().numpy()
+        patch, places = vae.settings.patch, [divmod(place, columns) for place in at]
+        (top, left), (bottom, right) = (tuple(map(f, zip(*places, strict=True))) for f in (min, max))
+        crop = images[:, top * patch : (bottom + 1) * patch, left * patch : (right + 1) * patch]
+        picture = EffectPicture("", (0, 0, 0), np.concatenate([crop[0], np.ones_like(crop[0][:, :1]), crop[1]], 1))
+        for p, q in itertools.permutations(at, 2):
+            if before[p] == behind[q] and before[p] != transition.background:
+                (row, column), (to_row, to_column) = divmod(p, columns), divmod(q, columns)
+                down, across = np.sign(to_row - row), np.sign(to_column - column)
+                thing = images[0, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+                picture = picture._replace(arrow=ARROWS[down + 1][across + 1], colour=tuple(thing.max((0, 1))))
+        pictures.append(picture)
+    return pictures
+
+
+def label_effects(axes: Axes, pictures: Sequence[EffectPicture]) -> None:
+    """Name the columns of a picture of the belief: an arrow in the colour of what moves, else what changes."""
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    axes.set_xticks(range(len(pictures)), [picture.arrow for picture in pictures], fontsize="large", weight="bold")
+    axes.tick_params("x", length=0)
+    for number, (label, picture) in enumerate(zip(axes.get_xticklabels(), pictures, strict=True)):
+        label.set_color(picture.colour)
+        if not picture.arrow:
+            image = OffsetImage(picture.patches, zoom=20 / max(picture.patches.shape))
+            place = dict(xycoords=("data", "axes fraction"), box_alignment=(0.5, 1.2), frameon=False, pad=0)
+            axes.add_artist(AnnotationBbox(image, (number, 0), **place))
+
+
+class LifetimeFrame(NamedTuple):
+    """One step of a lifetime."""
+
+    obs: np.ndarray  # (H, W, 3)
+    decoded: np.ndarray  # (H, W, 3) in 0..1: its reconstruction
+    belief: np.ndarray  # (A, K): probability of every effect after every action
+    values: np.ndarray  # (A,): what the planner expects of every action
+    heading: str
+
+
+@torch.no_grad()
+def record_lifetime(agent: Any, world: Any) -> tuple[list[LifetimeFrame], list[EffectPicture]]:
+    """Roll out a lifetime of an `AgentController` in a single environment: what happened, and what its effects are."""
+    frames, seen, earned = [], [], 0.0
     agent.reset(world.reset())
     for step in range(world.settings.lifetime):
         action = agent.act()
         decoded = agent.vae.decode(agent.codes, agent.visual_context)[0].clamp(0, 1)
-        belief = agent.transition.log_prior(agent.engine.context(agent.belief)[:, :-1])[0].exp()
-        images = (x.cpu().numpy() for x in (agent.obs[0], decoded, belief))
-        frames.append((*images, f"step {step}   action {int(action)}   return {earned:+g}"))
+        belief = agent.transition.log_prior(agent.context[:, :-1])[0].exp()
+        images = (x.cpu().numpy() for x in (agent.obs[0], decoded, belief, agent.values[0]))
+        frames.append(LifetimeFrame(*images, f"step {step}   action {int(action)}   return {earned:+g}"))
+        seen.append(agent.codes)
         happened = world.step(action)
         agent.observe(action, happened)
         earned += float(happened.reward)
-    save_animation(frames, "hidden rule: " + world.describe_rule(0).replace("\n", "; "), path, fps)
+    return frames, picture_effects(agent.vae, agent.transition, torch.cat(seen), agent.visual_context)
 
 
-def save_animation(frames: Sequence[LifetimeFrame], caption: str, path: Path, fps: int) -> None:
+def plot_lifetime(frames: Sequence[LifetimeFrame], effects: Sequence[EffectPicture], columns: int = 5) -> Figure:
+    """Observation, reconstruction and belief at some steps of a lifetime, one column each."""
+    from matplotlib.figure import Figure
+
+    shown = [round(x) for x in np.geomspace(1, len(frames), columns) - 1]
+    figure = Figure(figsize=(2.6 * columns, 6.5), dpi=70, layout="constrained")
+    panels = figure.subplots(3, columns, squeeze=False, height_ratios=[2, 2, 1.2])
+    for frame, (obs, decoded, belief) in zip((frames[step] for step in shown), panels.T, strict=True):
+        for axes, image in ((obs, frame.obs), (decoded, frame.decoded)):
+            axes.imshow(image)
+            axes.set(xticks=[], yticks=[])
+        obs.set_title(frame.heading, fontsize="small")
+        show_belief(belief, frame.belief, effects)
+    for axes, label in zip(panels[:, 0], ("observation", "reconstruction", "action"), strict=True):
+        axes.set_ylabel(label)
+    return figure
+
+
+def show_belief(axes: Axes, belief: np.ndarray, effects: Sequence[EffectPicture]) -> AxesImage:
+    """Draw a belief (A, K), one row an action, one named column an effect."""
+    label_effects(axes, effects)
+    axes.set_yticks(range(len(belief)))
+    return axes.imshow(belief, vmin=0, vmax=1, aspect="auto", cmap="magma")
+
+
+def save_animation(
+    frames: Sequence[LifetimeFrame], effects: Sequence[EffectPicture], caption: str, path: Path, fps: int
+) -> None:
     """Write an animation, .gif or .mp4, atomically; ValueError for another ending, or where ffmpeg is missing."""
     import matplotlib
     from matplotlib import animation
@@ -567,22 +685,28 @@ def save_animation(frames: Sequence[LifetimeFrame], caption: str, path: Path, fp
     if path.suffix == ".mp4" and not animation.FFMpegWriter.isAvailable():
         raise ValueError("an MP4 needs ffmpeg: pip install imageio-ffmpeg, or name a file that ends in .gif.")
     figure = Figure(figsize=(6, 5.6), dpi=70)
-    parts = figure.subplot_mosaic([["obs", "decoded"], ["belief", "belief"]], height_ratios=[3, 1.5])
-    figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.06)
+    rows = [["obs", "obs", "decoded", "decoded"], ["belief", "belief", "belief", "values"]]
+    parts = figure.subplot_mosaic(rows, height_ratios=[3, 1.5])
+    figure.subplots_adjust(left=0.08, right=0.97, top=0.88, bottom=0.13, hspace=0.2, wspace=0.12)
     titles = {"obs": "observation", "decoded": "reconstruction", "belief": "belief: which effect each action has"}
-    for name, title in titles.items():
+    for name, title in (titles | {"values": "value"}).items():
         parts[name].set(title=title, xticks=[], yticks=[])
-    obs, decoded, belief, heading = frames[0]
-    parts["belief"].set(ylabel="action", yticks=range(len(belief)))
-    images = [parts["obs"].imshow(obs), parts["decoded"].imshow(decoded)]
-    images.append(parts["belief"].imshow(belief, vmin=0, vmax=1, aspect="auto", cmap="magma"))
-    title = figure.suptitle(heading)
-    figure.text(0.5, 0.03, caption, ha="center", fontsize="small")
+    images = [parts["obs"].imshow(frames[0].obs), parts["decoded"].imshow(frames[0].decoded)]
+    images.append(show_belief(parts["belief"], frames[0].belief, effects))
+    parts["belief"].set_ylabel("action")
+    every = np.stack([frame.values for frame in frames])
+    bars = parts["values"].barh(range(len(frames[0].values)), frames[0].values)
+    parts["values"].set(xlim=(min(every.min(), 0), max(every.max(), 0) or 1), ylim=parts["belief"].get_ylim())
+    title = figure.suptitle("")
+    figure.text(0.5, 0.02, caption, ha="center", fontsize="small")
 
     def show(frame: LifetimeFrame) -> None:
         for image, content in zip(images, frame[:3], strict=True):
             image.set_data(content)
-        title.set_text(frame[3])
+        for bar, value in zip(bars, frame.values, strict=True):
+            bar.set_width(value)
+            bar.set_color("tab:green" if value == frame.values.max() else "tab:gray")
+        title.set_text(frame.heading)
 
     film = animation.FuncAnimation(figure, show, frames, init_func=lambda: None, cache_frame_data=False)
     writer = animation.FFMpegWriter(fps=fps) if path.suffix == ".mp4" else animation.PillowWriter(fps=fps)

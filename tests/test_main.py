@@ -388,6 +388,22 @@ class TestValidation(unittest.TestCase):
         without = [json.dumps({k: v for k, v in line.items() if not k.startswith("validation")}) for line in lines]
         self.assertEqual("\n".join(without) + "\n", (tiny_run() / "metrics.jsonl").read_text())
         self.assertEqual((run / "evaluation.json").read_bytes(), (tiny_run() / "evaluation.json").read_bytes())
+        rows = json.loads((run / "timing.json").read_text())["validations"]
+        self.assertEqual([row[0] for row in rows], [21, 28, 35])
+        self.assertEqual(rows[-1][3], lines[-1]["validation/return"])
+        self.assertTrue(all(before < after for before, after in zip(rows, rows[1:], strict=False)))
+        self.assertGreater((run / "learning.png").stat().st_size, 10_000)
+
+    def test_it_shows_pictures_in_tensorboard(self):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        folder = tiny_folder(validate_every=12, validation_lifetimes=8)
+        code, printed = in_process(["--config", "tiny.json"], folder)
+        self.assertEqual(code, 0, printed)
+        events = EventAccumulator(str(only_run(folder) / "tensorboard"), {"images": 0})
+        events.Reload()
+        for tag in ("adaptation", "lifetime"):
+            self.assertEqual([event.step for event in events.Images(tag)], [26, 38], tag)
 
 
 class TestEvaluation(unittest.TestCase):

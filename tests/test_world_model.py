@@ -19,6 +19,7 @@ from world_model import (
     distinct_patches,
     kinds_of_patch,
     mean,
+    picture_effects,
     probability_of_improvement,
     ratio_of_means,
     report,
@@ -324,6 +325,24 @@ class TestValue(unittest.TestCase):
         value, row = self.value, torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 1])
         statistics, pooled = value.statistics(self.codes), value.pool(self.context[:2])
         torch.testing.assert_close(value(statistics, pooled, row), value(statistics, pooled[row]))
+
+
+class TestPictures(unittest.TestCase):
+    def test_effects_are_drawn_as_arrows_as_changes_or_as_nothing(self):
+        """Codes: 0 background, 1 to 3 things; effects: 1 goes left, 2 becomes 3, nothing."""
+        grid = torch.zeros(6, 6, dtype=torch.uint8)
+        grid[2, 3], grid[4, 4] = 1, 2
+        left, other = grid.clone(), grid.clone()
+        left[2, 3], left[2, 2], other[4, 4] = 0, 1, 3
+        codes, after = grid.view(1, 36).repeat(3, 1), torch.stack([left, other, grid]).view(1, 3, 36).repeat(3, 1, 1)
+        effects = mock.Mock(predict=lambda _: (after, None))
+        transition, vae, context = mock.Mock(effects=effects, background=torch.tensor(0)), vae_of(), torch.zeros(1, 5)
+        moves, becomes, nothing = picture_effects(vae, transition, codes, context)
+        self.assertEqual((moves.arrow, becomes.arrow, nothing.arrow), ("←", "", "·"))
+        self.assertEqual((moves.patches.shape, becomes.patches.shape), ((4, 17, 3), (4, 9, 3)))
+        pictured = vae.decode(torch.stack([codes[0], after[0, 1]]), context.expand(2, -1)).clamp(0, 1)
+        for x, frame in ((slice(0, 4), pictured[0]), (slice(5, 9), pictured[1])):
+            np.testing.assert_allclose(becomes.patches[:, x], frame[16:20, 16:20].detach(), rtol=1e-6)
 
 
 if __name__ == "__main__":

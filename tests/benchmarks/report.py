@@ -130,7 +130,7 @@ def main(runs: Positional[tuple[Path, ...]], output: Path | None = None) -> None
         stats = statistics(*results)
         text.append(f"## {name}\n\n{result_table(results, stats)}\n")
         text.append(f"![reward by step](adaptation-{number}.png)\n")
-        plot_adaptation(results, output / f"adaptation-{number}.png")
+        plot_adaptation(results).savefig(output / f"adaptation-{number}.png")
         seeds, each = ([result[key] for result in results] for key in ("seed", "metrics"))
         joined[name] = stats | {"seeds": seeds, "runs": each}
     (output / "report.md").write_text("\n".join(text))
