@@ -3,16 +3,20 @@
 import contextlib
 import io
 import re
+import tempfile
 import unittest
+from pathlib import Path
+from unittest import mock
 
 import gymnasium
 import numpy as np
 import torch
 
-from environment import SPLITS
+from environment import SPLITS, HiddenRulesWorld, WorldSettings
 from main import load_system
-from tests.benchmarks import classics, effects
-from tests.shared import installed, tiny_run
+from memory import UserError
+from tests.benchmarks import classics, effects, results, rl2
+from tests.shared import installed, make_generator, temporary_folder, tiny_run
 
 
 CLASSICS = (
@@ -22,6 +26,68 @@ CLASSICS = (
     classics.DarkKeyToDoor,
     classics.FrozenLakeMeta,
 )
+
+
+class TestResults(unittest.TestCase):
+    def test_the_readmes_hold_what_the_records_say_and_no_other_figures(self):
+        records, places = results.read_records(), set()
+        for page in results.PAGES:
+            text = page.read_text()
+            self.assertEqual(results.written(text, records), text, f"{page}: python3 -m tests.benchmarks.results")
+            places |= {name for _, name, _ in results.PLACE.findall(text)}
+        self.assertNotRegex(results.PLACE.sub("", text), r"\d\.\d\d", "a figure without a record")
+        every = results.measurements()
+        self.assertLessEqual(set(records), set(every))
+        self.assertLessEqual(places - {"readme", "worlds", "external"}, {*every, "default"})
+        self.assertLessEqual({name for name, one in every.items() if one.command[0] == "-m"}, places)
+
+    def test_a_record_is_of_another_version_when_code_changes_and_not_when_prose_does(self):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(results, "ROOT", Path(folder)):
+            file, seen = Path(folder) / "agent.py", set()
+            for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # why\n', '"""B."""\nx = 2\n'):
+                file.write_text(text)
+                seen.add(results.version(("main.py",)))
+            self.assertEqual(len(seen), 2)
+
+    def test_what_is_missing_is_made_and_kept(self):
+        tiny, folder = tiny_run(), temporary_folder()
+        made = {"default-0": results.Measurement(("-c", "print('| a | 1 |')"), 1)}
+        made["default-1"] = results.Measurement(("-c", "raise SystemExit('no room')"), 1)
+        with mock.patch.object(results, "measurements", lambda: made), mock.patch.object(results, "RECORDS", folder):
+            results.make_record("default-0", 1)
+            record = results.read_records()["default-0"]
+            self.assertEqual(record["output"], ["| a | 1 |"])
+            with self.assertRaisesRegex(UserError, "default-1 failed.*no room"):
+                results.make_record("default-1", 1)
+        runs = [results.training_figures(tiny) | {"commit": "a", "date": "b", "processor": "c", "threads": 1}] * 2
+        text = results.tables({"default-0": runs[0], "default-1": runs[1]})
+        self.assertIn(f"**{runs[0]['return_mean']:.2f} ± 0.00**", text["readme"])
+        self.assertIn("| all 2 |", text["default"])
+
+
+class TestRL2(unittest.TestCase):
+    def test_it_learns_from_whole_lifetimes_and_whole_passes_equal_steps(self):
+        world = HiddenRulesWorld(WorldSettings(grid=4, lifetime=8), 16, "train", 0)
+        for symbols in (False, True):
+            torch.manual_seed(0)
+            net = rl2.RL2(rl2.observe(world, world.reset(), None, symbols).shape[1], 4, 3)
+            lived = rl2.roll_out(net, world, symbols, True, make_generator())
+            log_prob, value, memory, _ = net(lived.seen, lived.previous, torch.zeros(1, 16, net.hidden))
+            chosen = log_prob.gather(-1, lived.action[..., None])[..., 0]
+            torch.testing.assert_close((chosen, value), (lived.log_prob, lived.value), atol=1e-5, rtol=1e-5)
+            optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+            before = float(net.rule_loss(memory, lived.rule))
+            for _ in range(8):
+                rl2.learn(net, optimizer, lived, 0.01, 1.0, make_generator())
+            after = net(lived.seen, lived.previous, torch.zeros(1, 16, net.hidden))[2]
+            self.assertLess(float(net.rule_loss(after, lived.rule)), 0.8 * before)
+
+    def test_advantages_reach_to_the_end_of_the_lifetime(self):
+        reward, value = torch.tensor([[0.0], [0.0], [1.0]]), torch.zeros(3, 1)
+        lived = rl2.Lifetimes(*[torch.zeros(3, 1)] * 4, value, reward, torch.zeros(1, 7))
+        advantage, returns = rl2.advantages(lived, gamma=0.5, lambda_=1.0)
+        torch.testing.assert_close(advantage[:, 0], torch.tensor([0.25, 0.5, 1.0]))
+        torch.testing.assert_close(returns, advantage)
 
 
 class TestClassics(unittest.TestCase):

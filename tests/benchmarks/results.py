@@ -1,0 +1,323 @@
+"""Make the tables of the two READMEs from records, and the records that are missing or of another version.
+
+A record is one small JSON file in tests/benchmarks/records: what was run, by which commit, when, on what, and the
+figures. Tables need nothing but records. Without options this lists the records that are missing or made by another
+version of the code, and writes the tables. --make runs what is missing, one job a core, and can be stopped and started
+again at any point, on any machine: trainings go on from their checkpoints. What a record holds is never edited.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from memory import UserError, write_json
+from tests.benchmarks import command_line
+from world_model import AGENTS, format_ci
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECORDS = ROOT / "tests" / "benchmarks" / "records"
+PAGES = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
+CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (64, 4), "FrozenLakeMeta": (128, 10)}
+CLASSICS |= {
+    "DarkKeyToDoor": (64, 8)
+}  # lifetimes to evaluate on and parts of a lifetime, episodes where they are fixed
+ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one record holds."""
+
+    command: tuple[str, ...]  # of python3; {NAME} stands for the folder of the training that record NAME is of
+    minutes: float  # about how long it takes one core
+    alone: bool = False  # nothing else may run beside it
+
+
+def training(*options: str, seed: int, minutes: float) -> Measurement:
+    """A training, with options of main.py."""
+    return Measurement(("main.py", *options, "--seed", str(seed)), minutes)
+
+
+def benchmark(name: str, *arguments: str, minutes: float, alone: bool = False) -> Measurement:
+    """Another benchmark."""
+    return Measurement(("-m", f"tests.benchmarks.{name}", *arguments), minutes, alone)
+
+
+def measurements() -> dict[str, Measurement]:
+    """Everything that the tables show, by the name of its record."""
+    worlds: dict[str, tuple[int, float, tuple[str, ...]]] = {"default": (5, 3, ())}
+    for preset, minutes in {"quick": 1, "large": 5, "switching": 5, "tinted": 6, "everything": 50}.items():
+        worlds[preset] = (3, minutes, ("--preset", preset))
+    worlds["permutations"] = (3, 3, ("--world.holdout", "permutations"))
+    for name in CLASSICS:
+        minutes = 24 if name == "DarkKeyToDoor" else 10
+        worlds[name] = (3, minutes, ("--world.gym-id", f"tests.benchmarks.classics:{name}-v0"))
+    worlds |= {room: (3, 15, ("--world.gym-id", f"MiniGrid-{room}-v0")) for room in ROOMS}
+    found = {
+        f"{name}-{seed}": training(*options, seed=seed, minutes=minutes)
+        for name, (seeds, minutes, options) in worlds.items()
+        for seed in range(seeds)
+    }
+    runs = {name: tuple(f"{{{name}-{seed}}}" for seed in range(seeds)) for name, (seeds, *_) in worlds.items()}
+    for name, (lifetimes, parts) in (CLASSICS | dict.fromkeys(ROOMS, (32, 8))).items():
+        options = ("--lifetimes", str(lifetimes), "--columns", str(parts))
+        found[f"external-{name}"] = benchmark("external", *runs[name], *options, minutes=5)
+    found |= {
+        "references": benchmark("references", "{default-0}", minutes=3),
+        "belief": benchmark("belief", "{default-0}", minutes=1),
+        "effects": benchmark("effects", *runs["default"], *runs["everything"], minutes=2),
+        "robustness": benchmark("robustness", *runs["default"][:3], minutes=2),
+        "switching": benchmark("switching", *runs["switching"], minutes=2),
+        "appearance": benchmark("appearance", *runs["tinted"], minutes=2),
+        "ablations": benchmark("ablations", minutes=60),
+        "speed": benchmark("speed", "{default-0}", minutes=5, alone=True),
+        "speedrun": benchmark("speedrun", minutes=15, alone=True),
+        "rl2-plain": benchmark("rl2", minutes=20),
+        "rl2-aided": benchmark("rl2", "--symbols", "--relabel", "--labels", "1", minutes=20),
+    }
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+def version(command: tuple[str, ...]) -> str:
+    """A hash of the code that a command measures, the modules and the benchmark's own, without its prose."""
+    files = [*sorted(ROOT.glob("*.py"))]
+    if command[0] == "-m":
+        files += [ROOT / Path(*command[1].split(".")).with_suffix(".py")]
+    digest = hashlib.sha256()
+    for file in files:
+        if file.name == "tune_hyperparams.py":
+            continue
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body[0].value.value = ""
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+def run_of(name: str) -> Path:
+    """The folder of a training by the present version."""
+    return ROOT / "runs" / f"record-{name}-{version(measurements()[name].command)}"
+
+
+def read_records() -> dict[str, dict[str, Any]]:
+    """All records by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))}
+
+
+def parts(command: tuple[str, ...]) -> list[str]:
+    """The trainings whose folders a command needs."""
+    return [part[1:-1] for part in command if part.startswith("{")]
+
+
+def make_record(name: str, cores: int) -> None:
+    """Run a measurement with so many threads, and write its record; UserError if it fails."""
+    one = measurements()[name]
+    command = [str(run_of(part[1:-1])) if part.startswith("{") else part for part in one.command]
+    if one.command[0] == "main.py":
+        command += ["--run", run_of(name).name]
+    environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+    figures = {"output": [line for line in done.stdout.splitlines() if line.startswith("|")]}
+    if one.command[0] == "main.py":
+        figures = training_figures(run_of(name))
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    RECORDS.mkdir(exist_ok=True)
+    about = {
+        "command": " ".join(("python3", *one.command)),
+        "commit": git.stdout.strip(),
+        "version": version(one.command),
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor(),
+        "threads": cores,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    write_json(about | figures, RECORDS / f"{name}.json")
+
+
+def training_figures(run: Path) -> dict[str, Any]:
+    """What a record keeps of a finished run."""
+    result, timing = (json.loads((run / name).read_text()) for name in ("evaluation.json", "timing.json"))
+    kept = {name: result[name] for name in ("lifetimes", "env_steps", "return_mean", "return_mean_ci95")}
+    for name in ("normalised", "of_thompson", "late_of_known_rule"):
+        if name in result:
+            kept |= {name: result[name], f"{name}_ci95": result[f"{name}_ci95"]}
+    kept["belief"] = result["belief_nll"]["late_excess"]
+    for name in AGENTS:
+        if name in result and name != "agent":
+            kept[name] = {key: result[name][key] for key in ("return_mean", "return_mean_ci95")}
+    return kept | {"training_seconds": round(timing["total"], 1), "validations": timing["validations"]}
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    names = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", names.read_text()) if names.exists() else None
+    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+def markdown(heads: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (list(heads), ["---"] * len(heads), *rows))
+
+
+def over_seeds(values: list[float], digits: int) -> str:
+    """A mean over seeds with Student's t interval; the bare figure of one."""
+    mean = np.mean(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def seeds_of(records: dict[str, dict], name: str) -> list[dict]:
+    """The records of the trainings called `name`, by seed."""
+    return [records[key] for key in sorted(records) if re.fullmatch(rf"{re.escape(name)}-\d+", key)]
+
+
+def readme_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> str:
+    """The first table of README.md."""
+    (runs,) = worlds.values()
+    known = {name: runs[0][name] for name in AGENTS if name in runs[0]}
+    cell = {name: format_ci(one["return_mean"], one["return_mean_ci95"], 2) for name, one in known.items()}
+    bayes = "exact Bayes filter over all 144 rules; plans for a rule sampled from it at every step"
+    rows = [
+        ["random", "nothing", cell["random"]],
+        ["Thompson sampling", bayes, cell["thompson"]],
+        ["**this agent**", "observations and rewards", f"**{over_seeds([run['return_mean'] for run in runs], 2)}**"],
+    ]
+    for line in records.get("references", {}).get("output", ()):
+        if "Bayes-adaptive" in line:
+            knows = "the filter; tries every action in 64 imagined lifetimes"
+            rows.append(["Bayes-adaptive rollouts", knows, line.split("|")[2].strip()])
+    rows.append(["known rule", "the hidden rule; value iteration", cell["known_rule"]])
+    return markdown(("agent", "what it knows", "return per lifetime, held-out rules"), rows)
+
+
+def default_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> str:
+    """Every seed of the default world."""
+    columns = {"return": ("return_mean", 2), "normalised": ("normalised", 3), "of Thompson": ("of_thompson", 3)}
+    columns |= {"last eighth, of known rule": ("late_of_known_rule", 3)}
+    others = {"belief, nats above exact filter": ("belief", 3), "seconds": ("training_seconds", 0)}
+    (runs,), rows = worlds.values(), []
+    for seed, run in enumerate(runs):
+        scores = [format_ci(run[key], run[f"{key}_ci95"], digits) for key, digits in columns.values()]
+        rows.append([str(seed), *scores, *(f"{run[key]:.{digits}f}" for key, digits in others.values())])
+    columns |= others
+    means = [over_seeds([run[key] for run in runs], digits) for key, digits in columns.values()]
+    return markdown(("seed", *columns), [*rows, [f"all {len(runs)}", *means]])
+
+
+def worlds_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> str:
+    """Trainings in several worlds, a row each."""
+    heads = ("world", "seeds", "return", "Thompson sampling", "known rule", "of Thompson", "normalised")
+    rows = []
+    for name, runs in worlds.items():
+        returns, first = over_seeds([run["return_mean"] for run in runs], 2), runs[0]
+        known = [f"{first[x]['return_mean']:.2f}" if x in first else "-" for x in ("thompson", "known_rule")]
+        shares = ("of_thompson", "normalised")
+        shares = [over_seeds([run[key] for run in runs], 3) if key in first else "-" for key in shares]
+        spent = [f"{np.mean([run[key] for run in runs]):,.0f}" for key in ("env_steps", "training_seconds")]
+        rows.append([name, str(len(runs)), returns, *known, *shares, *spent])
+    return markdown((*heads, "frames", "seconds"), rows)
+
+
+def tables(records: dict[str, dict]) -> dict[str, str]:
+    """Every table by the name of its place in a README."""
+    presets = ("quick", "large", "permutations", "switching", "tinted", "everything")
+    made = {"worlds": (worlds_table, presets), "external": (worlds_table, (*CLASSICS, *ROOMS))}
+    made |= {"default": (default_table, ("default",)), "readme": (readme_table, ("default",))}
+    found = {}
+    for name, (table, names) in made.items():
+        runs = {world: each for world in names if (each := seeds_of(records, world))}
+        if runs:
+            found[name] = table(runs, records) + "\n\n" + origin([run for each in runs.values() for run in each])
+    for name, record in records.items():
+        if "output" in record:
+            found[name] = "\n".join(record["output"]) + f"\n\n`{record['command']}`. {origin([record])}"
+    return found
+
+
+def origin(records: list[dict]) -> str:
+    """Where figures come from: a line below a table."""
+    of = {key: list(dict.fromkeys(str(record[key]) for record in records)) for key in ("commit", "date", "processor")}
+    threads = {record["threads"] for record in records}
+    return (
+        f"Commit {', '.join(of['commit'])}; {', '.join(of['date'])}; {', '.join(of['processor'])}; "
+        f"threads: {', '.join(map(str, sorted(threads)))}."
+    )
+
+
+PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def written(page: str, records: dict[str, dict]) -> str:
+    """The text of a README with its tables made anew; a table without any record says so."""
+    found = tables(records)
+    return PLACE.sub(lambda place: f"{place[1]}{found.get(place[2], '*Not measured yet.*')}\n{place[3]}", page)
+
+
+def make_all(todo: dict[str, Measurement]) -> None:
+    """Trainings first, one a core; then what reads them, and last what must be alone."""
+    every, cores = measurements(), os.cpu_count() or 1
+    trainings = {name for name, one in todo.items() if one.command[0] == "main.py"}
+    needed = {part for one in todo.values() for part in parts(one.command)}
+    trainings |= {name for name in needed if not (run_of(name) / "evaluation.json").exists()}
+    beside = {name for name in set(todo) - trainings if not todo[name].alone}
+    with ThreadPoolExecutor(cores) as pool:
+        for group in (trainings, beside):
+            order = sorted(group, key=list(every).index)
+            for name, _ in zip(order, pool.map(lambda name: make_record(name, 1), order), strict=True):
+                print(f"made {name}", flush=True)
+    for name in set(todo) - trainings - beside:
+        make_record(name, cores)
+        print(f"made {name}", flush=True)
+
+
+def main(make: bool = False, only: tuple[str, ...] = ()) -> None:
+    """List what is missing or stale, and write the tables.
+
+    Args:
+        make: Measure what is missing or stale.
+        only: Names of records, or their beginnings; all if none is given.
+    """
+    records, every = read_records(), measurements()
+    todo = {
+        name: one
+        for name, one in every.items()
+        if records.get(name, {}).get("version") != version(one.command) and (not only or name.startswith(only))
+    }
+    for name, one in todo.items():
+        print(f"{name:28s} {'of another version' if name in records else 'missing':18s} {one.minutes:4.0f} minutes")
+    hours = sum(one.minutes for one in todo.values()) / 60 / (os.cpu_count() or 1)
+    print(
+        f"{len(every) - len(todo)} of {len(every)} records are of this version; the rest takes {hours:.1f} hours here"
+    )
+    if make:
+        make_all(todo)
+    for page in PAGES:
+        page.write_text(written(page.read_text(), read_records()))
+
+
+if __name__ == "__main__":
+    command_line(main)
