@@ -316,17 +316,17 @@ class AgentController:
 class TrainingSettings:
     """The order and amount of meta-training: perception, then effects, then adaptation."""
 
-    updates: int = 1000  # updates of context engine and value (adaptation), at least 1: the length of the run
+    updates: int = 400  # updates of context engine and value (adaptation), at least 1: the length of the run
     envs: int = 64  # environments that are collected from at once, at least 1
     random_lifetimes: int = 512  # lifetimes collected at random before anything is learnt; a multiple of `envs`
     perception_updates: int = 150  # updates of the VAE alone, first, at least 1
     effect_updates: int = 200  # updates of the effects alone, after perception, at least 1
-    batch: int = 48  # stored lifetimes in an update of the context engine, at least 1
+    batch: int = 32  # stored lifetimes in an update of the context engine, at least 1
     value_batch: int = 16  # of these, lifetimes in an update of the value, 1 to `batch`
     effect_batch: int = 8  # stored lifetimes in an update of the effects, at least 1
     frame_batch: int = 256  # stored frames in an update of the VAE, at least 1
-    value_from: int = 100  # first update of adaptation at which the value learns
-    plan_from: int = 200  # first one that collects with the planner; before it at random and a quarter as often
+    value_from: int = 30  # first update of adaptation at which the value learns
+    plan_from: int = 60  # first one that collects with the planner; before it at random and a quarter as often
     collect_every: int = 16  # updates between collections of new lifetimes, at least 1
     effect_every: int = 4  # updates between updates of the effects, at least 1
     perception_every: int = 8  # updates between updates of the VAE, at least 1

@@ -44,7 +44,7 @@ class ContextSettings:
     # weight of predicting the effects at other times, at least 0; with 0, reward and termination too only at their own
     decoding_weight: float = 2.0
     appearance: int = 0  # patch features in a token of the appearance; 0 where all lifetimes look the same
-    learning_rate: float = 4e-3  # Adam's initial rate of engine, prior, reward and termination; decays with the run
+    learning_rate: float = 8e-3  # Adam's initial rate of engine, prior, reward and termination; decays with the run
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("hidden", "context", "contact_features"), (1, 4096))

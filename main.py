@@ -49,8 +49,8 @@ PRESETS: dict[str, dict] = {
     "default": {},
     "quick": {
         "planner": {"discount": 0.9},
-        "training": dict(updates=280, envs=32, random_lifetimes=256, perception_updates=100, effect_updates=150)
-        | dict(batch=40, value_batch=8, value_from=100, plan_from=112, final_lr_scale=0.3, evaluation_lifetimes=512),
+        "training": dict(updates=200, envs=32, random_lifetimes=256, perception_updates=100, effect_updates=150)
+        | dict(value_batch=8, plan_from=50, final_lr_scale=0.3, evaluation_lifetimes=512),
     },
     "large": {},
     "switching": {"training": {"batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
@@ -62,10 +62,10 @@ PRESETS: dict[str, dict] = {
     "everything": {
         "vae": {"num_codes": 7},
         "transition": {"width": 48, "prior_width": 128, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
-        "context": {"hidden": 96, "context": 64},
+        "context": {"hidden": 96, "context": 64, "learning_rate": 4e-3},
         "planner": {"nodes": 64, "collect_nodes": 64, "min_branch_prob": 0.15},
-        "training": dict(updates=2500, batch=32, value_batch=8, effect_updates=600, evaluation_lifetimes=256)
-        | dict(validate_every=0),  # the exact filter over 115,200 rules takes minutes
+        "training": dict(updates=2500, value_batch=8, effect_updates=600, evaluation_lifetimes=256)
+        | dict(value_from=100, plan_from=200, validate_every=0),  # the exact filter over 115,200 rules takes minutes
     },
     "gym": {  # for an external environment
         "world": {"lifetime": 256, "cell": 8, "slip": 0.0, "noise": 0.0},

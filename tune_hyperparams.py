@@ -133,7 +133,7 @@ def suggest(trial: optuna.Trial, space: Space, base: Settings) -> Settings:
 def shorten_training(base: Settings, updates: int | None) -> Settings:
     """Return `base` with a training of `updates`, or the usual share of its own if None, and its schedule to scale."""
     full = base.training.updates
-    updates = max(1, full * (5 if base.preset == "quick" else 3) // 10) if updates is None else updates
+    updates = max(1, full * 3 // 4) if updates is None else updates
     scaled = {name: round(getattr(base.training, name) * min(1.0, updates / full)) for name in SCHEDULE}
     return merge(base, {"training": {"updates": updates, "validate_every": 0, **scaled}})
 
@@ -354,7 +354,7 @@ class TuneArguments:
     config: Path | None = None  # A JSON file of settings on top of the preset, from which the search starts.
     trials: int = 20  # Trials of the study in total, with earlier ones and those of other workers; at least 1.
     seeds: int | None = None  # Seeds trained in each trial, at least 1; if not given, 2, or 1 with the preset quick.
-    updates: int | None = None  # Updates of each training; if not given, three tenths of the preset's, half of quick's.
+    updates: int | None = None  # Updates of each training; if not given, three quarters of the preset's.
     lifetimes: int = 512  # Validation lifetimes of each evaluation, at least 2.
     jobs: int = 1  # Processes among which this machine's cores are shared, at least 1.
     study: str = "default"  # Name of the study: letters, digits, - and _.

@@ -648,8 +648,9 @@ def plot_lifetime(frames: Sequence[LifetimeFrame], effects: Sequence[EffectPictu
     from matplotlib.figure import Figure
 
     shown = [round(x) for x in np.geomspace(1, len(frames), columns) - 1]
-    figure = Figure(figsize=(2.6 * columns, 6.5), dpi=70, layout="constrained")
+    figure = Figure(figsize=(2.6 * columns, 6.5), dpi=70)
     panels = figure.subplots(3, columns, squeeze=False, height_ratios=[2, 2, 1.2])
+    figure.subplots_adjust(left=0.04, right=0.99, top=0.95, bottom=0.06, wspace=0.15, hspace=0.08)
     for frame, (obs, decoded, belief) in zip((frames[step] for step in shown), panels.T, strict=True):
         for axes, image in ((obs, frame.obs), (decoded, frame.decoded)):
             axes.imshow(image)

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
     """Train; when it passed (None if it did not), seconds and frames in all, and what it earns on test tasks."""
-    changes = {"seed": seed, "training": {"validate_every": 0, "validation_lifetimes": 1024}}
+    changes = {"seed": seed, "training": {"validate_every": 0, "validation_lifetimes": 256}}
     learner = Learner(build_system(merge(with_preset(Settings(), preset), changes)))
     begin, seconds, rows = learner.total - learner.training.updates, 0.0, []
     for until in (begin, *range(begin + every, learner.total, every), learner.total):
