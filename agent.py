@@ -267,7 +267,6 @@ class AgentController:
         batch, sizes = len(self.obs), (math.prod(self.vae.grid), self.engine.codes, self.engine.num_effects)
         self.memory = EpisodicMemory(batch, self.lifetime, *sizes, obs.device, self.keep_frames)
         self.belief, self.appearance_state = self.engine.initial_belief(batch), None
-        self.context = self.engine.context(self.belief)
         self.effect_cache = EffectCache(self.transition.effects)
         self.nll: list[Tensor] = []  # (B,) for each step: its negative log-likelihood, as in ExactFilter
 
@@ -296,8 +295,12 @@ class AgentController:
         self.nll.append(self.transition.nll(likelihood, action, self.context))
         self.memory.append(self.codes, next_codes, posterior, action, self.obs, step)
         self.belief = self.engine.step(self.belief, self.memory.latest())
-        self.context = self.engine.context(self.belief)  # (B, A + 1, D)
         self.obs = step.obs
+
+    @property
+    def context(self) -> Tensor:
+        """The context (B, A + 1, D) of the present belief."""
+        return self.engine.context(self.belief)
 
     def _visual_context(self) -> Tensor:
         """The context (B, D) that modulates perception."""

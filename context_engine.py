@@ -44,7 +44,8 @@ class ContextSettings:
     # weight of predicting the effects at other times, at least 0; with 0, reward and termination too only at their own
     decoding_weight: float = 2.0
     appearance: int = 0  # patch features in a token of the appearance; 0 where all lifetimes look the same
-    learning_rate: float = 8e-3  # Adam's initial rate of engine, prior, reward and termination; decays with the run
+    # Adam's initial rate of engine, prior, reward and termination, and of the appearance; decays with the run
+    learning_rate: float = 8e-3
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("hidden", "context", "contact_features"), (1, 4096))
@@ -101,7 +102,7 @@ class ContextInferenceEngine(nn.Module):
         return self.initial[self.initial_row].expand(batch, -1, -1)
 
     def context(self, belief: Tensor) -> Tensor:
-        """The context (..., A + 1, D) of beliefs (..., A + 1, H): row a for action a, the last for the world."""
+        """The context (..., D) of rows of belief (..., H), row by row: row a is action a's, the last the world's."""
         return self.to_context(belief)
 
     def step(self, belief: Tensor, experience: Experience) -> Tensor:
@@ -175,9 +176,9 @@ class ContextInferenceEngine(nn.Module):
         own = context_at(row.repeat(2), torch.cat([step, time]), action.repeat(2))
         filtered, decoded = transition.prior_loss(own, posterior.repeat(2, 1)).chunk(2)
         weight = self.settings.decoding_weight
-        losses = {"filter": filtered.mean(), "decoding": weight * (decoded * valid).sum() / valid.sum()}
+        losses = {"filter": filtered.mean(), "decoding": weight * (decoded * valid).sum() / valid.sum().clamp_min(1)}
 
-        event, n = experience.events.flatten(), B * T // 5
+        event, n = experience.events.flatten(), max(1, B * T // 5)
         share = event.float().mean().clamp(0.5 / (B * T), 1 - 0.5 / (B * T))
         odds = ((1 - share) / share).log()  # how much more an event counts than another step
         kinds = (kind.nonzero()[:, 0] for kind in (event, ~event))

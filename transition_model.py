@@ -362,8 +362,8 @@ class EffectNetwork(nn.Module):
     def _logits(self, codes: Tensor, codes_first: bool) -> Tensor:
         """Logits of every code at every patch under every effect, in one of two memory layouts.
 
-        (B, S, K, C) makes the argmax over the codes faster; (B, S, C, K), with `codes_first`, halves the time of the
-        log-softmax over the codes. Only the rows of the head are reordered, not the result.
+        (B, S, K, C) makes the argmax over the codes faster; (B, S, C, K), with `codes_first`, the sum
+        over the codes. Only the rows of the head are reordered, not the result.
         """
         weight = self.head.weight.view(self.num_effects, self.codes, -1)  # (K, C, width)
         bias = self.head.bias.view(self.num_effects, self.codes)
@@ -379,9 +379,7 @@ class EffectNetwork(nn.Module):
         """log p(z'|z, k) (B, K) in nats, summed over patches, of code grids (B, S) uint8."""
         logits = self._logits(codes, codes_first=True)  # (B, S, C, K)
         index = next_codes.long()[:, :, None, None].expand(-1, -1, 1, self.num_effects)
-        return (logits.gather(2, index)[:, :, 0] - logits.logsumexp(2)).sum(
-            1
-        )  # faster than a log-softmax over few codes
+        return (logits.gather(2, index)[:, :, 0] - logits.logsumexp(2)).sum(1)
 
     @torch.no_grad()
     def predict(self, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -546,14 +546,14 @@ def plot_curve(axes: Any, by_step: Sequence[float], error: Sequence[float], labe
 
 def plot_learning(validations: Sequence[Sequence[float]]) -> Figure:
     """Held-out return over seconds and frames of training, from rows (update, frames, seconds, return and, where it is
-    known, Thompson sampling's return)."""
+    known, Thompson sampling's return); the seconds include those of validations before."""
     from matplotlib.figure import Figure
 
     _, frames, seconds, returns, *thompson = zip(*validations, strict=True)
     figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, x, label in zip(panels, (seconds, frames), ("seconds of training", "frames of training"), strict=True):
-        axes.plot((0, *x), (math.nan, *returns), marker="o", label="agent")
+        axes.plot(x, returns, marker="o", label="agent")
         for level in thompson:
             axes.axhline(level[-1], color="tab:orange", label="Thompson sampling")
         axes.set(xlabel=label, xlim=(0, None))
@@ -568,49 +568,62 @@ ARROWS = ("↖↑↗", "←·→", "↙↓↘")  # by rows down and columns to t
 class EffectPicture(NamedTuple):
     """What an effect changes, to be drawn instead of its number."""
 
-    arrow: str  # which way something moves; empty where nothing does
+    arrow: str  # which way something moves; a dot if nothing changes, empty if something changes but nothing moves
     colour: tuple[float, ...]  # (3,) in 0..1, of what moves
-    patches: np.ndarray  # (h, w, 3) in 0..1: what changes, before and after; empty where nothing does
+    patches: np.ndarray  # (h, w, 3) in 0..1: what changes, before and after; empty if nothing does
 
 
 @torch.no_grad()
 def picture_effects(vae: VAE, transition: TransitionModel, codes: Tensor, context: Tensor) -> list[EffectPicture]:
-    """What every effect most often changes in grids (N, S) uint8; `context` (1, D) modulates the decoder."""
+    """What every effect most often changes in grids (N, S) uint8, if it changes more than one of fifty; `context`
+    (1, D) modulates the decoder."""
     pictures, columns = [], vae.grid[1]
     for after in transition.effects.predict(codes)[0].unbind(1):
         changed = after != codes
         first = changed.byte().argmax(1, keepdim=True).expand_as(codes)
         key = change_keys(codes, after, columns, first).sum(1)
-        if 4 * len(moves := key[key != 0]) < len(key):
+        moves = key[key != 0]
+        if 50 * len(moves) <= len(key):
             pictures.append(EffectPicture(ARROWS[1][1], (0, 0, 0), np.zeros((0, 0, 3))))
             continue
-        which = int((key == moves.mode().values).nonzero()[0])
-        before, behind, at = codes[which], after[which], changed[which].nonzero()[:, 0].tolist()
-        images = vae.decode(torch.stack([before, behind]), context.expand(2, -1)).clamp(0, 1).cpu().numpy()
-        patch, places = vae.settings.patch, [divmod(place, columns) for place in at]
-        (top, left), (bottom, right) = (tuple(map(f, zip(*places, strict=True))) for f in (min, max))
-        crop = images[:, top * patch : (bottom + 1) * patch, left * patch : (right + 1) * patch]
-        picture = EffectPicture("", (0, 0, 0), np.concatenate([crop[0], np.ones_like(crop[0][:, :1]), crop[1]], 1))
-        for p, q in itertools.permutations(at, 2):
-            if before[p] == behind[q] and before[p] != transition.background:
-                (row, column), (to_row, to_column) = divmod(p, columns), divmod(q, columns)
-                down, across = np.sign(to_row - row), np.sign(to_column - column)
-                thing = images[0, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
-                picture = picture._replace(arrow=ARROWS[down + 1][across + 1], colour=tuple(thing.max((0, 1))))
-        pictures.append(picture)
+        example = int((key == moves.mode().values).nonzero()[0])
+        pair = torch.stack([codes[example], after[example]])
+        images = vae.decode(pair, context.expand(2, -1)).clamp(0, 1).cpu().numpy()
+        pictures.append(picture_change(images, pair.tolist(), vae.settings.patch, columns, int(transition.background)))
     return pictures
+
+
+def picture_change(
+    images: np.ndarray, pair: list[list[int]], patch: int, columns: int, background: int
+) -> EffectPicture:
+    """One change, from images (2, H, W, 3) in 0..1 and codes (2, S) before and after it."""
+    before, after = pair
+    at = [place for place in range(len(before)) if before[place] != after[place]]
+    rows, across = zip(*(divmod(place, columns) for place in at), strict=True)
+    ends = (slice(min(x) * patch, (max(x) + 1) * patch) for x in (rows, across))
+    crop = images[:, *ends]
+    patches = np.concatenate([crop[0], np.ones_like(crop[0][:, :1]), crop[1]], 1)
+    for p, q in itertools.permutations(at, 2):
+        if before[p] == after[q] and before[p] != background:
+            (row, column), (to_row, to_column) = divmod(p, columns), divmod(q, columns)
+            thing = images[0, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            arrow = ARROWS[np.sign(to_row - row) + 1][np.sign(to_column - column) + 1]
+            return EffectPicture(arrow, tuple(thing.max((0, 1))), patches)
+    return EffectPicture("", (0, 0, 0), patches)
 
 
 def label_effects(axes: Axes, pictures: Sequence[EffectPicture]) -> None:
     """Name the columns of a picture of the belief: an arrow in the colour of what moves, else what changes."""
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+    from matplotlib.patheffects import withStroke
 
-    axes.set_xticks(range(len(pictures)), [picture.arrow for picture in pictures], fontsize="large", weight="bold")
+    size = min(14.0, 180 / len(pictures))  # points
+    axes.set_xticks(range(len(pictures)), [picture.arrow for picture in pictures], fontsize=size, weight="bold")
     axes.tick_params("x", length=0)
     for number, (label, picture) in enumerate(zip(axes.get_xticklabels(), pictures, strict=True)):
-        label.set_color(picture.colour)
+        label.set(color=picture.colour, path_effects=[withStroke(linewidth=0.6, foreground="0.3")])
         if not picture.arrow:
-            image = OffsetImage(picture.patches, zoom=20 / max(picture.patches.shape))
+            image = OffsetImage(picture.patches, zoom=1.4 * size / max(picture.patches.shape))
             place = dict(xycoords=("data", "axes fraction"), box_alignment=(0.5, 1.2), frameon=False, pad=0)
             axes.add_artist(AnnotationBbox(image, (number, 0), **place))
 
@@ -696,8 +709,9 @@ def save_animation(
     images.append(show_belief(parts["belief"], frames[0].belief, effects))
     parts["belief"].set_ylabel("action")
     every = np.stack([frame.values for frame in frames])
+    low, high = min(every.min(), 0), max(every.max(), 0)
     bars = parts["values"].barh(range(len(frames[0].values)), frames[0].values)
-    parts["values"].set(xlim=(min(every.min(), 0), max(every.max(), 0) or 1), ylim=parts["belief"].get_ylim())
+    parts["values"].set(xlim=(low, high if high > low else 1), ylim=parts["belief"].get_ylim())
     title = figure.suptitle("")
     figure.text(0.5, 0.02, caption, ha="center", fontsize="small")
 

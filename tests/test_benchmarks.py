@@ -46,19 +46,23 @@ class TestResults(unittest.TestCase):
             file, seen = Path(folder) / "agent.py", set()
             for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # why\n', '"""B."""\nx = 2\n'):
                 file.write_text(text)
-                seen.add(results.version(("main.py",)))
+                seen.add(results.version.__wrapped__(("main.py",)))
             self.assertEqual(len(seen), 2)
+            self.assertNotIn(results.version.__wrapped__(("main.py", "--seed", "1")), seen)
 
     def test_what_is_missing_is_made_and_kept(self):
         tiny, folder = tiny_run(), temporary_folder()
         made = {"default-0": results.Measurement(("-c", "print('| a | 1 |')"), 1)}
         made["default-1"] = results.Measurement(("-c", "raise SystemExit('no room')"), 1)
+        made["default-2"] = results.Measurement(("-c", "print('no table')"), 1)
         with mock.patch.object(results, "measurements", lambda: made), mock.patch.object(results, "RECORDS", folder):
             results.make_record("default-0", 1)
             record = results.read_records()["default-0"]
             self.assertEqual(record["output"], ["| a | 1 |"])
             with self.assertRaisesRegex(UserError, "default-1 failed.*no room"):
                 results.make_record("default-1", 1)
+            with self.assertRaisesRegex(UserError, "default-2 failed: it printed no table"):
+                results.make_record("default-2", 1)
         runs = [results.training_figures(tiny) | {"commit": "a", "date": "b", "processor": "c", "threads": 1}] * 2
         text = results.tables({"default-0": runs[0], "default-1": runs[1]})
         self.assertIn(f"**{runs[0]['return_mean']:.2f} ± 0.00**", text["readme"])
@@ -76,11 +80,11 @@ class TestRL2(unittest.TestCase):
             chosen = log_prob.gather(-1, lived.action[..., None])[..., 0]
             torch.testing.assert_close((chosen, value), (lived.log_prob, lived.value), atol=1e-5, rtol=1e-5)
             optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-            before = float(net.rule_loss(memory, lived.rule))
+            before = float(net.rule_loss(memory, lived.rule).detach())
             for _ in range(8):
                 rl2.learn(net, optimizer, lived, 0.01, 1.0, make_generator())
             after = net(lived.seen, lived.previous, torch.zeros(1, 16, net.hidden))[2]
-            self.assertLess(float(net.rule_loss(after, lived.rule)), 0.9 * before)
+            self.assertLess(float(net.rule_loss(after, lived.rule).detach()), 0.9 * before)
 
     def test_advantages_reach_to_the_end_of_the_lifetime(self):
         reward, value = torch.tensor([[0.0], [0.0], [1.0]]), torch.zeros(3, 1)

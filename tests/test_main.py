@@ -64,7 +64,7 @@ class TestSettings(unittest.TestCase):
         for changes, words in (
             ({"preset": "slow"}, "preset is 'slow'.*quick"),
             ({"seed": -1}, "seed is -1"),
-            ({"training": {"value_batch": 99}}, "training.value_batch is 99.*between 1 and 48"),
+            ({"training": {"value_batch": 99}}, "training.value_batch is 99.*between 1 and 32"),
             ({"training": {"random_lifetimes": 100}}, "multiple of training.envs: choose 128"),
             ({"memory": {"budget_mb": 1}}, "raise memory.budget_mb"),
         ):

@@ -1,7 +1,7 @@
 """What each part of the agent contributes: ablations at decision time and in training.
 
 With RUNs: disables every part of `Ablation` in these trained agents, whose weights otherwise stay. Without: trains
-the full agent and every variant of TRAINED for each seed, at a third of the default updates, and ablates the full one
+the full agent and every variant of TRAINED for each seed, in 333 updates, and ablates the full one
 in the same way. All are evaluated in the same held-out lifetimes, and differences are paired by lifetime. Results are
 kept in the output folder: the same command continues where it was stopped, and several processes with different seeds
 may share one folder.

@@ -21,7 +21,7 @@ from environment import HiddenRulesWorld, WorldSettings, order_by_role, rule_spa
 from main import EVALUATION_SEEDS, Settings
 from memory import RunFolder, UserError, WorldStep, require, write_json
 from tests.benchmarks import command_line
-from world_model import format_ci, summary
+from world_model import AGENTS, format_ci, summary
 
 
 class BayesAdaptiveAgent(ThompsonAgent):
@@ -147,9 +147,11 @@ def main(
         agents = evaluate_references(world, lifetimes, split, rollouts)
         path.parent.mkdir(exist_ok=True)
         write_json(key | {"agents": agents}, path)
+    print(f"| agent | return, {lifetimes} lifetimes |\n|---|---|")
     for name, result in json.loads(path.read_text())["agents"].items():
-        print(f"{name:18s} {format_ci(result['return_mean'], result['return_mean_ci95'], 2)}")
-    print(f"written to {path}")
+        score = format_ci(result["return_mean"], result["return_mean_ci95"], 2)
+        print(f"| {AGENTS.get(name, name.replace('_', '-') + ' rollouts')} | {score} |")
+    print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

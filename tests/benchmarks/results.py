@@ -9,11 +9,13 @@ again at any point, on any machine: trainings go on from their checkpoints. What
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ from world_model import AGENTS, format_ci
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "tests" / "benchmarks" / "records"
 PAGES = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
+# Lifetimes to evaluate on, and parts of a lifetime, which are its episodes where these have a fixed length.
 CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (64, 4), "FrozenLakeMeta": (128, 10)}
 CLASSICS |= {
     "DarkKeyToDoor": (64, 8)
@@ -94,15 +97,16 @@ def measurements() -> dict[str, Measurement]:
 
 
 # -------------------------------------------------------------------------------------------------------------- records
+@functools.cache
 def version(command: tuple[str, ...]) -> str:
-    """A hash of the code that a command measures, the modules and the benchmark's own, without its prose."""
-    files = [*sorted(ROOT.glob("*.py"))]
+    """A hash of a command and of the code that it measures, the modules and the benchmark's own, without its prose."""
+    files = [file for file in sorted(ROOT.glob("*.py")) if file.name != "tune_hyperparams.py"]
     if command[0] == "-m":
-        files += [ROOT / Path(*command[1].split(".")).with_suffix(".py")]
-    digest = hashlib.sha256()
+        files.append(ROOT / Path(*command[1].split(".")).with_suffix(".py"))
+    if any("classics" in part for part in command):
+        files.append(ROOT / "tests" / "benchmarks" / "classics.py")
+    digest = hashlib.sha256(" ".join(command).encode())
     for file in files:
-        if file.name == "tune_hyperparams.py":
-            continue
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
@@ -126,31 +130,38 @@ def parts(command: tuple[str, ...]) -> list[str]:
     return [part[1:-1] for part in command if part.startswith("{")]
 
 
+def commit() -> str:
+    """The present commit; with a plus if the code differs from it."""
+    line = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def make_record(name: str, cores: int) -> None:
     """Run a measurement with so many threads, and write its record; UserError if it fails."""
     one = measurements()[name]
     command = [str(run_of(part[1:-1])) if part.startswith("{") else part for part in one.command]
     if one.command[0] == "main.py":
         command += ["--run", run_of(name).name]
-    environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
-    figures = {"output": [line for line in done.stdout.splitlines() if line.startswith("|")]}
-    if one.command[0] == "main.py":
-        figures = training_figures(run_of(name))
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    RECORDS.mkdir(exist_ok=True)
     about = {
         "command": " ".join(("python3", *one.command)),
-        "commit": git.stdout.strip(),
+        "commit": commit(),
         "version": version(one.command),
         "date": time.strftime("%Y-%m-%d"),
         "processor": processor(),
         "threads": cores,
-        "seconds": round(time.perf_counter() - start, 1),
     }
+    environment, start = os.environ | {"OMP_NUM_THREADS": str(cores)}, time.perf_counter()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    about["seconds"] = round(time.perf_counter() - start, 1)
+    if one.command[0] == "main.py" and not done.returncode:
+        figures = training_figures(run_of(name))
+        shutil.rmtree(run_of(name) / "store")  # half a gigabyte at the most, for going on only
+    else:
+        figures = {"output": [line for line in done.stdout.splitlines() if not line or line.startswith("|")]}
+    if done.returncode or not any(figures.values()):
+        last = (done.stderr.strip().splitlines() or ["it printed no table"])[-1]
+        raise UserError(f"{name} failed: {last}: see python3 {' '.join(command)}")
+    RECORDS.mkdir(exist_ok=True)
     write_json(about | figures, RECORDS / f"{name}.json")
 
 
@@ -192,7 +203,8 @@ def over_seeds(values: list[float], digits: int) -> str:
 
 def seeds_of(records: dict[str, dict], name: str) -> list[dict]:
     """The records of the trainings called `name`, by seed."""
-    return [records[key] for key in sorted(records) if re.fullmatch(rf"{re.escape(name)}-\d+", key)]
+    keys = (key for key in sorted(records) if re.fullmatch(rf"{re.escape(name)}-\d+", key))
+    return [records[key] | {"seed": key.rpartition("-")[2]} for key in keys]
 
 
 def readme_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> str:
@@ -207,7 +219,7 @@ def readme_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> str
         ["**this agent**", "observations and rewards", f"**{over_seeds([run['return_mean'] for run in runs], 2)}**"],
     ]
     for line in records.get("references", {}).get("output", ()):
-        if "Bayes-adaptive" in line:
+        if "adaptive" in line:
             knows = "the filter; tries every action in 64 imagined lifetimes"
             rows.append(["Bayes-adaptive rollouts", knows, line.split("|")[2].strip()])
     rows.append(["known rule", "the hidden rule; value iteration", cell["known_rule"]])
@@ -220,9 +232,9 @@ def default_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> st
     columns |= {"last eighth, of known rule": ("late_of_known_rule", 3)}
     others = {"belief, nats above exact filter": ("belief", 3), "seconds": ("training_seconds", 0)}
     (runs,), rows = worlds.values(), []
-    for seed, run in enumerate(runs):
+    for run in runs:
         scores = [format_ci(run[key], run[f"{key}_ci95"], digits) for key, digits in columns.values()]
-        rows.append([str(seed), *scores, *(f"{run[key]:.{digits}f}" for key, digits in others.values())])
+        rows.append([run["seed"], *scores, *(f"{run[key]:.{digits}f}" for key, digits in others.values())])
     columns |= others
     means = [over_seeds([run[key] for run in runs], digits) for key, digits in columns.values()]
     return markdown(("seed", *columns), [*rows, [f"all {len(runs)}", *means]])
@@ -278,20 +290,26 @@ def written(page: str, records: dict[str, dict]) -> str:
 
 
 def make_all(todo: dict[str, Measurement]) -> None:
-    """Trainings first, one a core; then what reads them, and last what must be alone."""
-    every, cores = measurements(), os.cpu_count() or 1
+    """Trainings first, one a core; then what reads them, and last what must be alone; UserError names all failures."""
+    every, cores, failed = measurements(), os.cpu_count() or 1, []
     trainings = {name for name, one in todo.items() if one.command[0] == "main.py"}
     needed = {part for one in todo.values() for part in parts(one.command)}
     trainings |= {name for name in needed if not (run_of(name) / "evaluation.json").exists()}
-    beside = {name for name in set(todo) - trainings if not todo[name].alone}
-    with ThreadPoolExecutor(cores) as pool:
-        for group in (trainings, beside):
-            order = sorted(group, key=list(every).index)
-            for name, _ in zip(order, pool.map(lambda name: make_record(name, 1), order), strict=True):
-                print(f"made {name}", flush=True)
-    for name in set(todo) - trainings - beside:
-        make_record(name, cores)
-        print(f"made {name}", flush=True)
+    alone = {name for name, one in todo.items() if one.alone}
+
+    def attempt(name: str, threads: int) -> None:
+        try:
+            make_record(name, threads)
+            print(f"made {name}", flush=True)
+        except UserError as error:
+            failed.append(str(error))
+
+    for group, jobs in ((trainings, cores), (set(todo) - trainings - alone, cores), (alone, 1)):
+        with ThreadPoolExecutor(jobs) as pool:
+            for name in sorted(group, key=list(every).index):
+                pool.submit(attempt, name, cores // jobs)
+    if failed:
+        raise UserError("\n".join(failed))
 
 
 def main(make: bool = False, only: tuple[str, ...] = ()) -> None:
@@ -307,16 +325,20 @@ def main(make: bool = False, only: tuple[str, ...] = ()) -> None:
         for name, one in every.items()
         if records.get(name, {}).get("version") != version(one.command) and (not only or name.startswith(only))
     }
+    if unknown := [name for name in only if not any(known.startswith(name) for known in every)]:
+        raise UserError(f"no record is called {unknown[0]!r}: the names are {', '.join(every)}.")
     for name, one in todo.items():
         print(f"{name:28s} {'of another version' if name in records else 'missing':18s} {one.minutes:4.0f} minutes")
     hours = sum(one.minutes for one in todo.values()) / 60 / (os.cpu_count() or 1)
     print(
         f"{len(every) - len(todo)} of {len(every)} records are of this version; the rest takes {hours:.1f} hours here"
     )
-    if make:
-        make_all(todo)
-    for page in PAGES:
-        page.write_text(written(page.read_text(), read_records()))
+    try:
+        if make:
+            make_all(todo)
+    finally:
+        for page in PAGES:
+            page.write_text(written(page.read_text(), read_records()))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from context_engine import references
 from environment import HiddenRulesWorld, WorldSettings
-from main import EVALUATION_SEEDS, PRESETS, Settings, with_preset
+from main import EVALUATION_SEEDS, Settings, with_preset
 from memory import UserError, WorldStep, make_generator
 from tests.benchmarks import command_line
+from world_model import AGENTS
 
-LIFETIMES = 1024  # of each evaluation
+PRESETS = ("default", "quick", "large")
 
 
 class Lifetimes(NamedTuple):
@@ -156,6 +157,7 @@ def learn(
 
 def train(
     world: WorldSettings,
+    evaluated: int,
     seed: int,
     frames: int,
     symbols: bool,
@@ -164,7 +166,7 @@ def train(
     lr: float,
     lifetimes: int = 512,
 ) -> None:
-    """Train and print a row at every milestone."""
+    """Train and print a row at every milestone: so many lifetimes are `evaluated`, those of `main.evaluate`."""
     torch.manual_seed(seed)
     generator = make_generator(seed, stream=9)
     worlds = HiddenRulesWorld(world, lifetimes, "train", seed)
@@ -172,7 +174,6 @@ def train(
     net = RL2(seen, world.actions, worlds.rule.colours.shape[1])
     optimizer = torch.optim.Adam(net.parameters(), lr, eps=1e-5)
     done, seconds, due = 0, 0.0, 0
-    print("| frames | seconds | return, training | return, held out |\n|---|---|---|---|")
     while done < frames:
         start, share = time.perf_counter(), done / frames
         for group in optimizer.param_groups:
@@ -182,7 +183,7 @@ def train(
         done, seconds = done + lived.reward.numel(), seconds + time.perf_counter() - start
         if done >= due or done >= frames:
             due += frames // 20
-            held_out = HiddenRulesWorld(world, LIFETIMES, "test", EVALUATION_SEEDS["test"])
+            held_out = HiddenRulesWorld(world, evaluated, "test", EVALUATION_SEEDS["test"])
             earned = roll_out(net, held_out, symbols, False, None).reward.sum(0).mean()
             print(f"| {done:,} | {seconds:.0f} | {lived.reward.sum(0).mean():.2f} | {earned:.2f} |", flush=True)
 
@@ -199,7 +200,7 @@ def main(
     """Train RL2 and print its learning curve.
 
     Args:
-        preset: A built-in world without walls, wind or hidden edges.
+        preset: default, quick or large.
         frames: Steps of the environment in all.
         seed: Of weights, worlds and actions.
         symbols: Read true positions by colour instead of pixels.
@@ -207,12 +208,18 @@ def main(
         labels: Weight of teaching the memory the hidden rule; 0 for none.
         lr: Adam's initial learning rate; it falls linearly.
     """
-    if preset not in PRESETS or preset in ("gym", "everything"):
-        raise UserError(f"preset is {preset!r}, but must be a built-in world such as quick or default.")
-    world = with_preset(Settings(), preset).world
-    known = references(world, LIFETIMES, "test", EVALUATION_SEEDS["test"], torch.device("cpu"))
-    print("held out: " + ", ".join(f"{name} {one.reward.sum(1).mean():.2f}" for name, one in known.items()))
-    train(world, seed, frames, symbols, relabel, labels, lr)
+    if preset not in PRESETS:
+        choice = (
+            f"must be one of {', '.join(PRESETS)}: in the others a lifetime has more than one rule of colours and moves"
+        )
+        raise UserError(f"preset is {preset!r}, but {choice}.")
+    settings = with_preset(Settings(), preset)
+    world, lifetimes = settings.world, settings.training.evaluation_lifetimes
+    known = references(world, lifetimes, "test", EVALUATION_SEEDS["test"], torch.device("cpu"))
+    print("| frames | seconds | return, training | return, held out |\n|---|---|---|---|")
+    for name in ("thompson", "known_rule"):
+        print(f"| {AGENTS[name]} | | | {known[name].reward.sum(1).mean():.2f} |")
+    train(world, lifetimes, seed, frames, symbols, relabel, labels, lr)
 
 
 if __name__ == "__main__":

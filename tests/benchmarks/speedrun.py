@@ -18,7 +18,7 @@ import numpy as np
 
 from agent import Learner
 from main import PRESETS, Settings, build_system, evaluate, train, validate, with_preset
-from memory import UserError, merge
+from memory import RunFolder, UserError, merge, require
 from tests.benchmarks import command_line
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,13 +29,16 @@ def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
     changes = {"seed": seed, "training": {"validate_every": 0, "validation_lifetimes": 256}}
     learner = Learner(build_system(merge(with_preset(Settings(), preset), changes)))
     begin, seconds, rows = learner.total - learner.training.updates, 0.0, []
-    for until in (begin, *range(begin + every, learner.total, every), learner.total):
-        start = time.perf_counter()
-        train(learner, until=until)
-        seconds += time.perf_counter() - start
-        if until > begin:
-            above = float(validate(learner)["validation/of_thompson"]) > 1
-            rows.append((above, seconds, learner.env_steps))
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))  # metrics and checkpoints are written as in any training
+        for until in (begin, *range(begin + every, learner.total, every), learner.total):
+            start = time.perf_counter()
+            if train(learner, run, until=until):
+                raise KeyboardInterrupt
+            seconds += time.perf_counter() - start
+            if until > begin:
+                above = float(validate(learner)["validation/of_thompson"]) > 1
+                rows.append((above, seconds, learner.env_steps))
     passed = next((i for i in range(len(rows)) if all(above for above, *_ in rows[i:])), None)
     when = dict(zip(("pass_seconds", "pass_frames"), (None, None) if passed is None else rows[passed][1:], strict=True))
     result = evaluate(learner.system, "test", learner.training.evaluation_lifetimes)
@@ -43,11 +46,19 @@ def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
     return when | {"seconds": seconds, "frames": learner.env_steps} | scores
 
 
+def run_command(command: list[str], folder: Path) -> str:
+    """What a command prints; UserError with its last line if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command))} failed: {(done.stderr.strip().splitlines() or ['-'])[-1]}")
+    return done.stdout
+
+
 def train_before(checkout: Path, preset: str, seed: int) -> dict[str, float]:
     """Seconds of a training by another version, and what it earns."""
     name = f"speedrun-{seed}"
     command = [sys.executable, "main.py", "--preset", preset, "--seed", str(seed), "--run", name]
-    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    run_command(command, checkout)
     timing, result = (
         json.loads((checkout / "runs" / name / f"{x}.json").read_text()) for x in ("timing", "evaluation")
     )
@@ -72,48 +83,57 @@ def main(
     """
     if preset not in PRESETS or preset == "gym":
         raise UserError(f"preset is {preset!r}, but must be one of {', '.join(set(PRESETS) - {'gym'})}.")
+    require("every", every, 1, 10**6)
+    require("the number of seeds", len(seeds), 1, 1000)
     if one:
         print(json.dumps(speedrun(preset, seeds[0], every)))
         return
-    columns = ("seed", "version", "passes Thompson after", "all", "return", "normalised", "of Thompson")
+    columns = (
+        "seed",
+        "version",
+        "passes Thompson after",
+        "all",
+        "return",
+        "normalised",
+        "of Thompson",
+        "ratio of seconds",
+    )
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    rows: dict[str, list[dict]] = {"this": [], **({before: []} if before else {})}
+    own, old = [], []
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "before"
         if before:
-            subprocess.run(
-                ["git", "worktree", "add", "--detach", checkout, before], cwd=ROOT, check=True, capture_output=True
-            )
+            run_command(["git", "worktree", "add", "--detach", str(checkout), before], ROOT)
         try:
             for seed in seeds:
                 command = [sys.executable, "-m", "tests.benchmarks.speedrun", "--one", "--preset", preset]
-                command += ["--seeds", str(seed), "--every", str(every)]
-                own = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-                print_row(seed, "this", json.loads(own.stdout), rows)
+                own.append(json.loads(run_command([*command, "--seeds", str(seed), "--every", str(every)], ROOT)))
+                print_row(str(seed), "this", own[-1])
                 if before:
-                    print_row(seed, before, train_before(checkout, preset, seed), rows)
+                    old.append(train_before(checkout, preset, seed))
+                    print_row(str(seed), before, old[-1], own[-1]["seconds"] / old[-1]["seconds"])
         finally:
             if before:
-                subprocess.run(["git", "worktree", "remove", "--force", checkout], cwd=ROOT, check=True)
-    passes = [row["pass_seconds"] or np.inf for row in rows["this"]]
-    print(f"\npasses Thompson after {np.median(passes):.0f} s (median), {max(passes):.0f} s (worst)")
-    for version, done in rows.items():
-        seconds, returns = (np.median([row[key] for row in done]) for key in ("seconds", "return_mean"))
-        print(f"{version}: {seconds:.0f} s in all (median), return {returns:.2f}")
-    if before:
-        ratios = [own["seconds"] / old["seconds"] for own, old in zip(*rows.values(), strict=True)]
-        print(
-            f"seconds, ratio by seed: {', '.join(f'{ratio:.2f}' for ratio in ratios)}; median {np.median(ratios):.2f}"
-        )
+                run_command(["git", "worktree", "remove", "--force", str(checkout)], ROOT)
+    ratios = [one["seconds"] / other["seconds"] for one, other in zip(own, old, strict=False)]
+    for label, of in (("median", np.median), ("worst", np.max)):
+        together = {key: float(of([one[key] or np.inf for one in own])) for key in ("pass_seconds", "pass_frames")}
+        together |= {key: float(of([one[key] for one in own])) for key in ("seconds", "frames")}
+        least = np.min if label == "worst" else of
+        together |= {
+            key: float(least([one[key] for one in own])) for key in ("return_mean", "normalised", "of_thompson")
+        }
+        print_row(label, "this", together, float(of(ratios)) if ratios else None)
 
 
-def print_row(seed: int, version: str, row: dict, rows: dict[str, list[dict]]) -> None:
-    """Print one training and keep it."""
-    rows[version].append(row)
-    passed = f"{row['pass_seconds']:.0f} s, {row['pass_frames']:,} frames" if row.get("pass_seconds") else "-"
-    took = f"{row['seconds']:.0f} s" + (f", {row['frames']:,} frames" if "frames" in row else "")
+def print_row(seed: str, version: str, row: dict, ratio: float | None = None) -> None:
+    """Print one training; with the ratio of the seconds of ours to the other version's."""
+    passed = f"{row['pass_seconds']:.0f} s, {row['pass_frames']:,.0f} frames" if row.get("pass_seconds") else "-"
+    took = f"{row['seconds']:.0f} s" + (f", {row['frames']:,.0f} frames" if "frames" in row else "")
     scores = f"{row['return_mean']:.2f} | {row['normalised']:.3f} | {row['of_thompson']:.3f}"
-    print(f"| {seed} | {version} | {passed} | {took} | {scores} |", flush=True)
+    print(
+        f"| {seed} | {version} | {passed} | {took} | {scores} | {'' if ratio is None else f'{ratio:.2f}'} |", flush=True
+    )
 
 
 if __name__ == "__main__":
