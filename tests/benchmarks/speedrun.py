@@ -107,7 +107,8 @@ def main(
         try:
             for seed in seeds:
                 command = [sys.executable, "-m", "tests.benchmarks.speedrun", "--one", "--preset", preset]
-                own.append(json.loads(run_command([*command, "--seeds", str(seed), "--every", str(every)], ROOT)))
+                printed = run_command([*command, "--seeds", str(seed), "--every", str(every)], ROOT)
+                own.append(json.loads(printed.splitlines()[-1]))
                 print_row(str(seed), "this", own[-1])
                 if before:
                     old.append(train_before(checkout, preset, seed))
