@@ -319,7 +319,7 @@ class AgentController:
 class TrainingSettings:
     """The order and amount of meta-training: perception, then effects, then adaptation."""
 
-    updates: int = 400  # updates of context engine and value (adaptation), at least 1: the length of the run
+    updates: int = 500  # updates of context engine and value (adaptation), at least 1: the length of the run
     envs: int = 64  # environments that are collected from at once, at least 1
     random_lifetimes: int = 512  # lifetimes collected at random before anything is learnt; a multiple of `envs`
     perception_updates: int = 150  # updates of the VAE alone, first, at least 1
@@ -338,7 +338,7 @@ class TrainingSettings:
     final_lr_scale: float = 0.1  # learning rates fall linearly to this share of their initial values, in [0, 1]
     evaluation_lifetimes: int = 4096  # held-out lifetimes for each agent in the final evaluation, at least 2
     # updates of adaptation between validations, 0 for none: greedy, on the same held-out lifetimes each time
-    validate_every: int = 200
+    validate_every: int = 250
     validation_lifetimes: int = 256  # of each validation, at least 2
     log_every: int = 20  # updates between lines of metrics.jsonl, at least 1
     checkpoint_every: int = 200  # updates between checkpoints, at least 1

@@ -338,12 +338,13 @@ def evaluate(system: System, split: str, lifetimes: int, agent: Any = None, env_
     return about | compare(rollouts) | {"belief_nll": belief}
 
 
-def validate(learner: Learner, board: SummaryWriter | None = None) -> dict[str, torch.Tensor]:
-    """Metrics of the present agent, greedy and searching as deep as it collects, on the same validation lifetimes each
-    time, and pictures of them for TensorBoard; nothing random is shared with the training."""
+def validate(learner: Learner, board: SummaryWriter | None = None, nodes: int = 0) -> dict[str, torch.Tensor]:
+    """Metrics of the present agent, greedy, on the same validation lifetimes each time, and pictures of them for
+    TensorBoard; nothing random is shared with the training. It expands so many `nodes`, or as many as it collects with.
+    """
     settings, seed = learner.settings, EVALUATION_SEEDS["validation"] + 10
     worlds = (settings.world, learner.training.validation_lifetimes, "validation", seed, learner.device)
-    agent = AgentController(learner.system, nodes=settings.planner.collect_nodes)
+    agent = AgentController(learner.system, nodes=nodes or settings.planner.collect_nodes)
     rollouts = {"agent": rollout(make_worlds(*worlds), agent)} | references(*worlds)
     returns = {name: one.reward.double().sum(1).numpy() for name, one in rollouts.items()}
     metrics = {"validation/return": returns["agent"].mean()}
