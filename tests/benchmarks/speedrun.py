@@ -28,6 +28,7 @@ def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
     """Train; when it passed (None if it did not), seconds and frames in all, and what it earns on test tasks."""
     changes = {"seed": seed, "training": {"validate_every": 0, "validation_lifetimes": 256}}
     learner = Learner(build_system(merge(with_preset(Settings(), preset), changes)))
+    nodes = learner.settings.planner.nodes  # as when it acts
     begin, seconds, rows = learner.total - learner.training.updates, 0.0, []
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))  # metrics and checkpoints are written as in any training
@@ -37,7 +38,7 @@ def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
                 raise KeyboardInterrupt
             seconds += time.perf_counter() - start
             if until > begin:
-                above = float(validate(learner)["validation/of_thompson"]) > 1
+                above = float(validate(learner, nodes=nodes)["validation/of_thompson"]) > 1
                 rows.append((above, seconds, learner.env_steps))
     passed = next((i for i in range(len(rows)) if all(above for above, *_ in rows[i:])), None)
     when = dict(zip(("pass_seconds", "pass_frames"), (None, None) if passed is None else rows[passed][1:], strict=True))
@@ -56,19 +57,17 @@ def run_command(command: list[str], folder: Path) -> str:
 
 def train_before(checkout: Path, preset: str, seed: int) -> dict[str, float]:
     """Seconds of a training by another version, and what it earns."""
-    name = f"speedrun-{seed}"
-    command = [sys.executable, "main.py", "--preset", preset, "--seed", str(seed), "--run", name]
-    run_command(command, checkout)
-    timing, result = (
-        json.loads((checkout / "runs" / name / f"{x}.json").read_text()) for x in ("timing", "evaluation")
-    )
+    before = set(checkout.glob("runs/*"))
+    run_command([sys.executable, "main.py", "--preset", preset, "--seed", str(seed)], checkout)
+    (run,) = set(checkout.glob("runs/*")) - before
+    timing, result = (json.loads((run / f"{name}.json").read_text()) for name in ("timing", "evaluation"))
     return {"seconds": timing["total"]} | {key: result[key] for key in ("return_mean", "normalised", "of_thompson")}
 
 
 def main(
     preset: str = "default",
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4),
-    every: int = 20,
+    every: int = 50,
     before: str = "",
     one: bool = False,
 ) -> None:
