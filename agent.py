@@ -319,7 +319,7 @@ class AgentController:
 class TrainingSettings:
     """The order and amount of meta-training: perception, then effects, then adaptation."""
 
-    updates: int = 500  # updates of context engine and value (adaptation), at least 1: the length of the run
+    updates: int = 440  # updates of context engine and value (adaptation), at least 1: the length of the run
     envs: int = 64  # environments that are collected from at once, at least 1
     random_lifetimes: int = 512  # lifetimes collected at random before anything is learnt; a multiple of `envs`
     perception_updates: int = 150  # updates of the VAE alone, first, at least 1
@@ -338,7 +338,7 @@ class TrainingSettings:
     final_lr_scale: float = 0.1  # learning rates fall linearly to this share of their initial values, in [0, 1]
     evaluation_lifetimes: int = 4096  # held-out lifetimes for each agent in the final evaluation, at least 2
     # updates of adaptation between validations, 0 for none: greedy, on the same held-out lifetimes each time
-    validate_every: int = 250
+    validate_every: int = 220
     validation_lifetimes: int = 256  # of each validation, at least 2
     log_every: int = 20  # updates between lines of metrics.jsonl, at least 1
     checkpoint_every: int = 200  # updates between checkpoints, at least 1
@@ -454,24 +454,28 @@ class Learner:
         if trajectories.reward.min() < bins[0] or trajectories.reward.max() > bins[-1]:
             warnings.warn(f"rewards beyond transition.reward_bins, {bins}, are clipped: widen them.", stacklevel=2)
 
-    def reencode_all(self) -> None:
+    def reencode_all(self, perception: bool = False) -> None:
         """`reencode` every block of the store."""
         for index in range(len(self.store.blocks)):
-            self.reencode(index)
+            self.reencode(index, perception)
 
     @torch.no_grad()
-    def reencode(self, index: int, rows: int = 8) -> None:
-        """Replace a stored block's codes and effect posteriors by the present models' ones, so many rows at a time."""
+    def reencode(self, index: int, perception: bool = False, rows: int = 8) -> None:
+        """Replace a stored block's effect posteriors by the present models' ones, so many rows at a time; its codes too
+        if `perception` has changed, which it does all the time only where an appearance is inferred."""
         system, block, device = self.system, self.store.blocks[index], self.device
         experience = self.store.experience.rows(self.store.rows_of(index))
-        if system.appearance:
-            context = torch.cat([self._appearance(frames.to(device)) for frames in block.frames.split(rows)])
-        else:
-            context = system.engine.context(system.engine.sequence(experience)[:, :-1])[:, :, -1]  # (n, T, D)
-        made, chunks = [], (x.split(rows) for x in (block.frames, block.next_obs(), context))
-        for obs, next_obs, seen in zip(*chunks, strict=True):
-            pair, seen = (obs.flatten(0, 1), next_obs.flatten(0, 1)), seen.flatten(0, 1)
-            codes, next_codes = (system.vae.encode(x.to(device), seen) for x in pair)
+        anew, made = perception or system.appearance is not None, []
+        next_frames = block.next_obs() if anew else block.frames
+        for first in range(0, len(block), rows):
+            few = experience.rows(slice(first, first + rows))
+            codes, next_codes = few.codes.flatten(0, 1), few.next_codes.flatten(0, 1)
+            if anew:
+                frames, next_obs = (x[first : first + rows].to(device) for x in (block.frames, next_frames))
+                # Without an appearance the encoder's FiLM is the identity under every context.
+                seen = torch.zeros(len(codes), self.settings.context.context, device=device)
+                seen = self._appearance(frames).flatten(0, 1) if system.appearance else seen
+                codes, next_codes = (system.vae.encode(x, seen) for x in (frames.flatten(0, 1), next_obs.flatten(0, 1)))
             likelihood = system.transition.effects.log_likelihood(codes, next_codes)
             made.append((codes, next_codes, system.transition.effect_posterior(likelihood)))
         parts = (torch.cat(part).view(*experience.action.shape, -1) for part in zip(*made, strict=True))

@@ -226,7 +226,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
             elif phase == "effects":
                 if update == 0:  # perception is new, so stored codes are stale
                     learner.finish_perception()
-                    learner.reencode_all()
+                    learner.reencode_all(perception=True)
                     learner.find_effects()
                     if writes:
                         found = "{vae/kinds:.0f} kinds of patch, {effects/found:.0f} effects"

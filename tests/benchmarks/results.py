@@ -306,8 +306,8 @@ def make_all(todo: dict[str, Measurement]) -> None:
 
     for group, jobs in ((trainings, cores), (set(todo) - trainings - alone, cores), (alone, 1)):
         with ThreadPoolExecutor(jobs) as pool:
-            for name in sorted(group, key=list(every).index):
-                pool.submit(attempt, name, cores // jobs)
+            order = sorted(group, key=list(every).index)
+            list(pool.map(attempt, order, [cores // jobs] * len(order)))
     if failed:
         raise UserError("\n".join(failed))
 
