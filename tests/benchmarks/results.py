@@ -320,18 +320,15 @@ def main(make: bool = False, only: tuple[str, ...] = ()) -> None:
         only: Names of records, or their beginnings; all if none is given.
     """
     records, every = read_records(), measurements()
-    todo = {
-        name: one
-        for name, one in every.items()
-        if records.get(name, {}).get("version") != version(one.command) and (not only or name.startswith(only))
-    }
+    stale = {n: one for n, one in every.items() if records.get(n, {}).get("version") != version(one.command)}
+    todo = {name: one for name, one in stale.items() if not only or name.startswith(only)}
     if unknown := [name for name in only if not any(known.startswith(name) for known in every)]:
         raise UserError(f"no record is called {unknown[0]!r}: the names are {', '.join(every)}.")
     for name, one in todo.items():
         print(f"{name:28s} {'of another version' if name in records else 'missing':18s} {one.minutes:4.0f} minutes")
     hours = sum(one.minutes for one in todo.values()) / 60 / (os.cpu_count() or 1)
     print(
-        f"{len(every) - len(todo)} of {len(every)} records are of this version; the rest takes {hours:.1f} hours here"
+        f"{len(every) - len(stale)} of {len(every)} records are of this version; the above take {hours:.1f} hours here"
     )
     try:
         if make:
