@@ -553,10 +553,11 @@ def plot_learning(validations: Sequence[Sequence[float]]) -> Figure:
     figure = Figure(figsize=(8, 3.5), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, x, label in zip(panels, (seconds, frames), ("seconds of training", "frames of training"), strict=True):
-        axes.plot(x, returns, marker="o", label="agent")
+        axes.plot(x, returns, marker="o", label="agent, searching as when it collects")
         for level in thompson:
             axes.axhline(level[-1], color="tab:orange", label="Thompson sampling")
-        axes.set(xlabel=label, xlim=(0, None))
+        axes.set(xlabel=label, xlim=(0, None), ylim=(min(0, *returns), None))
+        axes.locator_params("x", nbins=5)
     panels[0].set_ylabel("return per lifetime, validation tasks")
     panels[0].legend(loc="lower right", fontsize="small")
     return figure

@@ -39,6 +39,7 @@ CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (
 CLASSICS |= {
     "DarkKeyToDoor": (64, 8)
 }  # lifetimes to evaluate on and parts of a lifetime, episodes where they are fixed
+DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
 
 
@@ -99,7 +100,8 @@ def measurements() -> dict[str, Measurement]:
 # -------------------------------------------------------------------------------------------------------------- records
 @functools.cache
 def version(command: tuple[str, ...]) -> str:
-    """A hash of a command and of the code that it measures, the modules and the benchmark's own, without its prose."""
+    """A hash of a command and of the code that it measures, the modules and the benchmark's own, without prose and what
+    only draws."""
     files = [file for file in sorted(ROOT.glob("*.py")) if file.name != "tune_hyperparams.py"]
     if command[0] == "-m":
         files.append(ROOT / Path(*command[1].split(".")).with_suffix(".py"))
@@ -108,6 +110,7 @@ def version(command: tuple[str, ...]) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
     for file in files:
         tree = ast.parse(file.read_text())
+        tree.body = [node for node in tree.body if not getattr(node, "name", "").startswith(DRAWING)]
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
                 node.body[0].value.value = ""
