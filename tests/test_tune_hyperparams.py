@@ -205,7 +205,7 @@ class TestObjective(unittest.TestCase):
             self.assertEqual(len(list(folder.glob("*/*/checkpoint.pt"))), kept)  # one for each seed that was finished
 
     def test_shorter_training_scales_its_schedule(self):
-        cases = (("default", None, 300), ("quick", None, 150), ("default", 200, 200), ("default", 2000, 2000))
+        cases = (("default", None, 330), ("quick", None, 150), ("default", 200, 200), ("default", 2000, 2000))
         for preset, given, updates in cases:
             base = with_preset(Settings(), preset)
             short, full = shorten_training(base, given).training, base.training
