@@ -36,10 +36,8 @@ RECORDS = ROOT / "tests" / "benchmarks" / "records"
 PAGES = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
 # Lifetimes to evaluate on, and parts of a lifetime, which are its episodes where these have a fixed length.
 CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (64, 4), "FrozenLakeMeta": (128, 10)}
-CLASSICS |= {
-    "DarkKeyToDoor": (64, 8)
-}  # lifetimes to evaluate on and parts of a lifetime, episodes where they are fixed
-DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")
+CLASSICS |= {"DarkKeyToDoor": (64, 8)}
+DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how functions begin that do not change figures
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
 
 
@@ -78,8 +76,8 @@ def measurements() -> dict[str, Measurement]:
         for seed in range(seeds)
     }
     runs = {name: tuple(f"{{{name}-{seed}}}" for seed in range(seeds)) for name, (seeds, *_) in worlds.items()}
-    for name, (lifetimes, parts) in (CLASSICS | dict.fromkeys(ROOMS, (32, 8))).items():
-        options = ("--lifetimes", str(lifetimes), "--columns", str(parts))
+    for name, (lifetimes, columns) in (CLASSICS | dict.fromkeys(ROOMS, (32, 8))).items():
+        options = ("--lifetimes", str(lifetimes), "--columns", str(columns))
         found[f"external-{name}"] = benchmark("external", *runs[name], *options, minutes=5)
     found |= {
         "references": benchmark("references", "{default-0}", minutes=3),
