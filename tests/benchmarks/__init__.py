@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from agent import System
 
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
 def descriptions() -> dict[str, str]:
     """First line of the docstring of every benchmark by its name; reads the files, imports none."""
     files = sorted(Path(__file__).parent.glob("[!_]*.py"))
@@ -80,6 +83,13 @@ def read_result(run: Path, name: str) -> dict[str, Any]:
         return json.loads((run / name).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{run} is not a finished run, because {name} cannot be read: {error}") from error
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95% interval of a mean over seeds, by Student's t."""
+    import scipy.stats
+
+    return float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
 
 
 def score_cells(stats: dict[str, Any]) -> list[str]:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from tyro.conf import Positional
 
 from environment import WorldSettings
 from main import Settings, with_preset
 from memory import RunFolder, UserError, require_new, write_json
-from tests.benchmarks import command_line, run_folders
+from tests.benchmarks import command_line, half_width, run_folders
 from world_model import AGENTS, available_metrics, format_ci, plot_adaptation, statistics
 
 HEADS = {
@@ -66,8 +65,7 @@ def reference_sentence(results: Sequence[dict[str, Any]]) -> str:
     text = f"{first['lifetimes']} lifetimes on the {first['split']} split for each agent; {', '.join(parts)}"
     if len(results) > 1:
         means = [result["return_mean"] for result in results]
-        spread = scipy.stats.t.ppf(0.975, len(means) - 1) * scipy.stats.sem(means)
-        text += f"; over seeds the mean return is {np.mean(means):.2f} +- {spread:.2f} "
+        text += f"; over seeds the mean return is {np.mean(means):.2f} +- {half_width(means):.2f} "
         text += f"(95%, Student's t of {len(means)} runs)"
     return text
 

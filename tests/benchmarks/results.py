@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from memory import UserError, write_json
-from tests.benchmarks import command_line
+from tests.benchmarks import ROOT, command_line, half_width
 from world_model import AGENTS, format_ci
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RECORDS = ROOT / "tests" / "benchmarks" / "records"
 PAGES = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
 # Lifetimes to evaluate on, and parts of a lifetime, which are its episodes where these have a fixed length.
@@ -97,9 +95,19 @@ def measurements() -> dict[str, Measurement]:
 
 # -------------------------------------------------------------------------------------------------------------- records
 @functools.cache
+def code_of(text: str) -> bytes:
+    """A module's code without prose and what only draws."""
+    tree = ast.parse(text)
+    tree.body = [node for node in tree.body if not getattr(node, "name", "").startswith(DRAWING)]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body[0].value.value = ""
+    return ast.unparse(tree).encode()
+
+
+@functools.cache
 def version(command: tuple[str, ...]) -> str:
-    """A hash of a command and of the code that it measures, the modules and the benchmark's own, without prose and what
-    only draws."""
+    """A hash of a command and of the code that it measures: the modules and the benchmark's own; see `code_of`."""
     files = [file for file in sorted(ROOT.glob("*.py")) if file.name != "tune_hyperparams.py"]
     if command[0] == "-m":
         files.append(ROOT / Path(*command[1].split(".")).with_suffix(".py"))
@@ -107,12 +115,7 @@ def version(command: tuple[str, ...]) -> str:
         files.append(ROOT / "tests" / "benchmarks" / "classics.py")
     digest = hashlib.sha256(" ".join(command).encode())
     for file in files:
-        tree = ast.parse(file.read_text())
-        tree.body = [node for node in tree.body if not getattr(node, "name", "").startswith(DRAWING)]
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body[0].value.value = ""
-        digest.update(ast.unparse(tree).encode())
+        digest.update(code_of(file.read_text()))
     return digest.hexdigest()[:12]
 
 
@@ -140,7 +143,8 @@ def commit() -> str:
 def make_record(name: str, cores: int) -> None:
     """Run a measurement with so many threads, and write its record; UserError if it fails."""
     one = measurements()[name]
-    command = [str(run_of(part[1:-1])) if part.startswith("{") else part for part in one.command]
+    folders = {f"{{{training}}}": str(run_of(training)) for training in parts(one.command)}
+    command = [folders.get(part, part) for part in one.command]
     if one.command[0] == "main.py":
         command += ["--run", run_of(name).name]
     about = {
@@ -195,11 +199,8 @@ def markdown(heads: tuple[str, ...], rows: list[list[str]]) -> str:
 
 def over_seeds(values: list[float], digits: int) -> str:
     """A mean over seeds with Student's t interval; the bare figure of one."""
-    mean = np.mean(values)
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"
 
 
 def seeds_of(records: dict[str, dict], name: str) -> list[dict]:
@@ -264,7 +265,9 @@ def tables(records: dict[str, dict]) -> dict[str, str]:
     for name, (table, names) in made.items():
         runs = {world: each for world in names if (each := seeds_of(records, world))}
         if runs:
-            found[name] = table(runs, records) + "\n\n" + origin([run for each in runs.values() for run in each])
+            found[name] = table(runs, records)
+            if name != "readme":  # the same runs as in the table of the default world
+                found[name] += "\n\n" + origin([run for each in runs.values() for run in each])
     for name, record in records.items():
         if "output" in record:
             found[name] = "\n".join(record["output"]) + f"\n\n`{record['command']}`. {origin([record])}"

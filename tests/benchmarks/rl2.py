@@ -209,10 +209,7 @@ def main(
         lr: Adam's initial learning rate; it falls linearly.
     """
     if preset not in PRESETS:
-        choice = (
-            f"must be one of {', '.join(PRESETS)}: in the others a lifetime has more than one rule of colours and moves"
-        )
-        raise UserError(f"preset is {preset!r}, but {choice}.")
+        raise UserError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
     settings = with_preset(Settings(), preset)
     world, lifetimes = settings.world, settings.training.evaluation_lifetimes
     known = references(world, lifetimes, "test", EVALUATION_SEEDS["test"], torch.device("cpu"))

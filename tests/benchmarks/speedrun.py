@@ -19,9 +19,7 @@ import numpy as np
 from agent import Learner
 from main import PRESETS, Settings, build_system, evaluate, train, validate, with_preset
 from memory import RunFolder, UserError, merge, require
-from tests.benchmarks import command_line
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.benchmarks import ROOT, command_line
 
 
 def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
