@@ -61,8 +61,10 @@ class Planner:
     z'_k is the most likely grid of codes under effect k, r the expected reward, e the probability that the episode
     ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
     grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`, if the
-    budget has room for all. The belief does not change inside a plan: what information is worth enters through V and W
-    alone, which were learnt over beliefs. Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
+    budget has room for all. There are at most as many layers as the square root of the budget: further ones have few
+    grids, cost as much time each, and change nothing measurable. The belief does not change inside a plan: what
+    information is worth enters through V and W alone, which were learnt over beliefs. Sources: Russell and Wefald,
+    1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
     CHUNK = 256  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -86,7 +88,7 @@ class Planner:
         nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
         left = depth * (nodes - 1)  # grids that each row may still expand
         layers = [self._expand(codes, row, belief, places, predict, [])]
-        while len(layers) < nodes:  # a layer that is left to expand has at least one grid
+        while len(layers) ** 2 < nodes:
             edge, reach = self._follow(layers, reach, left)
             if len(edge) == 0:
                 break
@@ -466,12 +468,11 @@ class Learner:
         system, block, device = self.system, self.store.blocks[index], self.device
         experience = self.store.experience.rows(self.store.rows_of(index))
         anew, made = perception or system.appearance is not None, []
-        next_frames = block.next_obs() if anew else block.frames
         for first in range(0, len(block), rows):
-            few = experience.rows(slice(first, first + rows))
-            codes, next_codes = few.codes.flatten(0, 1), few.next_codes.flatten(0, 1)
+            some = slice(first, first + rows)
+            codes, next_codes = experience.codes[some].flatten(0, 1), experience.next_codes[some].flatten(0, 1)
             if anew:
-                frames, next_obs = (x[first : first + rows].to(device) for x in (block.frames, next_frames))
+                frames, next_obs = (x.to(device) for x in (block.frames[some], block.next_obs(some)))
                 # Without an appearance the encoder's FiLM is the identity under every context.
                 seen = torch.zeros(len(codes), self.settings.context.context, device=device)
                 seen = self._appearance(frames).flatten(0, 1) if system.appearance else seen
@@ -536,7 +537,7 @@ class Learner:
         label, shown, number = every.all_gather_object(found)[0]  # the main process's
         system.set_num_effects(number)
         system.transition.effects.init_marginal(label)
-        system.transition.background.fill_(torch.bincount(sample.codes.flatten().int()).argmax())
+        system.transition.find_scenery(sample)
         every.broadcast(system.transition), every.broadcast(system.engine)
         mine = slice(every.rank * len(stored.action), (every.rank + 1) * len(stored.action))
         posterior = F.one_hot(label[mine], number) * shown[mine, :, None]

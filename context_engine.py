@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from environment import MOVES, ExternalWorlds, HiddenRulesWorld, Rule, Split, WorldSettings
 from environment import destination, make_worlds, order_by_role, rule_space_of, with_slips
 from memory import EpisodicMemory, Experience, PlaceMemory, WorldStep, make_generator, require_all
-from transition_model import ABSENT, TransitionModel, TransitionSettings, contact_pairs, pair_codes
+from transition_model import ABSENT, TransitionModel, TransitionSettings, contact_pairs, occurring_pairs
+from transition_model import pair_codes
 from world_model import Trajectories
 
 
@@ -139,7 +140,8 @@ class ContextInferenceEngine(nn.Module):
         reward = experience.reward
         rewarded = reward.nonzero(as_tuple=True)
         present = contact_pairs(experience.codes[rewarded], experience.next_codes[rewarded], self.codes)  # (n, C*C)
-        features = F.silu(self.contact_features(self.pairs)).expand(*present.shape, -1)  # (n, C*C, contact_features)
+        occurring = occurring_pairs(present)
+        present, features = present[:, occurring], F.silu(self.contact_features(self.pairs[occurring]))
         contact = features.masked_fill(~present[..., None], ABSENT).amax(-2) * reward[rewarded][:, None]
         contact = reward.new_zeros(*reward.shape, contact.shape[-1]).index_put(rewarded, contact)
         return self.world_event(torch.cat([posterior, reward[..., None], contact], -1))

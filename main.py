@@ -56,7 +56,7 @@ PRESETS: dict[str, dict] = {
     "large": {"training": {"updates": 800}},
     "switching": {"training": {"updates": 700, "batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
     "tinted": {
-        "vae": {"final_lr_scale": 0.05},
+        "vae": {"width": 64, "final_lr_scale": 0.05},
         "context": {"appearance": 16, "learning_rate": 4e-3},
         "training": {"updates": 600, "perception_updates": 1500, "evaluation_lifetimes": 1024},
     },

@@ -343,10 +343,10 @@ class FrameBlock:
         """Bytes of the frames."""
         return self.frames.nbytes + self.final_obs.nbytes + self.final_index.nbytes + self.task.nbytes
 
-    def next_obs(self) -> Tensor:
-        """What every step led to, (n, T, H, W, 3) uint8."""
+    def next_obs(self, rows: slice = slice(None)) -> Tensor:
+        """What every step of some lifetimes led to, (n, T, H, W, 3) uint8."""
         lifetimes, steps = map(torch.arange, self.final_index.shape)
-        return self.next_obs_at(lifetimes[:, None], steps)
+        return self.next_obs_at(lifetimes[rows, None], steps)
 
     def next_obs_at(self, lifetime: Tensor, step: Tensor) -> Tensor:
         """What `step` (...) of lifetimes `lifetime` (...) led to, (..., H, W, 3) uint8."""

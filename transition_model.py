@@ -66,6 +66,14 @@ def contact_pairs(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
     return absent.scatter_(-1, pair, True)
 
 
+def occurring_pairs(present: Tensor) -> Tensor:
+    """Which pairs (m,) int64 occur anywhere in contacts (N, C*C) bool, so that no others need be computed: a third of
+    all at home, a thirtieth where many codes are spare. The first one is always among them, for a maximum."""
+    occurs = present.any(0)
+    occurs[0] = True
+    return occurs.nonzero()[:, 0]
+
+
 def pair_codes(n_codes: int) -> Tensor:
     """One-hot descriptions of all pairs (code before, code after): (n_codes**2, 2 * n_codes) float32."""
     eye = torch.eye(n_codes)
@@ -497,7 +505,7 @@ class TransitionModel(nn.Module):
         nn.init.zeros_(self.place_out[-1].weight)
         with torch.no_grad():
             self.place_past.weight.mul_(settings.place_scale)
-        self.register_buffer("background", torch.zeros((), dtype=torch.uint8))  # the most frequent code
+        self.register_buffer("scenery", torch.zeros(codes, dtype=torch.bool))  # see `find_scenery`
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
         self.register_buffer("bits", random_bits(codes**2), persistent=False)
@@ -507,6 +515,15 @@ class TransitionModel(nn.Module):
         last = self.prior_out[-1]
         self.effects.set_num_effects(num_effects)
         self.prior_out[-1] = nn.Linear(last.in_features, num_effects, device=last.weight.device)
+
+    def find_scenery(self, experience: Experience) -> None:
+        """Note which codes say nothing where they stay: what fills more than an eighth of the grids, as a floor does,
+        and what never changes, as walls."""
+        codes, next_codes = experience.codes.flatten(), experience.next_codes.flatten()
+        changed = codes != next_codes
+        count = torch.bincount(codes.int(), minlength=self.codes)
+        changes = torch.bincount(torch.cat([codes[changed], next_codes[changed]]).int(), minlength=self.codes)
+        self.scenery.copy_((8 * count > len(codes)) | (count > 0) & (changes == 0))
 
     def contextual_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained with the context engine: all but the effect network's."""
@@ -551,8 +568,8 @@ class TransitionModel(nn.Module):
             log p(r) (N, bins) over `reward_bins`, and the logit (N,) of the episode's termination.
         """
         out = self._contact_logits(contact_pairs(codes, next_codes, self.codes), context, row)
-        # A patch that is and stays background says nothing.
-        step, place = ((codes != self.background) | (next_codes != self.background)).nonzero(as_tuple=True)
+        shows = (codes != next_codes) | ~self.scenery[codes.int()]
+        step, place = shows.nonzero(as_tuple=True)
         before, after = codes[step, place].int(), next_codes[step, place].int()
         own = lifetime[step]
         earned = places.earned[own] if earned is None else earned[step]
@@ -564,9 +581,7 @@ class TransitionModel(nn.Module):
 
     def _contact_logits(self, present: Tensor, context: Tensor, row: Tensor | None) -> Tensor:
         """Logits (N, bins + 1) of contacts (N, C*C) bool; for the contexts see `reward_and_termination`."""
-        occurs = present.any(0)  # compute only pairs that occur in the batch, about a third of all
-        occurs[0] = True  # at least one, because the maximum over none is undefined
-        occurring = occurs.nonzero()[:, 0]
+        occurring = occurring_pairs(present)
         features = self.contact_in(self.pairs[occurring]).expand(len(context), -1, -1)
         features = F.silu(self.contact_film(features, context))  # (B, occurring, contact_width)
         present, which = present[:, occurring], None

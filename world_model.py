@@ -590,12 +590,12 @@ def picture_effects(vae: VAE, transition: TransitionModel, codes: Tensor, contex
         example = int((key == moves.mode().values).nonzero()[0])
         pair = torch.stack([codes[example], after[example]])
         images = vae.decode(pair, context.expand(2, -1)).clamp(0, 1).cpu().numpy()
-        pictures.append(picture_change(images, pair.tolist(), vae.settings.patch, columns, int(transition.background)))
+        pictures.append(picture_change(images, pair.tolist(), vae.settings.patch, columns, transition.scenery.tolist()))
     return pictures
 
 
 def picture_change(
-    images: np.ndarray, pair: list[list[int]], patch: int, columns: int, background: int
+    images: np.ndarray, pair: list[list[int]], patch: int, columns: int, scenery: list[bool]
 ) -> EffectPicture:
     """One change, from images (2, H, W, 3) in 0..1 and codes (2, S) before and after it."""
     before, after = pair
@@ -605,7 +605,7 @@ def picture_change(
     crop = images[:, *ends]
     patches = np.concatenate([crop[0], np.ones_like(crop[0][:, :1]), crop[1]], 1)
     for p, q in itertools.permutations(at, 2):
-        if before[p] == after[q] and before[p] != background:
+        if before[p] == after[q] and not scenery[before[p]]:
             (row, column), (to_row, to_column) = divmod(p, columns), divmod(q, columns)
             thing = images[0, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
             arrow = ARROWS[np.sign(to_row - row) + 1][np.sign(to_column - column) + 1]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from environment import SPLITS, HiddenRulesWorld, WorldSettings
-from main import load_system
+from main import PRESETS, load_system
 from memory import UserError
 from tests.benchmarks import classics, effects, results, rl2
 from tests.shared import installed, make_generator, temporary_folder, tiny_run
@@ -48,6 +48,11 @@ class TestResults(unittest.TestCase):
                 file.write_text(text)
                 seen.add(results.version.__wrapped__(("main.py",)))
             self.assertEqual(len(seen), 2)
+            file.write_text('"""B."""\nx = 2\nPRESETS: dict = {"gym": {}}\n')
+            seen.add(results.version.__wrapped__(("main.py",)))
+            self.assertEqual(len(seen), 2, "another preset's settings count nothing")
+            with mock.patch.dict(PRESETS, {"default": {"planner": {"width": 3}}}):
+                self.assertNotIn(results.version.__wrapped__(("main.py",)), seen)
             self.assertNotIn(results.version.__wrapped__(("main.py", "--seed", "1")), seen)
 
     def test_what_is_missing_is_made_and_kept(self):

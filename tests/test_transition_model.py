@@ -474,6 +474,21 @@ class TestContextualHeads(unittest.TestCase):
         none = model.reward_and_termination(*(x[:0] for x in now), places, row[:0], context[:, -1], row[:0])[0]
         self.assertEqual(none.shape, (0, 3))
 
+    def test_what_fills_the_grid_or_never_changes_says_nothing_where_it_stays(self):
+        """Codes: 0 floor, 1 a body that moves, 2 a wall, 3 never seen."""
+        model, experience = model_of(codes=4), empty_experience(1, 2, 16, 1, "cpu")
+        experience.codes[..., 5], experience.next_codes[..., 6] = 1, 1
+        experience.codes[..., 0], experience.next_codes[..., 0] = 2, 2
+        model.find_scenery(experience)
+        self.assertEqual(model.scenery.tolist(), [True, False, True, False])
+        torch.nn.init.normal_(model.place_out[-1].weight)
+        now, places = (experience.codes[0, :1], experience.next_codes[0, :1]), places_of(1, 16, 4)
+        before = model.reward_and_termination(*now, places, torch.tensor([0]), torch.zeros(1, 5))[0]
+        for place, changes in ((0, False), (1, False), (6, True)):
+            changed = places._replace(sums=places.sums.index_fill(1, torch.tensor(place), 3.0))
+            after = model.reward_and_termination(*now, changed, torch.tensor([0]), torch.zeros(1, 5))[0]
+            self.assertEqual(not torch.equal(before, after), changes)
+
     def test_a_step_that_effects_explain_alike_leaves_open_which_it_was(self):
         model, context, action = model_of(), torch.randn(4, 3, 5, requires_grad=True), torch.tensor([0, 1, 1, 0])
         alike = model.effect_posterior(torch.full((4, 6), -3.0))

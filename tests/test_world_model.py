@@ -336,7 +336,7 @@ class TestPictures(unittest.TestCase):
         left[2, 3], left[2, 2], other[4, 4] = 0, 1, 3
         codes, after = grid.view(1, 36).repeat(3, 1), torch.stack([left, other, grid]).view(1, 3, 36).repeat(3, 1, 1)
         effects = mock.Mock(predict=lambda _: (after, None))
-        transition, vae, context = mock.Mock(effects=effects, background=torch.tensor(0)), vae_of(), torch.zeros(1, 5)
+        transition, vae, context = mock.Mock(effects=effects, scenery=torch.arange(6) == 0), vae_of(), torch.zeros(1, 5)
         moves, becomes, nothing = picture_effects(vae, transition, codes, context)
         self.assertEqual((moves.arrow, becomes.arrow, nothing.arrow), ("←", "", "·"))
         self.assertEqual((moves.patches.shape, becomes.patches.shape), ((4, 17, 3), (4, 9, 3)))

@@ -10,12 +10,13 @@ task. Published settings:
 - Darkroom: 9x9, from the centre, ten episodes of 20 steps, 1 a step on the goal (Laskin et al., "In-context
   Reinforcement Learning with Algorithm Distillation", ICLR 2023).
 - DarkroomPermuted: the goal in the far corner and known, five actions permuted, 12 of 120 permutations held out, four
-  episodes of 50 steps (Lee et al., "Decision-Pretrained Transformer", NeurIPS 2023; Son et al., "Distilling
-  Reinforcement Learning Algorithms for In-Context Model-Based Planning", ICLR 2025).
+  episodes of 50 steps (Son et al., "Distilling Reinforcement Learning Algorithms for In-Context Model-Based Planning",
+  ICLR 2025; the idea is Lee et al.'s, "Decision-Pretrained Transformer", NeurIPS 2023, on a larger grid).
 - DarkKeyToDoor: 1 for the first step on the key, then 1 for the first one on the door, from a random cell, eight
   episodes of 50 steps; 5% of the 6480 pairs held out (the same).
-- FrozenLakeMeta: a lake with unseen holes for every lifetime, two actions swapped with probability one half, as
-  AMAGO's `MetaFrozenLake` (Grigsby et al., ICLR 2024); a move slips to either side with probability 0.1 each.
+- FrozenLakeMeta: a lake with unseen holes for every lifetime, two actions swapped with probability one half, after
+  AMAGO's `MetaFrozenLake` in its hard mode (github.com/UT-Austin-RPL/amago, Grigsby et al., ICLR 2024); a move slips to
+  either side with probability 0.1 each, as on Gymnasium's lake; AMAGO's slips stand still.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from main import Settings, with_preset
 from memory import UserError, write_json
 from tests.benchmarks import ROOT, command_line, half_width
 from world_model import AGENTS, format_ci
@@ -35,6 +36,7 @@ PAGES = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
 # Lifetimes to evaluate on, and parts of a lifetime, which are its episodes where these have a fixed length.
 CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (64, 4), "FrozenLakeMeta": (128, 10)}
 CLASSICS |= {"DarkKeyToDoor": (64, 8)}
+TABLES = ("PRESETS", "WORLDS")
 DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how functions begin that do not change figures
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
 
@@ -87,8 +89,8 @@ def measurements() -> dict[str, Measurement]:
         "ablations": benchmark("ablations", minutes=60),
         "speed": benchmark("speed", "{default-0}", minutes=5, alone=True),
         "speedrun": benchmark("speedrun", minutes=15, alone=True),
-        "rl2-plain": benchmark("rl2", minutes=20),
-        "rl2-aided": benchmark("rl2", "--symbols", "--relabel", "--labels", "1", minutes=20),
+        "rl2-plain": benchmark("rl2", "--preset", "quick", minutes=20),
+        "rl2-aided": benchmark("rl2", "--preset", "quick", "--symbols", "--relabel", "--labels", "1", minutes=20),
     }
     return found
 
@@ -96,9 +98,10 @@ def measurements() -> dict[str, Measurement]:
 # -------------------------------------------------------------------------------------------------------------- records
 @functools.cache
 def code_of(text: str) -> bytes:
-    """A module's code without prose and what only draws."""
+    """A module's code without prose, what only draws, and presets, of which `version` adds those that matter."""
     tree = ast.parse(text)
     tree.body = [node for node in tree.body if not getattr(node, "name", "").startswith(DRAWING)]
+    tree.body = [node for node in tree.body if getattr(getattr(node, "target", None), "id", "") not in TABLES]
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body[0].value.value = ""
@@ -107,7 +110,8 @@ def code_of(text: str) -> bytes:
 
 @functools.cache
 def version(command: tuple[str, ...]) -> str:
-    """A hash of a command and of the code that it measures: the modules and the benchmark's own; see `code_of`."""
+    """A hash of a command and of what it measures: the modules' code and the benchmark's own (see `code_of`), the
+    settings of its preset, and the versions of the trainings that it reads."""
     files = [file for file in sorted(ROOT.glob("*.py")) if file.name != "tune_hyperparams.py"]
     if command[0] == "-m":
         files.append(ROOT / Path(*command[1].split(".")).with_suffix(".py"))
@@ -116,6 +120,12 @@ def version(command: tuple[str, ...]) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
     for file in files:
         digest.update(code_of(file.read_text()))
+    preset = "gym" if "--world.gym-id" in command else "default"
+    if "--preset" in command:
+        preset = command[command.index("--preset") + 1]
+    digest.update(repr(with_preset(Settings(), preset)).encode())
+    for name in parts(command):
+        digest.update(version(measurements()[name].command).encode())
     return digest.hexdigest()[:12]
 
 
