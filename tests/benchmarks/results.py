@@ -146,8 +146,9 @@ def parts(command: tuple[str, ...]) -> list[str]:
 
 def commit() -> str:
     """The present commit; with a plus if the code differs from it."""
-    line = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=ROOT).returncode
+    return subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() + "+" * changed
 
 
 def make_record(name: str, cores: int) -> None:
