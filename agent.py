@@ -67,7 +67,7 @@ class Planner:
     1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
-    CHUNK = 256  # states expanded at once: bounds memory while the belief is vague and many effects are likely
+    CHUNK = 512  # states expanded at once: bounds memory while the belief is vague and many effects are likely
 
     def __init__(self, settings: PlannerSettings, transition: TransitionModel, value: Value) -> None:
         self.settings, self.transition, self.value = settings, transition, value
