@@ -36,6 +36,7 @@ class PlannerSettings:
     top_p: float = 0.95  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
     nodes: int = 16  # grids of codes expanded for a decision at most, at least 1: a search of one step
     collect_nodes: int = 4  # the same while collecting lifetimes to learn from
+    layers: int = 4  # steps that a search looks ahead at most, at least 1
     # actions are searched deeper whose value is this close to the best one's, as a share of that plus the largest
     # reward; 0 for none
     expand_margin: float = 0.07
@@ -47,10 +48,10 @@ class PlannerSettings:
     learning_rate: float = 4e-3  # Adam's initial learning rate of the value, in [0, 1]; it decays with the run
 
     def __post_init__(self) -> None:
-        sizes = dict(keypoints=(1, 1024), width=(1, 4096), nodes=(1, 65536), collect_nodes=(1, 65536))
+        sizes = dict(keypoints=(1, 1024), width=(1, 4096), **dict.fromkeys(("nodes", "collect_nodes"), (1, 65536)))
         search = dict(top_p=(1e-6, 1), expand_margin=(0, 1e6), min_branch_prob=(0, 0.999))
         learning = dict(discount=(1e-3, 0.9999), lambda_=(0, 1), tau=(1e-6, 1), learning_rate=(0, 1))
-        require_all("planner", self, **sizes, **search, **learning)
+        require_all("planner", self, **sizes, **search, **learning, layers=(1, 1024))
 
 
 class Planner:
@@ -61,10 +62,9 @@ class Planner:
     z'_k is the most likely grid of codes under effect k, r the expected reward, e the probability that the episode
     ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
     grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`, if the
-    budget has room for all. There are at most as many layers as the square root of the budget: further ones have few
-    grids, cost as much time each, and change nothing measurable. The belief does not change inside a plan: what
-    information is worth enters through V and W alone, which were learnt over beliefs. Sources: Russell and Wefald,
-    1991; Hansen and Zilberstein, 2001 (LAO*).
+    budget has room for all. The last of many layers have few grids, cost as much time each, and change little: `layers`
+    bounds their number. The belief does not change inside a plan: what information is worth enters through V and W
+    alone, which were learnt over beliefs. Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
     CHUNK = 512  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -88,7 +88,7 @@ class Planner:
         nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
         left = depth * (nodes - 1)  # grids that each row may still expand
         layers = [self._expand(codes, row, belief, places, predict, [])]
-        while len(layers) ** 2 < nodes:
+        while len(layers) < min(nodes, self.settings.layers):
             edge, reach = self._follow(layers, reach, left)
             if len(edge) == 0:
                 break
