@@ -1,7 +1,6 @@
 """All reference agents in a run's environment, including the costly Bayes-adaptive rollouts.
 
-The result is kept in references/ beside the run's folder, where the report finds it; it is computed once for an
-environment.
+The result is kept in references/ beside the run's folder, where the report finds it.
 """
 
 from __future__ import annotations
@@ -123,7 +122,7 @@ def evaluate_references(world: WorldSettings, lifetimes: int, split: str, rollou
 def main(
     run: Positional[Path], lifetimes: int = 1024, rollouts: int = 64, split: Literal["validation", "test"] = "test"
 ) -> None:
-    """Evaluate the reference agents unless that has been done, and print their returns.
+    """Evaluate the reference agents, print their returns and keep them for reports.
 
     Args:
         run: Folder of the run; only its environment counts.
@@ -143,12 +142,11 @@ def main(
     key = {"world": dataclasses.asdict(world), "split": split, "lifetimes": lifetimes, "rollouts": rollouts}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     path = run.parent / "references" / f"{split}-{digest}.json"
-    if not path.exists():
-        agents = evaluate_references(world, lifetimes, split, rollouts)
-        path.parent.mkdir(exist_ok=True)
-        write_json(key | {"agents": agents}, path)
+    agents = evaluate_references(world, lifetimes, split, rollouts)
+    path.parent.mkdir(exist_ok=True)
+    write_json(key | {"agents": agents}, path)
     print(f"| agent | return, {lifetimes} lifetimes |\n|---|---|")
-    for name, result in json.loads(path.read_text())["agents"].items():
+    for name, result in agents.items():
         score = format_ci(result["return_mean"], result["return_mean_ci95"], 2)
         print(f"| {AGENTS.get(name, name.replace('_', '-') + ' rollouts')} | {score} |")
     print(f"\nwritten to {path}")
