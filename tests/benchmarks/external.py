@@ -23,8 +23,8 @@ from tyro.conf import Positional
 
 from agent import AgentController, System
 from context_engine import references, rollout
-from environment import ExternalWorlds
-from main import EVALUATION_SEEDS, HeldOut
+from environment import ExternalWorlds, Split
+from main import EVALUATION_SEEDS
 from memory import UserError, WorldStep, require
 from tests.benchmarks import command_line, load_systems, run_folders
 from world_model import AGENTS, Trajectories, bootstrap_ci, format_ci, mean, ratio_of_means
@@ -87,9 +87,9 @@ def first_action(env: gymnasium.Env) -> int:
     return LEFT
 
 
-def rollouts(systems: list[System], lifetimes: int, split: HeldOut) -> dict[str, list[Trajectories]]:
+def rollouts(systems: list[System], lifetimes: int, split: Split) -> dict[str, list[Trajectories]]:
     """What happened by agent, the trained agent's first, one item for each run; UserError if nobody knows the rule."""
-    world, seed = systems[0].settings.world, EVALUATION_SEEDS[split]
+    world, seed = systems[0].settings.world, EVALUATION_SEEDS.get(split, EVALUATION_SEEDS["test"])
     found = {name: [one] for name, one in references(world, lifetimes, split, seed, systems[0].device).items()}
 
     def rollout_of(make: Callable) -> Trajectories:
@@ -126,13 +126,13 @@ def cells(each: list[Trajectories], best: Trajectories, columns: int) -> list[st
     return [*row, *(f"{x:.2f}" for x in by_part[:-1].mean((0, 1)))]
 
 
-def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: HeldOut = "test", columns: int = 8) -> None:
+def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: Split = "test", columns: int = 8) -> None:
     """Print the table and save the figure.
 
     Args:
         runs: Folders of runs trained in one external environment.
         lifetimes: Lifetimes of each agent.
-        split: Which rules.
+        split: Which tasks; where few are held out, those of training say what luck with them did.
         columns: Equal parts of the lifetime, at least 2; for episodes of a fixed length, how many there are.
     """
     runs = run_folders(runs)

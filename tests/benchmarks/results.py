@@ -79,6 +79,8 @@ def measurements() -> dict[str, Measurement]:
     for name, (lifetimes, columns) in (CLASSICS | dict.fromkeys(ROOMS, (32, 8))).items():
         options = ("--lifetimes", str(lifetimes), "--columns", str(columns))
         found[f"external-{name}"] = benchmark("external", *runs[name], *options, minutes=5)
+    search = ("--lifetimes", "256", "--columns", "4", "--split", "train")
+    found["external-HiddenGoal-train"] = benchmark("external", *runs["HiddenGoal"], *search, minutes=2)
     found |= {
         "references": benchmark("references", "{default-0}", minutes=3),
         "belief": benchmark("belief", "{default-0}", minutes=1),
