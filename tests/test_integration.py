@@ -402,10 +402,18 @@ class TestBenchmarks(unittest.TestCase):
         self.assertRegex(printed, r"\| tuned \| .* \| -?0.00 \[-?0.00, -?0.00\] \|")
 
     def test_processes(self):
-        run, figure = quick_run(), temporary_folder() / "processes.png"
-        printed = printed_by(benchmark("processes").main, one=(run,), several=(run,), output=figure)
-        self.assertIn("speed-up 1.00", printed)
-        self.assertGreater(figure.stat().st_size, 10_000)
+        processes = benchmark("processes")
+        with mock.patch.object(processes, "run_command") as run_command, self.assertRaises(UserError):
+            processes.main("quick", (3,), 4)  # nothing was trained
+        self.assertEqual(
+            [call.args[0][-1] for call in run_command.call_args_list], [f"processes-quick-3-{n}" for n in (1, 4)]
+        )
+        self.assertEqual(
+            ["torch.distributed.run" in call.args[0] for call in run_command.call_args_list], [False, True]
+        )
+        with mock.patch.object(processes, "train", return_value=quick_run()):
+            printed = printed_by(processes.main, preset="quick")
+        self.assertIn("| share of the seconds of one, median | 1.00 |", printed)
 
     def test_references_are_kept_and_reported(self):
         run, other = (copy_of(tiny_run()) for _ in range(2))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,16 @@ def command_line(main: Callable[..., int | None]) -> None:
         sys.exit(parse(config=no_pairs))
 
     run_program(program.removeprefix("tests.benchmarks."), call)
+
+
+def run_command(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> str:
+    """What a command prints; UserError with its last line if it fails."""
+    from memory import UserError
+
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command))} failed: {(done.stderr.strip().splitlines() or ['-'])[-1]}")
+    return done.stdout
 
 
 def run_folders(runs: Sequence[Path]) -> list[Path]:

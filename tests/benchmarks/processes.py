@@ -1,62 +1,57 @@
 """How much faster several training processes are than one, and whether they learn as well.
 
-The runs are complete trainings of one preset, one for each seed, by one process and by several of one thread each:
-
-    OMP_NUM_THREADS=1 python3 main.py --seed 0
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 main.py --seed 0 --run NAME
-
-Prints held-out returns and the seconds of the training; plots the return of collected lifetimes over environment steps
-and over seconds.
+Every seed is trained by one process and by several, of one thread each, in turns; nothing else should run beside. The
+runs stay in runs/processes-PRESET-SEED-NUMBER, so that a second call goes on where the first one was stopped.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from memory import UserError
-from tests.benchmarks import command_line, read_result, score_cells, training_curve
+from main import PRESETS
+from memory import UserError, require
+from tests.benchmarks import ROOT, command_line, read_result, run_command, score_cells
 from world_model import statistics
 
 
-def plot(groups: dict[str, tuple[Path, ...]], path: Path) -> None:
-    """Return of collected lifetimes over environment steps and over seconds, one line for each run, to `path` (PNG)."""
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    by_steps, by_seconds = figure.subplots(1, 2, sharey=True)
-    for colour, (name, runs) in zip(("C0", "C1"), groups.items(), strict=True):
-        for number, run in enumerate(runs):
-            seconds, env_steps, returns = training_curve(run).T
-            label = None if number else name
-            by_steps.plot(env_steps, returns, colour, alpha=0.6, label=label)
-            by_seconds.plot(seconds, returns, colour, alpha=0.6, label=label)
-    by_steps.set(xlabel="environment steps", ylabel="return of collected lifetimes")
-    by_seconds.set(xlabel="seconds")
-    by_steps.legend(title="processes")
-    figure.savefig(path, dpi=110)
+def train(preset: str, seed: int, processes: int) -> Path:
+    """The folder of a finished training."""
+    name = f"processes-{preset}-{seed}-{processes}"
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    options = ["--preset", preset, "--seed", str(seed), "--run", name]
+    run_command([sys.executable, *start, "main.py", *options], ROOT, os.environ | {"OMP_NUM_THREADS": "1"})
+    return ROOT / "runs" / name
 
 
-def main(one: tuple[Path, ...], several: tuple[Path, ...], output: Path = Path("processes.png")) -> None:
-    """Print the table and save the figure.
+def main(preset: str = "default", seeds: tuple[int, ...] = (0, 1, 2), processes: int = 2) -> None:
+    """Print a row for one process and one for several, and the ratio of their seconds.
 
     Args:
-        one: Folders of finished runs by one process.
-        several: Folders of finished runs by several processes.
-        output: File of the figure (PNG); overwritten.
+        preset: What to train.
+        seeds: A training each, by one process and by several.
+        processes: How many the several are.
     """
-    if not one or not several:
-        raise UserError("give at least one run each to --one and --several.")
-    groups = {"one": one, "several": several}
-    print("| processes | seconds, mean | return, held out | normalised | each run |\n|---|---|---|---|---|")
+    if preset not in PRESETS or preset == "gym":
+        raise UserError(f"preset is {preset!r}, but must be one of {', '.join(set(PRESETS) - {'gym'})}.")
+    require("processes", processes, 2, 1024)
+    require("the number of seeds", len(seeds), 1, 1000)
+    groups: dict[int, list[Path]] = {1: [], processes: []}
+    for seed in seeds:
+        for number, runs in groups.items():
+            runs.append(train(preset, seed, number))
+    print("| processes | seconds, each seed | return, held out | normalised | each seed |\n|---|---|---|---|---|")
     seconds = {}
-    for name, runs in groups.items():
+    for number, runs in groups.items():
         results = [read_result(run, "evaluation.json") for run in runs]
-        seconds[name] = float(np.mean([read_result(run, "timing.json")["total"] for run in runs]))
-        each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
-        print(f"| {name} | {seconds[name]:.0f} | {' | '.join(score_cells(statistics(*results)))} | {each} |")
-    plot(groups, output)
-    print(f"\nspeed-up {seconds['one'] / seconds['several']:.2f}; figure in {output}")
+        seconds[number] = np.array([read_result(run, "timing.json")["total"] for run in runs])
+        each = (", ".join(f"{x:.0f}" for x in seconds[number]), ", ".join(f"{x['return_mean']:.2f}" for x in results))
+        print(f"| {number} | {each[0]} | {' | '.join(score_cells(statistics(*results)))} | {each[1]} |")
+    ratio = seconds[processes] / seconds[1]
+    print(f"| share of the seconds of one, median | {np.median(ratio):.2f} | | | |")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ same trainings of another commit, as they come, are run in turns with ours: seco
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import numpy as np
 from agent import Learner
 from main import PRESETS, Settings, build_system, evaluate, train, validate, with_preset
 from memory import RunFolder, UserError, merge, require
-from tests.benchmarks import ROOT, command_line
+from tests.benchmarks import ROOT, command_line, run_command
 
 
 def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
@@ -43,14 +42,6 @@ def speedrun(preset: str, seed: int, every: int) -> dict[str, float]:
     result = evaluate(learner.system, "test", learner.training.evaluation_lifetimes)
     scores = {name: result[name] for name in ("return_mean", "normalised", "of_thompson")}
     return when | {"seconds": seconds, "frames": learner.env_steps} | scores
-
-
-def run_command(command: list[str], folder: Path) -> str:
-    """What a command prints; UserError with its last line if it fails."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{' '.join(map(str, command))} failed: {(done.stderr.strip().splitlines() or ['-'])[-1]}")
-    return done.stdout
 
 
 def train_before(checkout: Path, preset: str, seed: int) -> dict[str, float]:
