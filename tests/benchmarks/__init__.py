@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from agent import System
 
 
@@ -114,21 +112,3 @@ def score_cells(stats: dict[str, Any]) -> list[str]:
     return [
         format_ci(stats[key], stats[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3))
     ]
-
-
-def training_curve(run: Path) -> np.ndarray:
-    """How the return of collected lifetimes grows in a run.
-
-    Returns:
-        (n, 3) float64, a row for each logged update: seconds since the first one, environment steps, mean return.
-    """
-    import numpy as np
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
-    events.Reload()
-    returns = events.Scalars("charts/return")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    env_steps = {line["update"]: line["env_steps"] for line in lines}
-    start = returns[0].wall_time
-    return np.array([(event.wall_time - start, env_steps[event.step], event.value) for event in returns])

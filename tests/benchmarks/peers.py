@@ -25,13 +25,14 @@ from matplotlib.figure import Figure
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tyro.conf import Positional
 
 from context_engine import references, rollout
 from environment import WorldSettings, make_worlds
 from main import EVALUATION_SEEDS, Settings, evaluate, load_system
 from memory import UserError, WorldStep
-from tests.benchmarks import command_line, read_result, score_cells, training_curve
+from tests.benchmarks import command_line, read_result, score_cells
 from world_model import bootstrap_ci, compare, format_ci, normalised, plot_curve
 
 WORLDS = 32  # that it trains in at once
@@ -190,6 +191,15 @@ def plot(results: dict[str, dict[str, Any]], progress: dict[str, np.ndarray], pa
     figure.savefig(path, dpi=120)
 
 
+def training_curve(run: Path) -> np.ndarray:
+    """How the return of collected lifetimes grows in a run: (n, 2) float64, seconds since the first update that was
+    logged and the mean return."""
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    returns = events.Scalars("charts/return")
+    return np.array([(event.wall_time - returns[0].wall_time, event.value) for event in returns])
+
+
 def main(run: Positional[Path]) -> None:
     """Train the peers, print the table and save the figure after each.
 
@@ -201,7 +211,7 @@ def main(run: Positional[Path]) -> None:
     if settings.world.gym_id:
         raise UserError(f"{run} was trained in {settings.world.gym_id}: peers are for built-in environments.")
     seconds = read_result(run, "timing.json")["total"]
-    curve = training_curve(run)[:, [0, 2]]
+    curve = training_curve(run)
     curve[:, 0] += seconds - curve[-1, 0]  # logging begins after the first collections and ends with the training
     result = evaluate(system, "test", LIFETIMES)
     own = np.array([result["returns"][name] for name in ("agent", "random", "known_rule")], float)

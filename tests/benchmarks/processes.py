@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from main import PRESETS
-from memory import UserError, require
+from memory import require
 from tests.benchmarks import ROOT, command_line, read_result, run_command, score_cells
 from world_model import statistics
 
@@ -35,8 +34,6 @@ def main(preset: str = "default", seeds: tuple[int, ...] = (0, 1, 2), processes:
         seeds: A training each, by one process and by several.
         processes: How many the several are.
     """
-    if preset not in PRESETS or preset == "gym":
-        raise UserError(f"preset is {preset!r}, but must be one of {', '.join(set(PRESETS) - {'gym'})}.")
     require("processes", processes, 2, 1024)
     require("the number of seeds", len(seeds), 1, 1000)
     groups: dict[int, list[Path]] = {1: [], processes: []}

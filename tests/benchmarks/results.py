@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ import numpy as np
 
 from main import Settings, with_preset
 from memory import UserError, write_json
-from tests.benchmarks import ROOT, command_line, half_width
+from tests.benchmarks import ROOT, command_line, half_width, run_command
 from world_model import AGENTS, format_ci
 
 RECORDS = ROOT / "tests" / "benchmarks" / "records"
@@ -149,9 +148,8 @@ def parts(command: tuple[str, ...]) -> list[str]:
 
 def commit() -> str:
     """The present commit; with a plus if the code differs from it."""
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py"], cwd=ROOT).returncode
-    return subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() + "+" * changed
+    head = run_command(["git", "rev-parse", "--short", "HEAD"], ROOT).strip()
+    return head + "+" * bool(run_command(["git", "diff", "--name-only", "HEAD", "--", "*.py"], ROOT))
 
 
 def make_record(name: str, cores: int) -> None:
@@ -170,16 +168,18 @@ def make_record(name: str, cores: int) -> None:
         "threads": cores,
     }
     environment, start = os.environ | {"OMP_NUM_THREADS": str(cores)}, time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    try:
+        printed = run_command([sys.executable, *command], ROOT, environment)
+    except UserError as error:
+        raise UserError(f"{name} failed: {error}") from error
     about["seconds"] = round(time.perf_counter() - start, 1)
-    if one.command[0] == "main.py" and not done.returncode:
+    if one.command[0] == "main.py":
         figures = training_figures(run_of(name))
         shutil.rmtree(run_of(name) / "store")  # half a gigabyte at the most, for going on only
     else:
-        figures = {"output": [line for line in done.stdout.splitlines() if not line or line.startswith("|")]}
-    if done.returncode or not any(figures.values()):
-        last = (done.stderr.strip().splitlines() or ["it printed no table"])[-1]
-        raise UserError(f"{name} failed: {last}: see python3 {' '.join(command)}")
+        figures = {"output": [line for line in printed.splitlines() if not line or line.startswith("|")]}
+    if not any(figures.values()):
+        raise UserError(f"{name} failed: it printed no table: see python3 {' '.join(command)}")
     RECORDS.mkdir(exist_ok=True)
     write_json(about | figures, RECORDS / f"{name}.json")
 
