@@ -34,9 +34,9 @@ class PlannerSettings:
 
     discount: float = 0.95  # discount of rewards per step, in (0, 1)
     top_p: float = 0.95  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
-    nodes: int = 16  # grids of codes expanded for a decision at most, at least 1: a search of one step
+    nodes: int = 16  # most grids of codes that a decision expands, at least 1; 1 looks one step ahead
     collect_nodes: int = 4  # the same while collecting lifetimes to learn from
-    layers: int = 4  # steps that a search looks ahead at most, at least 1
+    layers: int = 4  # most steps that a search looks ahead, at least 1
     # actions are searched deeper whose value is this close to the best one's, as a share of that plus the largest
     # reward; 0 for none
     expand_margin: float = 0.07
@@ -63,8 +63,8 @@ class Planner:
     ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
     grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`, if the
     budget has room for all. The last of many layers have few grids, cost as much time each, and change little: `layers`
-    bounds their number. The belief does not change inside a plan: what information is worth enters through V and W
-    alone, which were learnt over beliefs. Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
+    bounds their number. The belief does not change inside a plan, so what an action would reveal does not count.
+    Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
     CHUNK = 512  # states expanded at once: bounds memory while the belief is vague and many effects are likely
@@ -106,7 +106,7 @@ class Planner:
         predict: Callable,
         layers: list[Expansion],
     ) -> Expansion:
-        """The likely effects in states (N, S) of rows (N,) under the rows' beliefs (B, ...), and what each is worth."""
+        """The likely effects in states (N, S) of rows (N,) under the rows' beliefs (B, ...), and what each brings."""
         if len(codes) > self.CHUNK:
             parts = zip(codes.split(self.CHUNK), row.split(self.CHUNK), strict=True)
             return Expansion.join([self._expand(few, own, belief, places, predict, layers) for few, own in parts])
@@ -127,8 +127,8 @@ class Planner:
         each, which = distinct(torch.cat([seen, next_key]))
         new = each[each >= len(seen)] - len(seen)
         value[len(seen) + new] = self.value(self.value.statistics(next_codes[new]), pooled, edge_row[new])
-        worth = (reward, end, value[each[which[len(seen) :]]], reset_value[edge_row])
-        return Expansion(row, key, probability, state, effect, next_codes, next_key, *worth)
+        outcome = (reward, end, value[each[which[len(seen) :]]], reset_value[edge_row])
+        return Expansion(row, key, probability, state, effect, next_codes, next_key, *outcome)
 
     def _follow(self, layers: list[Expansion], reach: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
         """Which effects (M,) int64 of the last layer lead to the grids of the next, and how probable those are (M,).
@@ -204,7 +204,7 @@ class Planner:
         for t in reversed(range(T)):
             following = torch.addcmul(constant[:, t], factor[:, t], following)
             target[:, t] = following
-        first = F.pad(ended[:, :-1], (1, 0), value=True)
+        first = experience.begins
         pooled = value.pool(context[:, :-1].flatten(0, 1))
         predicted = value(value.statistics(codes), pooled).view(B, T)
         of_reset = F.mse_loss(value.reset_value(pooled[first.flatten()]), target[first])
@@ -436,9 +436,16 @@ class Learner:
         self.update = self.training.perception_updates + self.training.effect_updates
 
     def collect_random_lifetimes(self) -> None:
-        """Fill the store with random behaviour."""
+        """Fill the store with random behaviour; UserError if processes have room for different numbers of lifetimes."""
         while self.collections < self.training.random_lifetimes // self.training.envs:
             self.collect(exploration=1.0)
+        held = self.processes.all_gather_object(len(self.store))
+        if min(held) < self.training.random_lifetimes:
+            budget = f"memory.budget_mb is {self.settings.memory.budget_mb:g}, which holds only {sum(held)}"
+            text = f"{budget} of {self.settings.training.random_lifetimes} random lifetimes: raise it"
+            if len(set(held)) > 1:  # they find effects together
+                raise UserError(f"{text}, because processes hold different numbers ({held}).")
+            warnings.warn(f"{text}, because effects are found from them.", stacklevel=2)
 
     def collect(self, exploration: float) -> None:
         """Roll out lifetimes in training tasks, with a share `exploration` of random actions, and store them."""
@@ -637,7 +644,8 @@ class Learner:
         try:
             self.generator.set_state(shards[rank]["generators"][0].cpu())
         except RuntimeError:  # another kind of device has other states: begin a new stream
-            self.generator = make_generator(self.settings.seed, 10**6 + state["counters"][0], self.device)
+            stream = 10**6 + state["counters"][0] * count + rank
+            self.generator = make_generator(self.settings.seed, stream, self.device)
         self.update, self.collections, self.env_steps = state["counters"]
         self.metrics = {name: torch.tensor(value) for name, value in state["metrics"].items()}
         self.seconds, self.validations = state["seconds"], state["validations"]

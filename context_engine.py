@@ -45,7 +45,8 @@ class ContextSettings:
     # weight of predicting the effects at other times, at least 0; with 0, reward and termination too only at their own
     decoding_weight: float = 2.0
     appearance: int = 0  # patch features in a token of the appearance; 0 where all lifetimes look the same
-    # Adam's initial rate of engine, prior, reward and termination, and of the appearance; decays with the run
+    # Adam's initial rate of engine, prior, reward and termination, which decays with the run; and of the appearance
+    # while perception is trained alone, after that vae.late_lr
     learning_rate: float = 8e-3
 
     def __post_init__(self) -> None:
@@ -152,14 +153,15 @@ class ContextInferenceEngine(nn.Module):
         """Learn to infer: predict the next effect, and decode the whole lifetime from the belief at a random time.
 
             filter   = mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t)
-            decoding = weight * mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t'),   t' random, past or future
+            decoding = weight * mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t'),   t' random, past or future,
+        of those t whose t' lies in the same segment: effects under another rule are no valid target
             reward, termination = cross-entropies of sampled steps under c_t' and what the memory of places held at t',
             t' random; steps with an event (a termination or an unusual reward) and steps without are averaged apart,
             because events are 6% of the steps, and the logits of events are shifted by as much as they count more, so
             that the heads predict how often they happen (Menon et al., "Long-tail Learning via Logit Adjustment", 2021)
 
-        t and t' must lie in one segment, because effects under another rule are no valid target. Gradients reach
-        the engine and the contextual parameters of `transition`; codes and effect posteriors are constants.
+        The same holds for reward and termination. Gradients reach the engine and the contextual parameters of
+        `transition`; codes and effect posteriors are constants.
 
         Returns scalars in nats by name, and the beliefs (B, T + 1, A + 1, H) without gradient, for experience
         (B, T, ...). The generator makes the random times and steps.
@@ -287,8 +289,9 @@ def reward_consistent(world: HiddenRulesWorld, after: Tensor, reward: Tensor) ->
 class ExactFilter:
     """The exact posterior over all rules of a built-in environment, from ground-truth states; for references and tests.
 
-    It reads positions, never the rule. `log_posterior` (B, rules) is the belief. `nll` lists for each step the negative
-    log-likelihood of the new positions, -log p(positions | past) (B,) in nats: no belief can do better on average.
+    It sees positions by colour, as frames show them, and rewards, never the rule. `log_posterior` (B, rules) is the
+    belief. `nll` lists for each step the negative log-likelihood of the new positions, -log p(positions | past) (B,) in
+    nats: no belief can do better on average.
 
     Args:
         world: the environment it observes.

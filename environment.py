@@ -29,7 +29,8 @@ DIRECTIONS, NOTHING = 4, 4  # number of moves that move the body; index of the o
 PALETTE = torch.tensor([[220, 60, 60], [60, 200, 80], [70, 110, 230], [230, 210, 70], [200, 80, 220]]).byte()
 PALETTE_NAMES = ("red", "green", "blue", "yellow", "magenta")
 WALL, BACKGROUND = 128, 20  # grey values
-WIND_STRENGTHS = {"train": (1, 3, 5), "validation": (2,), "test": (4,)}  # in fifths of world.wind
+WIND_STRENGTHS = {"train": (1, 3, 5), "validation": (2,), "test": (4,)}  # in fifths of world.wind: FIFTHS in all
+FIFTHS = 5
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 WORLDS: dict[str, dict[str, Any]] = {  # what each preset changes in WorldSettings
@@ -71,7 +72,7 @@ class WorldSettings:
     wind: float = 0.0
     # Gymnasium id of an external environment to use instead: Discrete actions, shuffled for every lifetime, RGB frames.
     # MiniGrid-... is fully visible, with `cell` pixels a tile. `package:Id-v0` first imports the package that registers
-    # the id. Of the other settings only lifetime, slip (always to a random action) and noise apply.
+    # the id. Of the other settings only lifetime, cell, slip (always to a random action), noise and shuffle apply.
     gym_id: str = ""
     # Which actions of the external environment are shuffled for every lifetime: all, none, or the numbers of 4 to 20;
     # empty for all, or for none where the environment has tasks of its own.
@@ -98,7 +99,7 @@ class WorldSettings:
             )
         if self.switch_step and not self.switch:
             raise ValueError(f"world.switch_step is {self.switch_step} and world.switch is 0: set it, such as to 0.01.")
-        built_in = ("switch", "tint", "reward_values", "actions", "walls", "edges", "wind")
+        built_in = ("switch", "tint", "reward_values", "actions", "walls", "edges", "wind", "holdout", "slip_random")
         changed = [name for name in built_in if getattr(self, name) != getattr(WorldSettings, name)]
         if self.gym_id and changed:
             raise ValueError(f"world.{changed[0]} is not for an external environment: leave it out with {self.gym_id}.")
@@ -178,7 +179,7 @@ def rule_space_of(settings: WorldSettings) -> RuleSpace:
     moves = sorted(set(itertools.permutations([*range(DIRECTIONS), *[NOTHING] * (settings.actions - DIRECTIONS)])))
     colours = list(itertools.permutations(range(1 + len(settings.reward_values))))
     wraps = {"block": [False], "wrap": [True], "hidden": [False, True]}[settings.edges]
-    strengths = [k / 5 * settings.wind for k in range(1, 6)] if settings.wind else [0.0]
+    strengths = [k / FIFTHS * settings.wind for k in range(1, FIFTHS + 1)] if settings.wind else [0.0]
     winds = list(itertools.product(range(DIRECTIONS if settings.wind else 1), strengths))
     wind, strength = (torch.tensor(column) for column in zip(*winds, strict=True))
     return RuleSpace(torch.tensor(moves), torch.tensor(colours), torch.tensor(wraps), wind, strength)
@@ -191,8 +192,9 @@ def order_by_role(by_colour: Tensor, rule: Rule) -> Tensor:
 
 def task_split(settings: WorldSettings, split: str) -> Tensor:
     """Task numbers (n,) int64 of one split; the splits are disjoint. Of the pairs of action map and roles, combinations
-    holds out 28 of 144 for test and 16 for validation, and every map and every assignment of roles occurs in training;
-    permutations holds out all pairs of a quarter of the maps. With wind, splits have different strengths."""
+    holds out 28 of 144 for test and 16 for validation, and in the default world every map and every assignment of roles
+    occurs in training; permutations holds out all pairs of a quarter of the maps. With wind, splits have different
+    strengths."""
     space, fixed = rule_space_of(settings), torch.Generator().manual_seed(7)  # fixed: the split defines the benchmark
     pairs, maps, validation = space.pairs, len(space.action_maps), space.pairs * 16 // 144
     if settings.holdout == "combinations":
@@ -206,7 +208,7 @@ def task_split(settings: WorldSettings, split: str) -> Tensor:
     pair = {"train": rest[validation:], "validation": rest[:validation], "test": test}[checked(split)].sort().values
     winds = torch.arange(len(space.wind))
     if settings.wind:
-        winds = winds[torch.isin(winds % 5 + 1, torch.tensor(WIND_STRENGTHS[split]))]
+        winds = winds[torch.isin(winds % FIFTHS + 1, torch.tensor(WIND_STRENGTHS[split]))]
     weather = (winds[:, None] * len(space.wraps) + torch.arange(len(space.wraps))).view(-1, 1)
     return (weather * pairs + pair).flatten()
 
@@ -338,8 +340,9 @@ class Renderer:
 class HiddenRulesWorld:
     """B environments that are stepped and rendered together on one device, without a loop over them.
 
-    Every call draws the same amount of randomness whatever the agents do, so environments made with one seed give every
-    agent the same tasks, starts and slips (common random numbers): comparisons between agents are paired.
+    Tasks, starts, slips, gusts and switches take the same amount of randomness whatever the agents do, so environments
+    made with one seed give every agent the same ones (common random numbers): comparisons between agents are paired.
+    Pixel noise has a stream of its own, which also depends on how many episodes end.
 
     The hidden state is `task` (B,), `position` (B, role, 2), `episode_step` (B,) and `segment` (B,), the number of
     switches, all int64, `rule`, and `walls` (B, grid, grid) bool or None. `next_position`, `step_segment`, `step_rule`
@@ -355,6 +358,10 @@ class HiddenRulesWorld:
     def __init__(
         self, settings: WorldSettings, batch: int, tasks: Tensor | Split, seed: int, device: torch.device | str = "cpu"
     ) -> None:
+        if settings.gym_id:
+            raise ValueError(
+                f"world.gym_id is {settings.gym_id!r}, but this world is built in: use HiddenRulesWrapper."
+            )
         splits, tasks = ([tasks], task_split(settings, tasks)) if isinstance(tasks, str) else (SPLITS, tasks)
         if batch < 1 or len(tasks) < 1:
             raise ValueError(f"at least one environment and one task are needed, not {batch} and {len(tasks)}.")
@@ -630,15 +637,15 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
     ValueError for other environments and non-finite rewards. An environment may offer
 
     - `tasks` and `set_task(task)`, called before a lifetime begins, as in Meta-World (Yu et al., 2019): a sequence, of
-      which three fifths are for training, one for validation and one for test, or a mapping of these three names to
-      sequences;
+      which about three fifths are for training, one for validation and one for test, at least one each, or a mapping of
+      these three names to sequences;
     - `expert_action()`, the action of one who knows the task, and `thompson_action()`, that of posterior sampling;
     - `metadata["lifetime"]` and `metadata["patch"]`, defaults of world.lifetime and vae.patch.
 
     Args:
         env: the environment; observations (H, W, 3) uint8.
         lifetime: steps of one rule, 2 to 10,000.
-        split: which tasks and permutations are drawn; of these, too, three fifths are for training.
+        split: which tasks and permutations are drawn; of these, too, about three fifths are for training.
         shuffle: actions that are permuted among themselves, see `WorldSettings`.
         slip, noise: probability of a random action; standard deviation of the pixel noise as a fraction of 255.
     """
@@ -763,6 +770,9 @@ def shuffled_actions(shuffle: tuple[str, ...], actions: int, has_tasks: bool) ->
         return []
     every = [str(action) for action in range(actions)]
     chosen = every if shuffle in ((), ("all",)) else list(shuffle)
+    if chosen == every and actions < 4:
+        few = f"the environment has {actions} actions, too few permutations to hold some out"
+        raise ValueError(f"{few}: give it tasks of its own and --world.shuffle none.")
     # Fewer than 4 have too few permutations to hold some out; the rank of one of 21 does not fit into 64 bits.
     if len(set(chosen)) < len(chosen) or not set(chosen) <= set(every) or not 4 <= len(chosen) <= 20:
         raise ValueError(
@@ -773,8 +783,8 @@ def shuffled_actions(shuffle: tuple[str, ...], actions: int, has_tasks: bool) ->
 
 
 def split_tasks(tasks: Any) -> dict[Split, Sequence]:
-    """An environment's tasks by split: as they are if they are a mapping, else drawn by a fixed seed, three fifths for
-    training. ValueError for too few, or for two that are equal."""
+    """An environment's tasks by split: as they are if they are a mapping, else drawn by a fixed seed, about three
+    fifths for training. ValueError for too few, or for two that are equal."""
     if not isinstance(tasks, Mapping):
         if len(tasks) < 3:
             raise ValueError(f"the environment has {len(tasks)} tasks: at least 3 are needed, one for each split.")
@@ -796,7 +806,7 @@ def split_tasks(tasks: Any) -> dict[Split, Sequence]:
 
 
 def permutation_split(rank: int) -> Split:
-    """The split of a permutation, fixed by its rank: three fifths train, a fifth validation, a fifth test."""
+    """The split of a permutation, drawn by its rank: train with probability .6, validation and test with .2 each."""
     fifth = int(np.random.SeedSequence(rank).generate_state(1)[0]) % 5
     return ("train", "train", "train", "validation", "test")[fifth]
 

@@ -51,7 +51,7 @@ PRESETS: dict[str, dict] = {
     "quick": {
         "planner": {"discount": 0.9},
         "training": dict(updates=200, envs=32, random_lifetimes=256, perception_updates=100, effect_updates=150)
-        | dict(value_batch=8, plan_from=50, final_lr_scale=0.3, evaluation_lifetimes=512),
+        | dict(value_batch=8, plan_from=50, final_lr_scale=0.3, evaluation_lifetimes=512, validate_every=100),
     },
     "large": {"training": {"updates": 800}},
     "switching": {"training": {"updates": 700, "batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
@@ -124,24 +124,27 @@ def with_preset(settings: Settings, preset: str) -> Settings:
 def with_file(settings: Settings, path: Path | None, preset: str | None, gym_id: str = "") -> tuple[Settings, dict]:
     """`settings` with a preset (the named one, else the file's, else gym for an external environment) and a file's
     overrides on top; and these overrides. UserError if the file cannot be read or does not fit."""
+    of_world = external_defaults(gym_id) if gym_id else {}
     try:
         overrides = {} if path is None else json.loads(path.read_text("utf-8-sig"))
         given = overrides if isinstance(overrides, dict) else {}
         world = given.get("world") if isinstance(given.get("world"), dict) else {}
-        preset = preset or given.get("preset") or ("gym" if gym_id or world.get("gym_id") else "default")
+        in_file = world.get("gym_id") if isinstance(world.get("gym_id"), str) else ""
+        preset = preset or given.get("preset") or ("gym" if gym_id or in_file else "default")
         if isinstance(preset, str) and preset in PRESETS:  # `merge` refuses any other, with the names that exist
             settings = with_preset(settings, preset)
-        if gym_id := gym_id or world.get("gym_id"):
-            settings = merge(settings, external_defaults(gym_id))
+        if in_file and not gym_id:
+            of_world = external_defaults(in_file)
+        settings = merge(settings, of_world)
         return merge(settings, {**overrides, "preset": preset} if given is overrides else overrides), given
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}" if path else str(error)) from error
 
 
 def with_reward_bins(settings: Settings, overrides: dict) -> Settings:
-    """`settings` with the reward bins of their world, unless a file's overrides have bins for that very world."""
-    of_world = overrides.get("world", {}).get("gym_id", "") == settings.world.gym_id
-    if "reward_bins" in overrides.get("transition", {}) and of_world:
+    """`settings` with the reward bins of their world, unless a file's overrides have bins that are not for another."""
+    same_world = overrides.get("world", {}).get("gym_id", settings.world.gym_id) == settings.world.gym_id
+    if "reward_bins" in overrides.get("transition", {}) and same_world:
         return settings
     return merge(settings, {"transition": {"reward_bins": infer_reward_bins(settings.world)}})
 
@@ -229,8 +232,8 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.reencode_all(perception=True)
                     learner.find_effects()
                     if writes:
-                        found = "{vae/kinds:.0f} kinds of patch, {effects/found:.0f} effects"
-                        bar.write(found.format(**learner.metrics))
+                        found = "{vae/kinds:.0f} kinds of patch, of which {vae/shared_codes:.0f} share a code; "
+                        bar.write((found + "{effects/found:.0f} effects").format(**learner.metrics))
                 learner.learn_effects(labelled=True)
 
             else:  # adaptation
@@ -251,23 +254,25 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                     learner.learn_value(experience.rows(few), beliefs[few])
 
             learner.update += 1
-            if phase == "adaptation" and t.validate_every and (update + 1) % t.validate_every == 0:
+            over = learner.update == learner.total
+            if phase == "adaptation" and t.validate_every and (over or (update + 1) % t.validate_every == 0):
                 learner.seconds = time.perf_counter() - started
                 shown = validate(learner, board if writes else None) if processes.is_main else None
                 learner.metrics |= processes.all_gather_object(shown)[0]
             stopped = processes.any_rank(bool(asked))  # at every update, so that all processes stop after the same one
-            over = learner.update == learner.total
             logs, saves = over or learner.update % t.log_every == 0, over or learner.update % t.checkpoint_every == 0
             if logs or saves or stopped:
                 learner.average_metrics()
                 if wrong := [name for name, value in learner.metrics.items() if not math.isfinite(value)]:
-                    text = "the training stopped, and its last checkpoint stays. Try lower learning rates."
+                    text = "the training stopped, and an earlier checkpoint stays. Try lower learning rates."
                     raise UserError(f"{wrong[0]} is not finite at update {learner.update}: {text}")
             if logs and writes:
                 log(learner, run, board, bar)
                 if bar.disable and spoken[0] + 60 <= time.monotonic() and spoken[1] + end / 10 <= learner.update:
                     print(f"update {learner.update} of {learner.total}: {bar.postfix}", flush=True)
                     spoken = (time.monotonic(), learner.update)
+            if logs:  # of this update alone
+                learner.metrics = {name: x for name, x in learner.metrics.items() if not name.startswith("validation")}
             bar.update()
             if run is not None and checkpoints and (saves or stopped):
                 learner.seconds = time.perf_counter() - started
@@ -312,6 +317,8 @@ def log(learner: Learner, run: RunFolder, board: SummaryWriter, bar: tqdm) -> No
         file.write(json.dumps({"update": learner.update, "env_steps": learner.env_steps} | values) + "\n")
     for name, value in values.items():
         board.add_scalar(f"losses/{name}" if "/" in name else f"charts/{name}", value, learner.update)
+    if learner.validations:
+        values["validation/return"] = learner.validations[-1][3]
     shown = ("return", "validation/return", "effects/marginal", "context/filter", "value/value")
     bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values})
 
@@ -323,8 +330,9 @@ EVALUATION_SEEDS = {"validation": EVALUATION_SEED, "test": EVALUATION_SEED + 1}
 
 
 def evaluate(system: System, split: str, lifetimes: int, agent: Any = None, env_steps: int = 0) -> dict[str, Any]:
-    """Compare the system's agent, or another one, with the references on held-out tasks; see `compare`, `belief_nll`.
-    `env_steps` of the training so far are for the record. ValueError if the exact filter has no room for so many.
+    """Compare the system's agent, or another one for `rollout` with an `nll` as in AgentController, with the references
+    on held-out tasks; see `compare`, `belief_nll`. `env_steps` of the training so far are for the record. ValueError if
+    the exact filter has no room for so many.
     """
     settings, seed = system.settings, EVALUATION_SEEDS[split]
     require_room(settings.world, lifetimes)
@@ -402,8 +410,8 @@ def train_command(arguments: list[str]) -> None:
     early.add_argument("--world.gym-id", "--world.gym_id", dest="gym_id", default="")
     early.add_argument("--transition.reward-bins", "--transition.reward_bins", dest="bins", nargs="+", default=())
     chosen, _ = early.parse_known_args(arguments)
-    base, overrides = with_file(TrainArguments(), chosen.config, chosen.preset, chosen.gym_id)
-    parsed = tyro.cli(TrainArguments, args=arguments, default=base, prog="main.py train")
+    base, overrides = with_file(Settings(), chosen.config, chosen.preset, chosen.gym_id)
+    parsed = tyro.cli(TrainArguments, args=arguments, default=TrainArguments(**vars(base)), prog="main.py train")
     settings = Settings(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Settings)})
     if settings.preset == "gym" and not settings.world.gym_id:
         raise UserError("preset gym is for an external environment: name it with --world.gym-id.")
@@ -411,10 +419,16 @@ def train_command(arguments: list[str]) -> None:
     if distributed.is_torchelastic_launched() and not parsed.run:
         raise UserError("name the run, so that all processes share it: torchrun ... -- main.py --run NAME.")
     named = RunFolder.named(parsed.run, settings) if parsed.run else None
-    learner = Learner(build_system(settings), Processes.from_torchrun())  # refuses what does not fit, before it writes
-    if settings.init_from and not (named and named.checkpoint.exists()):
-        learner.warm_start(RunFolder(Path(settings.init_from)))
+    learner = make_learner(settings, named)  # refuses what does not fit, before it writes
     run_training(named or RunFolder.new(settings), learner)
+
+
+def make_learner(settings: Settings, run: RunFolder | None) -> Learner:
+    """The learner that begins a run, on the weights of another one if the settings say so, or goes on with it."""
+    learner = Learner(build_system(settings), Processes.from_torchrun())
+    if settings.init_from and not (run and run.checkpoint.exists()):
+        learner.warm_start(RunFolder(Path(settings.init_from)))
+    return learner
 
 
 def run_training(run: RunFolder, learner: Learner) -> None:
@@ -472,12 +486,13 @@ def fits_together(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} does not fit together ({reason}): a file of it is damaged or was edited.") from error
 
 
-def load_system(folder: Path | str, device: str | None = None) -> tuple[System, dict]:
-    """A trained system from a run's checkpoint, on the run's own device if none is named; and the learner's state."""
+def load_system(folder: Path | str, device: str | None = None, **classes: type) -> tuple[System, dict]:
+    """A trained system from a run's checkpoint, on the run's own device if none is named; and the learner's state. If
+    it was trained with `classes` of your own, give them as to `build_system`."""
     run = RunFolder(Path(folder))
     settings = run.settings(Settings(), **({} if device is None else {"device": device}))
     state, _ = run.load(settings, MAY_CHANGE)
-    system = build_system(settings)
+    system = build_system(settings, **classes)
     with fits_together(run.folder):
         system.load(state["modules"])
     return system, state
@@ -495,7 +510,7 @@ def resume_command(run: Positional[Path], updates: int | None = None, device: st
     folder = RunFolder(run)
     changes = {} if updates is None else {"training": {"updates": updates}}
     settings = folder.settings(Settings(), **changes, **({} if device is None else {"device": device}))
-    run_training(folder, Learner(build_system(settings), Processes.from_torchrun()))
+    run_training(folder, make_learner(settings, folder))
 
 
 def evaluate_command(

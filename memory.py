@@ -68,15 +68,22 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
             new[name] = merge(old, value, f"{where}{name}.")
             continue
         if isinstance(old, tuple) and isinstance(value, (list, tuple)):
-            kind = get_args(get_type_hints(type(settings))[name])[0]  # int of tuple[int, ...]
+            kind = kind_of(settings, name)
             if all(type(x) is kind or (type(x) in (int, float) and kind(x) == x) for x in value):
                 value = tuple(map(kind, value))
         if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not type(old):
-            raise ValueError(f"{where}{name} is {value!r}, but must be of type {type(old).__name__}, such as {old!r}.")
+            kind = f"of type {type(old).__name__}, such as {old!r}"
+            kind = f"a list of values of type {kind_of(settings, name).__name__}" if isinstance(old, tuple) else kind
+            raise ValueError(f"{where}{name} is {value!r}, but must be {kind}.")
         new[name] = value
     return dataclasses.replace(settings, **new)
+
+
+def kind_of(settings: Any, name: str) -> type:
+    """The type of what a setting lists: int of tuple[int, ...]."""
+    return get_args(get_type_hints(type(settings))[name])[0]
 
 
 def make_generator(seed: int, stream: int, device: Device = "cpu") -> torch.Generator:
@@ -151,6 +158,11 @@ class Experience(NamedTuple):
         return self.terminated | self.truncated
 
     @property
+    def begins(self) -> Tensor:
+        """(B, T) bool: the step is the first one of an episode."""
+        return F.pad(self.ended[:, :-1], (1, 0), value=True)
+
+    @property
     def usual_reward(self) -> Tensor:
         """() float32: the reward of most steps, such as 0 or the price of a step."""
         return self.reward.flatten().mode().values
@@ -178,9 +190,9 @@ def empty_experience(batch: int, steps: int, patches: int, num_effects: int, dev
 class PlaceMemory(NamedTuple):
     """What came with every code at every place in B lifetimes, for rewards and ends that depend on where something is.
 
-    A visited place without reward is evidence too. What holds for one place holds for all: they are told apart by what
-    happened there alone. Source: the idea of a memory that is addressed by place, Parisotto & Salakhutdinov, "Neural
-    Map", ICLR 2018; here it is sums, so nothing has to be learnt to write it.
+    A visited place without reward is evidence too. Heads that read this treat all places alike: only what happened at a
+    place tells it from others. Source: the idea of a memory that is addressed by place, Parisotto & Salakhutdinov,
+    "Neural Map", ICLR 2018; here it is sums, so nothing has to be learnt to write it.
     """
 
     # (B, S, columns, 5) float32, over the steps that led to a code at a place: their number, rewards, terminations;
@@ -201,8 +213,7 @@ class PlaceMemory(NamedTuple):
         """Before every step of experience (B, T, ...): the memories of B * T lifetimes."""
         reward = experience.reward
         before = reward.cumsum(1) - reward  # earned in the lifetime before each step
-        first = F.pad(experience.ended[:, :-1], (1, 0), value=True)
-        begin = torch.where(first, torch.arange(reward.shape[1], device=reward.device), 0).cummax(1).values
+        begin = torch.where(experience.begins, torch.arange(reward.shape[1], device=reward.device), 0).cummax(1).values
         earned = before - before.gather(1, begin)
         # Only codes that occur have a column of their own; all others share one that stays empty.
         occurs = torch.bincount(experience.next_codes.flatten().int(), minlength=codes) > 0
@@ -235,7 +246,7 @@ class PlaceMemory(NamedTuple):
 
 
 class EpisodicMemory:
-    """The experience of the present lifetime in B environments; cleared when the task ends.
+    """The experience of the present lifetime in B environments; `clear` it, or make another, when the task ends.
 
     The context engine consumes it: `engine(memory)` is the belief after everything in it. `places` is a `PlaceMemory`.
 
@@ -568,7 +579,7 @@ class RunFolder:
         not the folder of a run, or its settings cannot be read."""
         try:
             return merge(merge(default, json.loads(self.config.read_text("utf-8-sig"))), changes)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             raise UserError(f"{self.folder} is not a run that can be read: {error}") from error
 
     @contextmanager

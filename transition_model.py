@@ -55,7 +55,8 @@ class TransitionSettings:
             raise ValueError(f"transition.kernel is {self.kernel}, but must be odd: choose {self.kernel + 1}.")
         if self.padding not in ("", "zeros", "circular"):
             raise ValueError(f"transition.padding is {self.padding!r}: choose zeros, circular, or leave it empty.")
-        if len(self.reward_bins) < 2 or any(a >= b for a, b in itertools.pairwise(self.reward_bins)):
+        increasing = all(-math.inf < a < b < math.inf for a, b in itertools.pairwise(self.reward_bins))
+        if len(self.reward_bins) < 2 or not increasing:
             raise ValueError(f"transition.reward_bins is {self.reward_bins}: give at least two increasing numbers.")
 
 
@@ -67,8 +68,8 @@ def contact_pairs(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
 
 
 def occurring_pairs(present: Tensor) -> Tensor:
-    """Which pairs (m,) int64 occur anywhere in contacts (N, C*C) bool, so that no others need be computed: 16 of 36 at
-    home, 25 of 576 in a room of MiniGrid. The first one is always among them, because a maximum needs one."""
+    """Which pairs (m,) int64 occur anywhere in contacts (N, C*C) bool, so that no others need be computed: 16 of 36 in
+    the default world, 25 of 576 in a room of MiniGrid. The first one is always there, because a maximum needs one."""
     occurs = present.any(0)
     occurs[0] = True
     return occurs.nonzero()[:, 0]
@@ -304,7 +305,8 @@ def find_effects(
     overall = (together / together.sum(-1, keepdim=True).clamp_min(1)).sqrt()
     found = []
     for _ in range(restarts):
-        # Twice the penalty: how often what happens varies with the wind and where the body went.
+        # Twice the penalty of actions: the counts of a lifetime also vary with its wind and the body's way, which must
+        # not make kinds.
         kind, *_ = cluster_changes(together, overall, none, 24, 0.0, 1.0, len(together), generator)
         # One fewer than `most`, because standing still may come on top.
         found.append(cluster_changes(counts, beyond, kind[:, 0], 2 * n_actions, 0.25, 0.5, most - 1, generator))
@@ -586,7 +588,7 @@ class TransitionModel(nn.Module):
         features = F.silu(self.contact_film(features, context))  # (B, occurring, contact_width)
         present, which = present[:, occurring], None
         if row is not None:
-            each, which = distinct(present.long() @ self.bits[occurring] + row * ODD)
+            each, which = distinct((present * self.bits[occurring]).sum(1) + row * ODD)
             features, present = features.index_select(0, row[each]), present[each]
         out = self.contact_out(features.masked_fill_(~present[..., None], ABSENT).amax(-2))  # (N, bins + 1)
         return out if which is None else out[which]
@@ -612,8 +614,8 @@ class TransitionModel(nn.Module):
         where the background b(k) and its share e are those of the lifetime, and r(m|a) ~ p0(m) exp(sum of l_t(m) over
         the steps of action a). All three come from a few rounds of expectation maximization, without gradients; before
         the effects differ, r(m|a) is given instead and e = 0. The small share of log p(z'|z, m) is for what m foresees
-        so badly that the background explains it: else it would never be learnt. The mean weighs steps with a reward or
-        a termination as much as all others together, because they are rare and a plan depends on them.
+        so badly that the background explains it: else it would never be learnt. The mean weighs events (a
+        termination or an unusual reward) as much as all other steps together: they are rare and a plan depends on them.
 
         Args:
             experience: (B, T, ...), whole lifetimes.

@@ -113,7 +113,8 @@ def check_range(name: str, range_: Any, base: Settings) -> None:
             merge(base, nested({name: value}))
     except (TypeError, ValueError) as error:
         raise UserError(f"the range of {name} does not fit: {error}") from error
-    if not (start in range_ if is_list else range_["low"] <= start <= range_["high"]):
+    choices = map(tuple, range_) if isinstance(start, tuple) else range_
+    if not (start in choices if is_list else range_["low"] <= start <= range_["high"]):
         raise UserError(f"{name} is searched in {range_}, which must include {start}, where the search starts.")
 
 

@@ -1,4 +1,4 @@
-"""The VAE, from observations to grids of categorical codes and back, and what such grids are worth; below them, the
+"""The VAE, from observations to grids of categorical codes and back, and the value of such grids; below them, the
 scores and figures of rollouts.
 
 Each patch of a frame becomes one categorical code, so that inference and planning work on grids of small integers.
@@ -42,8 +42,8 @@ class VAESettings:
     decoder_lr: float = 1e-2  # Adam's learning rate of the decoder while perception is trained alone, in [0, 1]
     # the same of the encoder, in [0, 1]; it learns only where an appearance is inferred, or training would merge codes
     encoder_lr: float = 5e-4
-    final_lr_scale: float = 1.0  # during that phase both rates fall linearly to this share of their start, in [0, 1]
-    late_lr: float = 3e-5  # both rates after that phase, in [0, 1]
+    final_lr_scale: float = 1.0  # in that phase all rates of perception fall linearly to this share, in [0, 1]
+    late_lr: float = 3e-5  # all rates of perception after that phase, in [0, 1]
 
     def __post_init__(self) -> None:
         require_all("vae", self, patch=(0, 64), num_codes=(2, 255), width=(1, 4096))
@@ -126,8 +126,7 @@ class VAE(nn.Module):
 
     def decode(self, codes: Tensor, context: Tensor) -> Tensor:
         """Frames (B, H, W, channels) float32, approximately in 0..1, of codes (B, S) uint8 under contexts (B, D)."""
-        one_hot = F.one_hot(codes.long(), self.settings.num_codes).float()
-        patches = self._decode_patches(one_hot, context) + 0.5
+        patches = self._decode_patches(one_hot(codes, self.settings.num_codes), context) + 0.5
         (rows, columns), patch, channels = self.grid, self.settings.patch, self.obs_shape[2]
         patches = patches.view(-1, rows, columns, patch, patch, channels).transpose(2, 3)
         return patches.reshape(-1, *self.obs_shape)  # from (B, rows, p, columns, p, channels)
@@ -269,8 +268,8 @@ def distinct_patches(blocks: Iterable[Tensor], most: int = 2**14) -> Tensor:
 def kinds_of_patch(patches: Tensor, most: int = 255) -> Tensor:
     """One patch of each kind (kinds, P), of patches (n, P) float32, by farthest-first traversal (Gonzalez, 1985).
 
-    Up to `most` patches are all of their own kind, if they are different; else noise makes patches of one kind differ,
-    but less than three times as much as a patch and the one nearest to it usually do.
+    Of at most `most` patches each different one is its own kind. Of more, noise makes patches of one kind differ: two
+    are of one kind if they are closer than three times the median distance of a patch to the one nearest to it.
     """
     radius = 0.0
     if len(patches) > most:
@@ -289,11 +288,11 @@ def kinds_of_patch(patches: Tensor, most: int = 255) -> Tensor:
 class Value(nn.Module):
     """The value V(z, c) of a state under a belief, and W(c), the value of starting a new episode; in units of reward.
 
-    It depends on the belief as well as the state, so an action that yields information has a value of its own. The
-    state enters through keypoints, as in the spatial softmax of Finn et al. (2016), with one change: attention is over
-    the *codes* that are present, each at its mean position, and not over single patches. So the background, one code on
-    most patches, does not outweigh the few objects, and the value starts to learn earlier. The rows of the actions
-    enter through their mean, so relabelling the actions changes nothing.
+    It depends on the belief as well as the state. The state enters through keypoints, as in the spatial softmax of Finn
+    et al. (2016), with one change: attention is over the *codes* that are present, each at its mean position, and not
+    over single patches. So the background, one code on most patches, does not outweigh the few objects, and the value
+    starts to learn earlier. The rows of the actions enter through their mean, so relabelling the actions changes
+    nothing.
 
     Args:
         codes, grid, context_dim: as in `TransitionModel`.
@@ -607,9 +606,9 @@ def picture_change(
     for p, q in itertools.permutations(at, 2):
         if before[p] == after[q] and not scenery[before[p]]:
             (row, column), (to_row, to_column) = divmod(p, columns), divmod(q, columns)
-            thing = images[0, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+            moves = images[0, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
             arrow = ARROWS[np.sign(to_row - row) + 1][np.sign(to_column - column) + 1]
-            return EffectPicture(arrow, tuple(thing.max((0, 1))), patches)
+            return EffectPicture(arrow, tuple(moves.max((0, 1))), patches)
     return EffectPicture("", (0, 0, 0), patches)
 
 

@@ -60,6 +60,7 @@ TINY = {
         "collect_every": 4,
         "evaluation_lifetimes": 16,
         "log_every": 3,
+        "validate_every": 0,
         "checkpoint_every": 3,
     },
 }

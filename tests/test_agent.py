@@ -14,9 +14,9 @@ import torch
 from agent import AgentController, Learner, Planner, PlannerSettings
 from context_engine import ContextInferenceEngine, ExactFilter, rollout
 from environment import HiddenRulesWorld, Rule, task_split
-from main import build_system, train
+from main import build_system, load_system, train
 from memory import PlaceMemory, WorldStep
-from tests.shared import TOTAL, make_generator, places_of, temporary_folder, tiny, tiny_system
+from tests.shared import TOTAL, make_generator, places_of, temporary_folder, tiny, tiny_run, tiny_system
 from transition_model import EffectCache
 
 VALIDATION = "validation"
@@ -507,6 +507,13 @@ class TestLearner(unittest.TestCase):
         ):
             learner.collect(exploration=1.0)
 
+    def test_a_store_too_small_for_the_random_lifetimes_is_said(self):
+        learner = Learner(build_system(tiny()))
+        learner.collect(exploration=1.0)
+        learner.store.budget = learner.store.bytes * 3 // 2
+        with self.assertWarnsRegex(UserWarning, "holds only 8 of 16 random lifetimes: raise it"):
+            learner.collect_random_lifetimes()
+
     def test_another_engine_takes_the_place_of_the_built_in_one(self):
         class Forgetful(ContextInferenceEngine):
             def context(self, belief):
@@ -529,6 +536,7 @@ class TestLearner(unittest.TestCase):
         train(learner)
         self.assertIsInstance(learner.system.planner, Still)
         self.assertIn("value/none", learner.metrics)
+        self.assertIsInstance(load_system(tiny_run(), planner=Still)[0].planner, Still)
 
 
 def reachable(root: object) -> list[object]:

@@ -52,6 +52,8 @@ FLAGS = """
 --world.gym-id no.such.module:Room-v0 | --world.gym-id CartPole-v1 | --world.shuffle 0 1 2 3
 --world.gym-id Room-v0 --world.cell 4 --world.shuffle 0 0 1 2 | --world.gym-id Room-v0 --world.shuffle some
 --world.gym-id Room-v0 --world.cell 5 | --world.gym-id Room-v0 --world.walls 2 | --world.switch-step 5
+--world.gym-id Room-v0 --world.holdout permutations | --world.gym-id Room-v0 --world.slip-random 0
+--transition.reward-bins 0 nan | --transition.reward-bins 0 inf
 --memory.budget-mb 0 | --memory.budget-mb 1 | --vae.num-codes 1 | --vae.num-codes 256 | --vae.patch 5
 --vae.obs-std 0 | --transition.kernel 2 | --transition.max-effects 1 | --transition.padding mirror
 --transition.reward-bins 1 | --transition.reward-bins 1 0 | --transition.reward-bins -1 0
@@ -69,6 +71,8 @@ FILES = (  # contents of a --config
     ("", "{", "[]", "3", "null", "{'preset': 'quick'}", '{"preset": 3}', '{"preset": "best"}', '{"world": 3}')
     + ('{"world": {"grid": "6"}}', '{"world": {"grid": 6.5}}', '{"world": {"grd": 6}}', '{"world": {"grid": null}}')
     + ('{"wrld": {}}', '{"seed": true}', '{"training": {"updates": -1}}', '{"world": {"shuffle": [0, 1]}}', "\x00\x01")
+    + ('{"world": {"gym_id": 5}}', '{"run": "x"}', '{"planner": {"discount": 1%s}}' % ("0" * 400))
+    + ('{"transition": {"reward_bins": [0, 1%s]}}' % ("0" * 400),)
 )
 DAMAGE = {  # of the folder of a run
     "no checkpoint": lambda run: (run / "checkpoint.pt").unlink(),
@@ -257,6 +261,19 @@ class TestEnvironments(unittest.TestCase):
                 with self.assertRaisesRegex(ValueError, "must be an integer from 0 to"):
                     env.step(action)
 
+    def test_what_is_built_in_refuses_settings_of_an_external_environment(self):
+        settings = environment.WorldSettings(gym_id="Room-v0", cell=4)
+        for env in (environment.PixelEnv(settings), environment.PixelVectorEnv(2, settings)):
+            with self.assertRaisesRegex(ValueError, "'Room-v0', but this world is built in"):
+                env.reset(seed=0)
+
+    def test_an_environment_with_too_few_actions_to_shuffle_is_one_sentence(self):
+        class Narrow(Room):
+            action_space = gymnasium.spaces.Discrete(2)
+
+        with self.assertRaisesRegex(ValueError, "has 2 actions, too few permutations.*--world.shuffle none"):
+            HiddenRulesWrapper(Narrow())
+
     def test_inner_episodes_get_the_options_of_the_lifetime(self):
         seen, reset = [], Room.reset
 
@@ -291,6 +308,18 @@ class TestEnds(unittest.TestCase):
         self.assertEqual(code, 143)
         self.assertIn("stopped at update 11 and saved", printed)
         self.assertEqual(RunFolder(only_run(folder)).load()[0]["counters"][0], 11)
+
+    def test_weights_to_begin_with_are_read_again_after_a_crash_before_the_first_checkpoint(self):
+        folder = temporary_folder()
+        (folder / "tiny.json").write_text(json.dumps(TINY | {"init_from": str(tiny_run())}))
+        with stopped_at(15, RuntimeError("as if killed")), self.assertRaisesRegex(RuntimeError, "as if killed"):
+            in_process(["--config", "tiny.json"], folder)
+        run = only_run(folder)
+        (run / "checkpoint.pt").unlink()
+        code, printed = in_process(["resume", run], folder)
+        self.assertEqual(code, 0, printed)
+        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        self.assertGreater(first["update"], TINY["training"]["perception_updates"] + TINY["training"]["effect_updates"])
 
     def test_a_training_in_a_thread_leaves_signals_alone(self):
         found, learner = [], Learner(build_system(tiny()))

@@ -511,6 +511,7 @@ class TestEveryEnvironment(unittest.TestCase):
             ([], {"world": room}, [0.0, 0.5, 1.0]),
             ([], {"world": room, "transition": {"reward_bins": [0, 0.5]}}, [0.0, 0.5]),
             (option, {"world": other, "transition": {"reward_bins": [0, 9]}}, [0.0, 0.5, 1.0]),
+            (option, {"world": {"cell": 4}, "transition": {"reward_bins": [0, 9]}}, [0.0, 9.0]),
             ([*option, *bins], {"world": {"cell": 4}}, [-1.0, 0.0, 1.0]),
         ):
             folder = temporary_folder()

@@ -254,7 +254,7 @@ class TestChecksOfSettings(unittest.TestCase):
             ({"world": 3}, "world. is 3.*object"),
             ([1], "object of settings"),
             ({"planner": {"discount": float("nan")}}, "planner.discount is nan"),
-            ({"transition": {"reward_bins": [None]}}, "transition.reward_bins is .None.*tuple"),
+            ({"transition": {"reward_bins": [None]}}, "transition.reward_bins is .None.*list of values of type float"),
         ):
             with self.subTest(changes=changes), self.assertRaisesRegex(ValueError, words):
                 merge(Settings(), changes)

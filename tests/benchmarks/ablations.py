@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tyro.conf import Positional
 
 from agent import AgentController, Learner, Planner, System
@@ -61,12 +61,13 @@ class FrozenBelief(AgentController):
 def agent_without(system: System, part: Ablation) -> AgentController:
     """An agent with the weights of `system`, in which one part is disabled; `system` itself stays as it is."""
     system = copy.deepcopy(system)
+    transition = system.transition
     with torch.no_grad():
         initial = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
         modules = {
             "perception": (system.vae, system.appearance.unseen() if system.appearance else initial[-1]),
-            "prior": (system.transition.prior_film, initial[0]),
-            "reward_and_termination": (system.transition.contact_film, initial[-1]),
+            "prior": (transition.prior_film, initial[0]),
+            "reward_and_termination": (nn.ModuleList([transition.contact_film, transition.place_film]), initial[-1]),
             "value": (system.target_value, system.target_value.pool(initial[None])[0]),
         }
     module, context = modules.get(part, (None, None))
