@@ -45,10 +45,10 @@ class TestResults(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(results, "ROOT", Path(folder)):
             file, seen = Path(folder) / "agent.py", set()
             for text in ('"""A."""\nx = 1\n', '"""B."""\nx = 1  # why\n', '"""B."""\nx = 2\n'):
-                file.write_text(text)
+                file.write_text(text + f"if x > 3:\n    raise ValueError({len(seen)})\n")
                 seen.add(results.version.__wrapped__(("main.py",)))
             self.assertEqual(len(seen), 2)
-            file.write_text('"""B."""\nx = 2\nPRESETS: dict = {"gym": {}}\n')
+            file.write_text('"""B."""\nx = 2\nif x > 3:\n    raise ValueError\nPRESETS: dict = {"gym": {}}\n')
             seen.add(results.version.__wrapped__(("main.py",)))
             self.assertEqual(len(seen), 2, "another preset's settings count nothing")
             with mock.patch.dict(PRESETS, {"default": {"planner": {"width": 3}}}):
@@ -109,7 +109,7 @@ class TestClassics(unittest.TestCase):
         lakes = sizes.pop("FrozenLakeMeta")
         self.assertEqual(lakes[:3], (5, 25, 200))
         expected = {"HiddenGoal": (5, 15, 60, 21, 4), "Darkroom": (9, 20, 200, 81, 16)}
-        expected |= {"DarkroomPermuted": (9, 50, 200, 120, 12), "DarkKeyToDoor": (9, 50, 400, 6480, 324)}
+        expected |= {"DarkroomPermuted": (9, 50, 200, 120, 12), "DarkKeyToDoor": (9, 50, 400, 6561, 328)}
         self.assertEqual(sizes, expected)
 
     def test_who_knows_the_task_takes_the_shortest_path_to_the_goal(self):
@@ -122,6 +122,48 @@ class TestClassics(unittest.TestCase):
                 distance = sum(abs(a - b) for a, b in zip(divmod(goal, env.size), divmod(start, env.size), strict=True))
                 rewards = [env.step(env.expert_action())[1] for _ in range(env.episode)]
                 self.assertEqual(rewards.count(1.0), env.episode - max(0, distance - 1))
+
+    def test_a_search_visits_new_cells_until_it_finds_the_goal_and_stays(self):
+        for family, most in ((classics.HiddenGoal, 40), (classics.DarkKeyToDoor, 300)):
+            env = family()
+            for task in env.tasks["test"][:3]:
+                env.set_task(task)
+                env.reset(seed=0)
+                rewards = []
+                for _ in range(env.metadata["lifetime"]):
+                    _, reward, _, truncated, _ = env.step(env.search_action())
+                    rewards.append(reward)
+                    if truncated:
+                        env.reset()
+                self.assertIn(1.0, rewards[:most])
+                last = rewards[-env.episode :]
+                env.reset()
+                best = sum(env.step(env.expert_action())[1] for _ in range(env.episode))
+                self.assertAlmostEqual(sum(last), best)
+
+    def test_both_swaps_of_a_lake_are_for_one_split_and_falling_costs_only_a_new_start(self):
+        env = classics.FrozenLakeMeta()
+        for tasks in env.tasks.values():
+            self.assertEqual({task ^ 1 for task in tasks}, set(tasks))
+        reward, ends = np.zeros((2, 1, 25)), np.zeros((2, 1, 25), bool)
+        env.reward, env.ends, env.slip = reward, ends, 0.0
+        reward[0, 0, 5], ends[0, 0, [5, 23]] = 1, True  # the goal below the start, a hole beside the far corner
+        with mock.patch.dict(classics.PLANS, clear=True):
+            self.assertEqual(int(env.plan(0)[0, 24]), 2)  # into the hole: seven steps less
+
+    def test_agents_meet_the_same_slips(self):
+        env, seen = classics.FrozenLakeMeta(), []
+        for samples in (False, True):
+            env.set_task(0)
+            env.reset(seed=5)
+            cells = []
+            for _ in range(10):
+                if samples:
+                    env.thompson_action()
+                env.step(4 if len(cells) % 2 else 1)
+                cells.append(env.cell)
+            seen.append(cells)
+        self.assertEqual(*seen)
 
     def test_posterior_sampling_finds_out_the_task_and_never_excludes_it(self):
         for family in CLASSICS:
@@ -140,7 +182,7 @@ class TestClassics(unittest.TestCase):
 
     def test_the_key_comes_before_the_door_and_frames_do_not_show_it(self):
         env = classics.DarkKeyToDoor()
-        env.set_task(0)  # key in cell 0, door in cell 1
+        env.set_task(1)  # key in cell 0, door in cell 1
         env.reset(seed=0)
         env.cell = 2
         rewards = [env.step(action)[1] for action in (2, 2, 3, 2, 3)]  # by the door to the key, back, and once more

@@ -15,8 +15,7 @@ import environment
 from context_engine import RandomAgent
 from environment import MOVES, PALETTE, SPLITS, WORLDS, HiddenRulesWorld, HiddenRulesWrapper, PixelEnv, WorldSettings
 from memory import make_generator
-from tests.benchmarks.peers import PreviousStep
-from tests.shared import Room, installed, temporary_folder
+from tests.shared import installed, temporary_folder
 
 CLEAR = WorldSettings(noise=0, slip=0)
 ROOM = WorldSettings(gym_id="Room-v0", lifetime=25, cell=4, slip=0, noise=0)
@@ -326,11 +325,7 @@ class TestGymnasiumInterfaces(unittest.TestCase):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", message=".*(different from the unwrapped version|infinity)")
-            for env in (
-                HiddenRulesWrapper(gymnasium.make("Room-v0"), 20),
-                PreviousStep(gymnasium.make("HiddenRules-v0")),
-            ):
-                check_env(env, skip_render_check=True)
+            check_env(HiddenRulesWrapper(gymnasium.make("Room-v0"), 20), skip_render_check=True)
 
     @installed("moviepy")
     def test_common_wrappers_work(self):
@@ -409,19 +404,6 @@ class TestGymnasiumInterfaces(unittest.TestCase):
         self.assertTrue(np.array_equal(info["final_obs"], same.obs))
         self.assertFalse(np.array_equal(info["final_obs"], obs))
         self.assertFalse(env.step(np.zeros(5, int))[3].any())
-
-    def test_recurrent_agents_can_be_given_the_previous_step(self):
-        env = PreviousStep(gymnasium.make("HiddenRules-v0"))
-        obs, _ = env.reset(seed=1)
-        self.assertEqual(obs["previous"].tolist(), [0] * 6)
-        for t in range(64):
-            obs, reward, _, _, info = env.step(t % 4)
-            ended = info["episode_terminated"] or info["episode_truncated"]
-            self.assertEqual(obs["previous"].tolist(), [float(t % 4 == a) for a in range(4)] + [reward, ended])
-            self.assertTrue(env.observation_space.contains(obs))
-        env = PreviousStep(HiddenRulesWrapper(Room()))
-        self.assertEqual(env.reset(seed=0)[0]["previous"].shape, (7,))
-        self.assertEqual(env.step(2)[0]["previous"][:5].tolist(), [0, 0, 1, 0, 0])
 
     def test_bad_actions_are_refused(self):
         env, vector = PixelEnv(), environment.PixelVectorEnv(3)

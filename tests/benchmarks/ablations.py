@@ -4,19 +4,14 @@ With RUNs: disables every part of `Ablation` in these trained agents, whose weig
 the full agent and every variant of TRAINED for each seed, in 333 updates, and ablates the full one
 in the same way. All are evaluated in the same held-out lifetimes, and differences are paired by lifetime. Results are
 kept in the output folder: the same command continues where it was stopped, and several processes with different seeds
-may share one folder.
-
-The last row of the table is another kind of agent: RecurrentPPO of sb3-contrib, which observes the previous action,
-reward and end of an episode too (RL2, Duan et al., 2016), trained for the same number of seconds.
+may share one folder. Differences of trained variants are between trainings: their intervals are Student's t over seeds.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,7 +26,7 @@ from agent import AgentController, Learner, Planner, System
 from film_layer import FiLMLayer
 from main import Settings, build_system, evaluate, train
 from memory import Experience, PlaceMemory, UserError, WorldStep, merge, write_json
-from tests.benchmarks import command_line, load_systems, score_cells
+from tests.benchmarks import command_line, half_width, load_systems, score_cells
 from transition_model import EffectCache
 from world_model import Value, bootstrap_ci, format_ci, mean, statistics
 
@@ -43,10 +38,9 @@ TRAINED: dict[str, dict] = {  # the settings that remove a part from the trainin
     "look-ahead": {},  # by `ModelFree`
 }
 # What can be disabled at decision time. belief: it stays initial. search: it is one step. All others: the part
-# is modulated by the initial context, whatever was inferred.
+# is modulated by the initial context, whatever was inferred; perception only where an appearance is, for without one
+# its modulation is the identity.
 Ablation = Literal["belief", "perception", "prior", "reward_and_termination", "value", "search"]
-PEER = "everything (RecurrentPPO instead)"
-PEERS = [PEER] if importlib.util.find_spec("sb3_contrib") else []
 
 
 class FrozenBelief(AgentController):
@@ -65,15 +59,17 @@ def agent_without(system: System, part: Ablation) -> AgentController:
     with torch.no_grad():
         initial = system.engine.context(system.engine.initial_belief(1))[0]  # (A + 1, D)
         modules = {
-            "perception": (system.vae, system.appearance.unseen() if system.appearance else initial[-1]),
             "prior": (transition.prior_film, initial[0]),
+            "perception": (system.vae, system.appearance.unseen() if system.appearance else initial[-1]),
             "reward_and_termination": (nn.ModuleList([transition.contact_film, transition.place_film]), initial[-1]),
-            "value": (system.target_value, system.target_value.pool(initial[None])[0]),
         }
+        pooled = system.target_value.pool(initial[None])
     module, context = modules.get(part, (None, None))
     for layer in module.modules() if module else ():
         if isinstance(layer, FiLMLayer):
             fix_context(layer, context)
+    if part == "value":
+        system.target_value.pool = lambda context: pooled.expand(len(context), -1)
     kind = FrozenBelief if part == "belief" else AgentController
     return kind(system, nodes=1 if part == "search" else 0)
 
@@ -146,40 +142,26 @@ def evaluate_without(system: System, removed: str, lifetimes: int) -> dict[str, 
     results = {removed: evaluate(system, "test", lifetimes)}
     if removed == FULL:
         for part in get_args(Ablation):
-            results[part] = evaluate(system, "test", lifetimes, agent_without(system, part))
+            if part != "perception" or system.appearance:
+                results[part] = evaluate(system, "test", lifetimes, agent_without(system, part))
     return results
 
 
 def train_variant(removed: str, settings: Settings, lifetimes: int) -> dict[str, Any]:
-    """Train without one part, and evaluate: see `evaluate_without`; `seconds` of the training besides."""
+    """Train without one part, and evaluate: see `evaluate_without`."""
     settings = merge(settings, TRAINED.get(removed, {}))
     learner = Learner(build_system(settings, planner=ModelFree if removed == "look-ahead" else Planner))
-    start = time.perf_counter()
     train(learner)
-    seconds = time.perf_counter() - start
-    return evaluate_without(learner.system, removed, lifetimes) | {"seconds": seconds}
-
-
-def train_peer(settings: Settings, lifetimes: int, seconds: float) -> dict[str, Any]:
-    """Train RecurrentPPO for so many seconds, and evaluate it in the same lifetimes."""
-    from tests.benchmarks.peers import evaluate_peer, train_recurrent_ppo  # needs tests/requirements.txt
-
-    model, _ = train_recurrent_ppo(settings.world, settings.seed, seconds)
-    return {PEER: evaluate_peer(model, settings, lifetimes), "seconds": seconds}
+    return evaluate_without(learner.system, removed, lifetimes)
 
 
 def cached_results(output: Path, removed: str, seed: int, updates: int, lifetimes: int) -> dict[str, Any]:
-    """Results of `train_variant` or `train_peer`, read from the output folder if they are there already."""
+    """Results of `train_variant`, read from the output folder if they are there already."""
     path = output / f"{re.sub('[^a-z-]+', '-', removed.lower()).strip('-')}-{seed}.json"
     if not path.exists():
         print(f"training, seed {seed}, removed: {removed}", flush=True)
         settings = merge(BASE, {"seed": seed, "training": {"updates": updates}})
-        if removed == PEER:
-            seconds = cached_results(output, FULL, seed, updates, lifetimes)["seconds"]
-            results = train_peer(settings, lifetimes, seconds)
-        else:
-            results = train_variant(removed, settings, lifetimes)
-        write_json(results, path)
+        write_json(train_variant(removed, settings, lifetimes), path)
     return json.loads(path.read_text())
 
 
@@ -190,12 +172,9 @@ def train_missing(output: Path, seeds: tuple[int, ...], updates: int, lifetimes:
     if path.exists() and (begun := json.loads(path.read_text())) != arguments:
         raise UserError(f"{output} was begun with {begun}: give the same, or another --output.")
     write_json(arguments, path)
-    if not PEERS:
-        print("RecurrentPPO is left out: pip install -r tests/requirements.txt")
-    for removed in (FULL, *TRAINED, *PEERS):
+    for removed in (FULL, *TRAINED):
         for seed in seeds:
-            results = cached_results(output, removed, seed, updates, lifetimes)
-            yield {name: result for name, result in results.items() if name != "seconds"}
+            yield cached_results(output, removed, seed, updates, lifetimes)
 
 
 def print_table(found: dict[str, list[dict]]) -> None:
@@ -205,6 +184,8 @@ def print_table(found: dict[str, list[dict]]) -> None:
         pairs = zip(results, found[FULL], strict=True)
         lost = [np.array([one["returns"]["agent"]]) - np.array([full["returns"]["agent"]]) for one, full in pairs]
         difference = "" if name == FULL else format_ci(float(np.mean(lost)), bootstrap_ci(mean, *lost), 2)
+        if name in TRAINED and len(lost) > 1:
+            difference = f"{np.mean(lost):.2f} ± {half_width([float(one.mean()) for one in lost]):.2f}"
         each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
         print("| " + " | ".join([name, *score_cells(statistics(*results)), difference, each]) + " |")
 

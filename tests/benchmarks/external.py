@@ -29,15 +29,16 @@ from memory import UserError, WorldStep, require
 from tests.benchmarks import command_line, load_systems, run_folders
 from world_model import AGENTS, Trajectories, bootstrap_ci, format_ci, mean, ratio_of_means
 
+SEARCH = "nearest cell that may be rewarded"
 LEFT, RIGHT, FORWARD, PICKUP, TOGGLE = 0, 1, 2, 3, 5  # MiniGrid's own actions
 State = tuple[int, int, int, bool, bool]  # x, y, direction, whether it has the key, whether it has opened the door
 
 
-class ShortestPathAgent:
-    """Knows the hidden rule and the map: breadth-first search over states, see `State`. Privileged."""
+class PrivilegedAgent:
+    """Does in every environment what `action_of` says, one of the environment's own actions; knows the hidden rule."""
 
-    def __init__(self, worlds: ExternalWorlds) -> None:
-        self.worlds = worlds
+    def __init__(self, worlds: ExternalWorlds, action_of: Callable[[gymnasium.Env], int]) -> None:
+        self.worlds, self.action_of = worlds, action_of
 
     def reset(self, frames: Tensor) -> None:
         """Nothing to do: it reads the environments."""
@@ -46,11 +47,9 @@ class ShortestPathAgent:
         """Nothing to learn."""
 
     def act(self) -> Tensor:
-        """The first actions (B,) int64 of shortest paths to the goal."""
-        actions = []
-        for env in self.worlds.vector.envs:
-            actions.append(int(np.argmax(env.action_map == first_action(env.unwrapped))))
-        return torch.tensor(actions)
+        """Actions (B,) int64."""
+        envs = self.worlds.vector.envs
+        return torch.tensor([int(np.argmax(env.action_map == self.action_of(env.unwrapped))) for env in envs])
 
 
 def following_states(env: gymnasium.Env, state: State) -> Iterator[tuple[int, State]]:
@@ -101,7 +100,9 @@ def rollouts(systems: list[System], lifetimes: int, split: Split) -> dict[str, l
             f"{world.gym_id} offers no expert_action() and is not one of MiniGrid's: nothing to compare with."
         )
     if "known_rule" not in found:
-        found["known_rule"] = [rollout_of(ShortestPathAgent)]
+        found["known_rule"] = [rollout_of(lambda worlds: PrivilegedAgent(worlds, first_action))]
+    if world.gym_id.startswith("tests.benchmarks.classics") and "FrozenLake" not in world.gym_id:
+        found[SEARCH] = [rollout_of(lambda worlds: PrivilegedAgent(worlds, lambda env: env.search_action()))]
     return {"agent": [rollout_of(lambda _, system=system: AgentController(system)) for system in systems]} | found
 
 
@@ -139,6 +140,8 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: Split =
     systems = load_systems(runs)
     world = systems[0].settings.world
     require("columns", columns, 2, world.lifetime)
+    if world.lifetime % columns:
+        raise UserError(f"columns is {columns}, but must divide the lifetime of {world.lifetime} steps.")
     if not world.gym_id:
         raise UserError(f"{runs[0]} was not trained in an external environment: python3 main.py --world.gym-id ID.")
     found, size = rollouts(systems, lifetimes, split), world.lifetime // columns
@@ -150,9 +153,9 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: Split =
     axes = figure.subplots()
     for name, each in found.items():
         row = cells(each, found["known_rule"][0], columns)
-        print("| " + " | ".join([AGENTS[name], *row]) + " |")
+        print("| " + " | ".join([AGENTS.get(name, name), *row]) + " |")
         middle = (np.arange(columns) + 0.5) * size
-        axes.plot(middle, np.array(row[-columns:], float) / size, marker=".", label=AGENTS[name])
+        axes.plot(middle, np.array(row[-columns:], float) / size, marker=".", label=AGENTS.get(name, name))
     axes.set(xlabel="step of the lifetime", ylabel="reward per step", title=world.gym_id)
     axes.legend(fontsize="small")
     figure.savefig(runs[0] / "external.png", dpi=120)

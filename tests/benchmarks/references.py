@@ -1,6 +1,6 @@
-"""All reference agents in a run's environment, including the costly Bayes-adaptive rollouts.
+"""A trained agent beside all reference agents, including the costly Bayes-adaptive rollouts.
 
-The result is kept in references/ beside the run's folder, where the report finds it.
+What the references earn is kept in references/ beside the run's folder, where the report finds it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional
 
+from agent import AgentController, System
 from context_engine import ActionValues, KnownRuleAgent, ThompsonAgent, references, rollout
-from environment import HiddenRulesWorld, WorldSettings, order_by_role, rule_space_of
-from main import EVALUATION_SEEDS, Settings
+from environment import HiddenRulesWorld, order_by_role, rule_space_of
+from main import EVALUATION_SEEDS, Settings, load_system
 from memory import RunFolder, UserError, WorldStep, require, write_json
 from tests.benchmarks import command_line
 from world_model import AGENTS, format_ci, summary
@@ -108,10 +109,11 @@ class BayesAdaptiveAgent(ThompsonAgent):
         return total
 
 
-def evaluate_references(world: WorldSettings, lifetimes: int, split: str, rollouts: int) -> dict[str, Any]:
-    """`world_model.summary` of every reference agent by name."""
-    seed = EVALUATION_SEEDS[split]
-    trajectories = dict(references(world, lifetimes, split, seed, torch.device("cpu")))
+def evaluate_references(system: System, lifetimes: int, split: str, rollouts: int) -> dict[str, Any]:
+    """`world_model.summary` of the trained agent and every reference agent by name, in the same lifetimes."""
+    seed, world = EVALUATION_SEEDS[split], system.settings.world
+    trajectories = {"agent": rollout(HiddenRulesWorld(world, lifetimes, split, seed), AgentController(system))}
+    trajectories |= references(world, lifetimes, split, seed, torch.device("cpu"))
     if rollouts:
         worlds = HiddenRulesWorld(world, lifetimes, split, seed)
         agent = BayesAdaptiveAgent(worlds, ActionValues(world), seed, rollouts)
@@ -122,10 +124,10 @@ def evaluate_references(world: WorldSettings, lifetimes: int, split: str, rollou
 def main(
     run: Positional[Path], lifetimes: int = 1024, rollouts: int = 64, split: Literal["validation", "test"] = "test"
 ) -> None:
-    """Evaluate the reference agents, print their returns and keep them for reports.
+    """Evaluate a trained agent and the reference agents, print their returns and keep them for reports.
 
     Args:
-        run: Folder of the run; only its environment counts.
+        run: Folder of the run.
         lifetimes: Held-out lifetimes, at least 2.
         rollouts: Imagined lifetimes for each action of the Bayes-adaptive agent; 0 to leave it out.
         split: Which tasks.
@@ -142,9 +144,10 @@ def main(
     key = {"world": dataclasses.asdict(world), "split": split, "lifetimes": lifetimes, "rollouts": rollouts}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     path = run.parent / "references" / f"{split}-{digest}.json"
-    agents = evaluate_references(world, lifetimes, split, rollouts)
+    agents = evaluate_references(load_system(run)[0], lifetimes, split, rollouts)
     path.parent.mkdir(exist_ok=True)
-    write_json(key | {"agents": agents}, path)
+    known = {name: result for name, result in agents.items() if name != "agent"}
+    write_json(key | {"agents": known}, path)
     print(f"| agent | return, {lifetimes} lifetimes |\n|---|---|")
     for name, result in agents.items():
         score = format_ci(result["return_mean"], result["return_mean_ci95"], 2)

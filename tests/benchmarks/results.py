@@ -44,7 +44,9 @@ ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "Do
 class Measurement:
     """What one record holds."""
 
-    command: tuple[str, ...]  # of python3; {NAME} stands for the folder of the training that record NAME is of
+    # of python3; {NAME} stands for the folder of the training that record NAME is of, KEPT for a name in runs/, unlike
+    # that of any other measurement or version, under which it keeps what it has so far
+    command: tuple[str, ...]
     minutes: float  # about how long it takes one core
     alone: bool = False  # nothing else may run beside it
 
@@ -87,10 +89,10 @@ def measurements() -> dict[str, Measurement]:
         "robustness": benchmark("robustness", *runs["default"][:3], minutes=2),
         "switching": benchmark("switching", *runs["switching"], minutes=2),
         "appearance": benchmark("appearance", *runs["tinted"], minutes=2),
-        "ablations": benchmark("ablations", minutes=60),
+        "ablations": benchmark("ablations", "--output", "runs/KEPT", minutes=60),
         "speed": benchmark("speed", "{default-0}", minutes=5, alone=True),
         "speedrun": benchmark("speedrun", minutes=15, alone=True),
-        "processes": benchmark("processes", minutes=25, alone=True),
+        "processes": benchmark("processes", "--name", "KEPT", minutes=35, alone=True),
         "rl2-plain": benchmark("rl2", "--preset", "quick", minutes=20),
         "rl2-aided": benchmark("rl2", "--preset", "quick", "--symbols", "--relabel", "--labels", "1", minutes=20),
     }
@@ -118,7 +120,8 @@ def version(command: tuple[str, ...]) -> str:
     settings of its preset, and the versions of the trainings that it reads."""
     files = [file for file in sorted(ROOT.glob("*.py")) if file.name != "tune_hyperparams.py"]
     if command[0] == "-m":
-        files.append(ROOT / Path(*command[1].split(".")).with_suffix(".py"))
+        benchmarks = ROOT / "tests" / "benchmarks"
+        files += [ROOT / Path(*command[1].split(".")).with_suffix(".py"), *sorted(benchmarks.glob("_*.py"))]
     if any("classics" in part for part in command):
         files.append(ROOT / "tests" / "benchmarks" / "classics.py")
     digest = hashlib.sha256(" ".join(command).encode())
@@ -156,9 +159,13 @@ def commit() -> str:
 
 def make_record(name: str, cores: int) -> None:
     """Run a measurement with so many threads, and write its record; UserError if it fails."""
+    version.cache_clear()
     one = measurements()[name]
+    for training in parts(one.command):
+        if not (run_of(training) / "evaluation.json").exists():
+            raise UserError(f"{name} needs {run_of(training)}, which is not trained: make {training} first.")
     folders = {f"{{{training}}}": str(run_of(training)) for training in parts(one.command)}
-    command = [folders.get(part, part) for part in one.command]
+    command = [folders.get(part, part).replace("KEPT", run_of(name).name) for part in one.command]
     if one.command[0] == "main.py":
         command += ["--run", run_of(name).name]
     about = {
@@ -175,15 +182,20 @@ def make_record(name: str, cores: int) -> None:
     except UserError as error:
         raise UserError(f"{name} failed: {error}") from error
     about["seconds"] = round(time.perf_counter() - start, 1)
-    if one.command[0] == "main.py":
+    version.cache_clear()
+    if version(one.command) != about["version"]:
+        raise UserError(f"{name} was measured while the code changed: measure it again.")
+    if trains := one.command[0] == "main.py":
         figures = training_figures(run_of(name))
-        shutil.rmtree(run_of(name) / "store")  # half a gigabyte at the most, for going on only
-    else:
-        figures = {"output": [line for line in printed.splitlines() if not line or line.startswith("|")]}
-    if not any(figures.values()):
+    else:  # the tables, and how much was measured; not where a figure lies
+        lines = [line.partition("; figure in ")[0] for line in printed.splitlines()]
+        figures = {"output": [line for line in lines if not line.startswith("written to ")]}
+    if not trains and not any(line.startswith("|") for line in lines):
         raise UserError(f"{name} failed: it printed no table: see python3 {' '.join(command)}")
     RECORDS.mkdir(exist_ok=True)
     write_json(about | figures, RECORDS / f"{name}.json")
+    if trains:
+        shutil.rmtree(run_of(name) / "store")  # half a gigabyte at the most, for going on only
 
 
 def training_figures(run: Path) -> dict[str, Any]:
@@ -321,8 +333,8 @@ def make_all(todo: dict[str, Measurement]) -> None:
         try:
             make_record(name, threads)
             print(f"made {name}", flush=True)
-        except UserError as error:
-            failed.append(str(error))
+        except (UserError, OSError, LookupError, ValueError) as error:
+            failed.append(f"{name}: {error}")
 
     for group, jobs in ((trainings, cores), (set(todo) - trainings - alone, cores), (alone, 1)):
         with ThreadPoolExecutor(jobs) as pool:

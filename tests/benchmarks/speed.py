@@ -25,7 +25,7 @@ from tyro.conf import Positional
 from agent import AgentController, Learner, System
 from environment import HiddenRulesWorld, WorldSettings, make_inner_env
 from main import Settings, build_system, load_system, train, with_preset
-from memory import UserError, merge, write_json
+from memory import merge, write_json
 from tests.benchmarks import command_line
 from tests.benchmarks._measure import FlopCounter, best_seconds, count_flops, matrix_product, now, threads
 from transition_model import EffectCache
@@ -152,7 +152,7 @@ def updates(learner: Learner) -> dict[str, Callable[[], object]]:
 
 
 def learning_rows(learner: Learner) -> list[Row]:
-    """Updates per second of each part, beside a matrix product of as many operations; and its share of the training."""
+    """Updates per second of each part, beside a matrix product of as many operations; and its share of all updates."""
     t = learner.training
     per_update = {"VAE": 1 / t.perception_every, "effects": 1 / t.effect_every, "context": 1.0, "value": 1.0}
     learner.update = 1  # at update 0 the VAE would choose its codes anew
@@ -166,7 +166,12 @@ def learning_rows(learner: Learner) -> list[Row]:
         speed = f"{1 / update:.1f} updates and {flops[part] / update / 1e9:.1f} billion operations per second"
         share = update * per_update[part] / whole
         rows.append(
-            Row(f"learning, {part}", f"{speed}, {share:.0%} of the time", product / update, "bare matrix products")
+            Row(
+                f"learning, {part}",
+                f"{speed}, {share:.0%} of the updates",
+                product / update,
+                "bare matrix products",
+            )
         )
     return rows
 
@@ -331,7 +336,6 @@ def main(
     output: Path = Path("runs/benchmarks"),
     recorded: bool = False,
     record: bool = False,
-    peers: bool = False,
 ) -> int:
     """Measure, print and save the table; the exit code.
 
@@ -340,10 +344,7 @@ def main(
         output: Folder for speed.md, speed.json and growth.png; overwritten.
         recorded: Only compare a few ratios with ratios.json.
         record: Write these ratios to ratios.json first.
-        peers: Run the benchmark `peers` on RUN too; it takes more than six times as long as the training of RUN.
     """
-    if peers and not run:
-        raise UserError("--peers needs the RUN that RecurrentPPO is compared with.")
     if record:
         record_ratios()
     if record or recorded:
@@ -356,10 +357,6 @@ def main(
     (output / "speed.md").write_text("\n".join(lines) + "\n")
     write_json([row._asdict() for row in rows], output / "speed.json")
     print("\n".join(lines) + f"\n\nwritten to {output}")
-    if peers:
-        from tests.benchmarks import peers as peers_benchmark  # needs tests/requirements.txt
-
-        peers_benchmark.main(run)
     return 0
 
 

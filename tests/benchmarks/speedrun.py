@@ -79,8 +79,8 @@ def main(
     columns = (
         "seed",
         "version",
-        "passes Thompson after",
-        "all",
+        f"passes Thompson after, checked every {every} updates",
+        "whole training",
         "return",
         "normalised",
         "of Thompson",
