@@ -63,7 +63,9 @@ class Planner:
     ends. U(z) is max_a Q(z, a) where z is expanded, else the learnt value V(z, c). A layer of the search expands the
     grids, each once, that actions close to the best one reach from the root with more than `min_branch_prob`, if the
     budget has room for all. The last of many layers have few grids, cost as much time each, and change little: `layers`
-    bounds their number. The belief does not change inside a plan, so what an action would reveal does not count.
+    bounds their number. Where an episode after a termination began with the same grid as the first one, the next ones
+    count as beginning there too: it is a second root, and U of it takes the place of W, which knows no places. The
+    belief does not change inside a plan, so what an action would reveal does not count.
     Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
@@ -84,9 +86,13 @@ class Planner:
         predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
         prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
         belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))
-        row, reach = torch.arange(len(codes), device=codes.device), prior.new_ones(len(codes))
+        row = torch.arange(len(codes), device=codes.device)
         nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
-        left = depth * (nodes - 1)  # grids that each row may still expand
+        known = (places.begun > 1) & (nodes > 1)
+        start = torch.where(known, len(row) - 1 + known.cumsum(0), -1)  # (B,): which state a new episode begins in
+        codes, row = torch.cat([codes, places.start[known]]), torch.cat([row, row[known]])
+        left = depth * (nodes - 1) - known.long()  # grids that each row may still expand
+        reach = prior.new_ones(len(codes))
         layers = [self._expand(codes, row, belief, places, predict, [])]
         while len(layers) < min(nodes, self.settings.layers):
             edge, reach = self._follow(layers, reach, left)
@@ -95,7 +101,8 @@ class Planner:
             row, codes = layers[-1].row[layers[-1].state[edge]], layers[-1].next_codes[edge]
             layers.append(self._expand(codes, row, belief, places, predict, layers))
             left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
-        return self._iterate(layers, depth)
+        # Values of a start that is known go around in a circle: they need all sweeps.
+        return self._iterate(layers, depth.masked_fill(known, len(layers)), start)
 
     def _expand(
         self,
@@ -157,19 +164,26 @@ class Planner:
         edge = edge[fits[row[edge]]]
         return edge, reach[edge]
 
-    def _iterate(self, layers: list[Expansion], depth: Tensor) -> Tensor:
-        """Q (B, A) of the first layer, the roots: as many sweeps of value iteration as each row has layers, `depth`."""
+    def _iterate(self, layers: list[Expansion], depth: Tensor, start: Tensor) -> Tensor:
+        """Q (B, A) of the first B states, the roots: as many sweeps of value iteration as each row has layers, `depth`.
+
+        New episodes of a row begin in the state `start` (B,), where it is not -1.
+        """
         discount = self.settings.discount
         if len(layers) == 1:
-            return layers[0].back_up(layers[0].next_value, discount)
+            return layers[0].back_up(layers[0].next_value, discount)[: len(depth)]
         graph = Expansion.join(layers)
         q = graph.back_up(graph.next_value, discount)
         key, states = graph.key.sort()
         place = torch.searchsorted(key, graph.next_key).clamp_max(len(key) - 1)
         expanded, following = key[place] == graph.next_key, states[place]  # (P,)
+        anew = start[graph.row[graph.state]]  # (P,)
         for sweep in range(1, len(layers)):
-            next_value = torch.where(expanded, q.amax(1)[following], graph.next_value)
-            q = torch.where((depth > sweep)[graph.row, None], graph.back_up(next_value, discount), q)
+            best = q.amax(1)
+            next_value = torch.where(expanded, best[following], graph.next_value)
+            reset_value = torch.where(anew >= 0, best[anew], graph.reset_value)
+            swept = graph._replace(reset_value=reset_value).back_up(next_value, discount)
+            q = torch.where((depth > sweep)[graph.row, None], swept, q)
         return q[: len(depth)]
 
     def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:

@@ -188,7 +188,8 @@ def empty_experience(batch: int, steps: int, patches: int, num_effects: int, dev
 
 
 class PlaceMemory(NamedTuple):
-    """What came with every code at every place in B lifetimes, for rewards and ends that depend on where something is.
+    """What came with every code at every place in B lifetimes, for rewards and ends that depend on where something is;
+    and the grid that episodes begin with.
 
     A visited place without reward is evidence too. Heads that read this treat all places alike: only what happened at a
     place tells it from others. Source: the idea of a memory that is addressed by place, Parisotto & Salakhutdinov,
@@ -200,13 +201,22 @@ class PlaceMemory(NamedTuple):
     sums: Tensor
     column: Tensor  # (C,) int64: which column a code has
     earned: Tensor  # (B,) float32: what the present episode has earned so far
+    start: Tensor  # (B, S) uint8: the grid of codes that the first episode began with
+    # (B,) int64: how many began with it, the first one and those after a termination; -1 if another one did not
+    begun: Tensor
+    begins: Tensor  # (B,) bool: the next step is the first one of such an episode
     SUMS = 5
 
     @classmethod
     def empty(cls, batch: int, patches: int, codes: int, device: Device = "cpu") -> PlaceMemory:
         """At the start of lifetimes."""
         sums = torch.zeros(batch, patches, codes, cls.SUMS, device=device)
-        return cls(sums, torch.arange(codes, device=device), torch.zeros(batch, device=device))
+        column, start = (
+            torch.arange(codes, device=device),
+            torch.zeros(batch, patches, dtype=torch.uint8, device=device),
+        )
+        begun = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(sums, column, torch.zeros(batch, device=device), start, begun, begun == 0)
 
     @classmethod
     def before_steps(cls, experience: Experience, codes: int) -> PlaceMemory:
@@ -223,10 +233,15 @@ class PlaceMemory(NamedTuple):
         sums = torch.zeros(*experience.codes.shape, int(occurs.sum()) + 1, cls.SUMS, device=reward.device)
         sums[:, 1:].scatter_(3, index, now.expand_as(index))  # what a step adds is known from the next one on
         sums.cumsum_(1)
-        return cls(sums.flatten(0, 1), column, earned.flatten())
+        nothing = cls.empty(len(earned.flatten()), experience.codes.shape[2], 0, reward.device)  # known of starts
+        return nothing._replace(sums=sums.flatten(0, 1), column=column, earned=earned.flatten())
 
-    def add(self, next_codes: Tensor, step: WorldStep) -> None:
-        """Remember, in place, that a step led to next_codes (B, S)."""
+    def add(self, codes: Tensor, next_codes: Tensor, step: WorldStep) -> None:
+        """Remember, in place, that a step led from codes (B, S) to next_codes (B, S)."""
+        self.start.copy_(torch.where((self.begun == 0)[:, None], codes, self.start))
+        same = (self.begun >= 0) & (codes == self.start).all(1)
+        self.begun.copy_(torch.where(self.begins, torch.where(same, self.begun + 1, -1), self.begun))
+        self.begins.copy_(step.terminated)
         now = self._summands(step.reward, step.terminated, self.earned)
         index = self.column[next_codes.int()][..., None, None].expand(-1, -1, 1, self.SUMS)
         self.sums.scatter_add_(2, index, now[:, None, None].expand_as(index))
@@ -276,7 +291,7 @@ class EpisodicMemory:
     def clear(self) -> None:
         """Forget everything: a new task begins, and nothing that happened under the old one says anything about it."""
         self.steps = 0
-        self.places.sums.zero_(), self.places.earned.zero_()
+        self.places.sums.zero_(), self.places.earned.zero_(), self.places.begun.zero_(), self.places.begins.fill_(True)
         self.frames: list[Tensor] = []
         self.final_obs: list[Tensor] = []
 
@@ -297,7 +312,7 @@ class EpisodicMemory:
         now = (codes, next_codes, posterior, action, step.reward, step.terminated, step.truncated)
         for kept, value in zip(self._all, now, strict=False):  # the segment stays 0: the agent does not know it
             kept[:, self.steps] = value
-        self.places.add(next_codes, step)
+        self.places.add(codes, next_codes, step)
         self.steps += 1
         if self.keep_frames:
             self.frames.append(obs)

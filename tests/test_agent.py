@@ -1,5 +1,6 @@
 """The planner, the controller, what the agent may know, and the learner; test_memory.py has several processes."""
 
+import contextlib
 import copy
 import gc
 import types
@@ -52,7 +53,7 @@ class TestPlanner(unittest.TestCase):
         """One state, a loop over all effects, none left out and none merged."""
         system, planner = self.system, self.system.planner
         planner.settings = PlannerSettings(nodes=1, top_p=1.0)
-        codes, context = self.codes[:1], self.context[:1]
+        codes, context, places = self.codes[:1], self.context[:1], places_of(1, 16, 6)
         transition, value = system.transition, system.target_value
         grids, _ = transition.effects.predict(codes)
         expected, pooled = torch.zeros(4), value.pool(context)
@@ -60,14 +61,12 @@ class TestPlanner(unittest.TestCase):
             for action in range(4):
                 for k in range(grids.shape[1]):
                     heads = transition.reward_and_termination
-                    log_reward, end = heads(codes, grids[:, k], self.places, torch.tensor([0]), context[:, -1])
+                    log_reward, end = heads(codes, grids[:, k], places, torch.tensor([0]), context[:, -1])
                     next_value, e = value(value.statistics(grids[:, k]), pooled), torch.sigmoid(end)
                     following = 0.95 * ((1 - e) * next_value + e * value.reset_value(pooled))
                     chance = transition.log_prior(context[:, :-1])[0, action, k].exp()
                     expected[action] += float(chance * (log_reward[0].exp() @ transition.reward_bins + following))
-        torch.testing.assert_close(
-            planner.action_values(codes, context, self.places)[0], expected, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(planner.action_values(codes, context, places)[0], expected, atol=1e-4, rtol=1e-4)
 
     def outcomes(self, grid, context):
         """What follows a grid, by the grid that it leads to: probability (A,), reward, end and V; W besides."""
@@ -146,38 +145,66 @@ class TestPlanner(unittest.TestCase):
                 self.assertLessEqual(most[-1], nodes)
         self.assertGreater(len(set(most)), 2)  # from a single step to three
 
+    # A corridor of 16 patches: one action moves the body right, one left, two nothing; the goal is four steps away.
+    in_corridor = torch.tensor([[0, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0]], dtype=torch.uint8)
+
+    @staticmethod
+    def predict(grids):
+        """What eight effects, of which six do nothing, make of grids of the corridor."""
+        place, after = (grids == 1).int().argmax(1), []
+        for move in (1, -1, *[0] * 6):
+            moved = torch.where(grids == 1, 0, grids)
+            after.append(moved.scatter(1, (place + move).clamp(0, 15)[:, None], 1))
+        first = torch.tensor([0, 1, *[2] * 6]).expand(len(grids), -1)
+        return torch.stack(after, 1), first
+
+    @contextlib.contextmanager
+    def corridor(self, logits, ends=False):
+        """The corridor's prior and heads; with `ends`, what does nothing ends the episode."""
+
+        def heads(codes, next_codes, places, lifetime, context, row):
+            reached = ((codes == 2) & (next_codes == 1)).any(1, keepdim=True)
+            reward = torch.where(reached, torch.tensor([-99.0, -99, 0]), torch.tensor([-99.0, 0, -99]))
+            return reward, torch.where((codes == next_codes).all(1) & ends, 99.0, -99.0)
+
+        with (
+            mock.patch.object(self.system.transition, "log_prior", lambda context: logits.log_softmax(-1)),
+            mock.patch.object(self.system.transition, "reward_and_termination", heads),
+        ):
+            yield
+
     def test_a_deep_search_sees_a_distant_reward_where_the_belief_is_sure(self):
-        """A corridor of 16 patches: one action moves right, one left, two nothing; the goal is four steps away."""
         system, planner = self.system, self.system.planner
         for layer in (system.target_value.state_out, system.target_value.reset_out[-1]):
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
-        codes = torch.zeros(1, 16, dtype=torch.uint8)
-        codes[0, 5], codes[0, 9] = 1, 2
-
-        def predict(grids):
-            place, after = (grids == 1).int().argmax(1), []
-            for move in (1, -1, *[0] * 6):
-                moved = torch.where(grids == 1, 0, grids)
-                after.append(moved.scatter(1, (place + move).clamp(0, 15)[:, None], 1))
-            first = torch.tensor([0, 1, *[2] * 6]).expand(len(grids), -1)
-            return torch.stack(after, 1), first
-
-        def heads(codes, next_codes, places, lifetime, context, row):
-            reached = ((codes == 2) & (next_codes == 1)).any(1, keepdim=True)
-            return torch.where(reached, torch.tensor([-99.0, -99, 0]), torch.tensor([-99.0, 0, -99])), -99 + 0 * row
-
         sure, doubt = 99 * torch.eye(4, 8)[None], torch.zeros(1, 4, 8)
         for logits, nodes, found in ((sure, 1, 0), (sure, 3, 0), (sure, 12, 0.95**3), (doubt, 12, 0)):
             planner.settings = PlannerSettings(nodes=nodes)
-            with (
-                mock.patch.object(system.transition, "log_prior", lambda context, x=logits: x.log_softmax(-1)),
-                mock.patch.object(system.transition, "reward_and_termination", heads),
-            ):
-                q = planner.action_values(codes, self.context[:1], self.places, predict=predict)[0]
+            with self.corridor(logits):
+                q = planner.action_values(
+                    self.in_corridor, self.context[:1], PlaceMemory.empty(1, 16, 6), predict=self.predict
+                )[0]
             with self.subTest(nodes=nodes, found=found):
                 self.assertAlmostEqual(float(q[0]), found, places=4)
                 self.assertEqual(bool(q[0] > q[1:].max()), found > 0)
+
+    def test_an_episode_is_worth_ending_for_what_the_next_one_is_known_to_begin_with(self):
+        """The same corridor, in which doing nothing ends the episode, and episodes begin beside the goal."""
+        system, planner = self.system, self.system.planner
+        planner.settings = PlannerSettings(nodes=12)
+        for layer in (system.target_value.state_out, system.target_value.reset_out[-1]):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+        places = PlaceMemory.empty(1, 16, 6)
+        places.start[0, 8], places.start[0, 9] = 1, 2
+        for begun, found in ((1, 0), (-1, 0), (2, 0.95)):
+            places.begun.fill_(begun)
+            with self.corridor(99 * torch.eye(4, 8)[None], ends=True):
+                q = planner.action_values(self.in_corridor, self.context[:1], places, predict=self.predict)[0]
+            with self.subTest(begun=begun):
+                self.assertAlmostEqual(float(q[2]), found, places=4)
+                self.assertAlmostEqual(float(q[0]), max(0.95**3, found * 0.95), places=4)
 
     def test_the_belief_does_not_change_within_a_plan(self):
         """However deep the search, contexts are read once, those of the present."""

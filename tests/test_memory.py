@@ -98,7 +98,22 @@ class TestPlaceMemory(unittest.TestCase):
             torch.testing.assert_close(made.recall(row * 10 + t, place, code), expected)
             torch.testing.assert_close(carried.earned, earned)
             torch.testing.assert_close(made.earned.view(4, 10)[:, t], earned)
-            carried.add(experience.next_codes[:, t], step)
+            carried.add(experience.codes[:, t], experience.next_codes[:, t], step)
+
+    def test_where_episodes_begin_is_known_while_it_is_the_same(self):
+        """Of what begins after a time limit nothing is compared: no plan leads there."""
+        places = PlaceMemory.empty(2, 3, 7)
+        begins = {0: (1, 1), 2: (1, 2), 4: (3, 1), 6: (1, 1)}  # step -> code of the grid in either lifetime
+        seen = []
+        for t in range(7):
+            codes = torch.tensor(begins.get(t, (5, 5)), dtype=torch.uint8)[:, None].expand(2, 3)
+            ended = torch.tensor([t + 1 in begins] * 2)
+            limit = ended & torch.tensor([t == 3] * 2)
+            step = WorldStep(None, torch.zeros(2), ended & ~limit, limit, None)
+            places.add(codes, codes, step)
+            seen.append(places.begun.tolist())
+        self.assertEqual(seen, [[1, 1], [1, 1], [2, -1], [2, -1], [2, -1], [2, -1], [3, -1]])
+        self.assertEqual(places.start[0].tolist(), [1, 1, 1])
 
     def test_events_are_what_is_unusual(self):
         experience, _ = random_experience()
