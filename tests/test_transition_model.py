@@ -306,11 +306,14 @@ class TestEffectLoss(unittest.TestCase):
         mixture = (likelihood + model.effects.marginal.detach().log_softmax(0)).logsumexp(-1)
         self.assertAlmostEqual(losses["marginal"].item(), -0.1 * float(mixture.mean()), places=4)
 
-    def test_steps_with_an_event_weigh_as_much_as_all_others(self):
+    def test_steps_from_where_an_event_followed_weigh_as_much_as_all_others(self):
+        """Whatever followed on them: a step from the same grid, without an event, counts with them."""
         model, experience = model_of(), self.experience()
         experience.reward[0, 2], experience.terminated[1, 5] = -1.0, True
+        experience.codes[2, 7] = experience.codes[0, 2]
         each = -(experience.posterior * self.likelihood(model, experience)).sum(-1)
         event = experience.terminated | (experience.reward != 0)
+        event[2, 7] = True
         expected = 0.5 * each[event].mean() + 0.5 * each[~event].mean()
         found = model.effect_loss(experience, 2, labelled=True)["consistent"]
         torch.testing.assert_close(found.detach(), expected)
