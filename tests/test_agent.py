@@ -1,4 +1,4 @@
-"""The planner, the controller, what the agent may know, and the learner; test_memory.py has several processes."""
+"""The planner, the controller, what the agent may know, and the learner; test_processes.py has several processes."""
 
 import contextlib
 import copy
