@@ -67,23 +67,18 @@ def merge(settings: Any, changes: Any, where: str = "") -> Any:
         if dataclasses.is_dataclass(old):
             new[name] = merge(old, value, f"{where}{name}.")
             continue
-        if isinstance(old, tuple) and isinstance(value, (list, tuple)):
-            kind = kind_of(settings, name)
-            if all(type(x) is kind or (type(x) in (int, float) and kind(x) == x) for x in value):
-                value = tuple(map(kind, value))
+        listed = isinstance(old, tuple)
+        kind = get_args(get_type_hints(type(settings))[name])[0] if listed else type(old)  # int of tuple[int, ...]
+        if listed and isinstance(value, (list, tuple)):
+            same = (type(x) is kind or (type(x) in (int, float) and kind(x) == x) for x in value)
+            value = tuple(map(kind, value)) if all(same) else value
         if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not type(old):
-            kind = f"of type {type(old).__name__}, such as {old!r}"
-            kind = f"a list of values of type {kind_of(settings, name).__name__}" if isinstance(old, tuple) else kind
-            raise ValueError(f"{where}{name} is {value!r}, but must be {kind}.")
+            expected = "a list of values of type {}" if listed else f"of type {{}}, such as {old!r}"
+            raise ValueError(f"{where}{name} is {value!r}, but must be {expected.format(kind.__name__)}.")
         new[name] = value
     return dataclasses.replace(settings, **new)
-
-
-def kind_of(settings: Any, name: str) -> type:
-    """The type of what a setting lists: int of tuple[int, ...]."""
-    return get_args(get_type_hints(type(settings))[name])[0]
 
 
 def make_generator(seed: int, stream: int, device: Device = "cpu") -> torch.Generator:
@@ -210,13 +205,14 @@ class PlaceMemory(NamedTuple):
     @classmethod
     def empty(cls, batch: int, patches: int, codes: int, device: Device = "cpu") -> PlaceMemory:
         """At the start of lifetimes."""
-        sums = torch.zeros(batch, patches, codes, cls.SUMS, device=device)
-        column, start = (
-            torch.arange(codes, device=device),
-            torch.zeros(batch, patches, dtype=torch.uint8, device=device),
+        return cls(
+            sums=torch.zeros(batch, patches, codes, cls.SUMS, device=device),
+            column=torch.arange(codes, device=device),
+            earned=torch.zeros(batch, device=device),
+            start=torch.zeros(batch, patches, dtype=torch.uint8, device=device),
+            begun=torch.zeros(batch, dtype=torch.int64, device=device),
+            begins=torch.ones(batch, dtype=torch.bool, device=device),
         )
-        begun = torch.zeros(batch, dtype=torch.int64, device=device)
-        return cls(sums, column, torch.zeros(batch, device=device), start, begun, begun == 0)
 
     @classmethod
     def before_steps(cls, experience: Experience, codes: int) -> PlaceMemory:
@@ -233,8 +229,8 @@ class PlaceMemory(NamedTuple):
         sums = torch.zeros(*experience.codes.shape, int(occurs.sum()) + 1, cls.SUMS, device=reward.device)
         sums[:, 1:].scatter_(3, index, now.expand_as(index))  # what a step adds is known from the next one on
         sums.cumsum_(1)
-        nothing = cls.empty(len(earned.flatten()), experience.codes.shape[2], 0, reward.device)  # known of starts
-        return nothing._replace(sums=sums.flatten(0, 1), column=column, earned=earned.flatten())
+        blank = cls.empty(earned.numel(), experience.codes.shape[2], 0, reward.device)  # of starts nothing is known
+        return blank._replace(sums=sums.flatten(0, 1), column=column, earned=earned.flatten())
 
     def add(self, codes: Tensor, next_codes: Tensor, step: WorldStep) -> None:
         """Remember, in place, that a step led from codes (B, S) to next_codes (B, S)."""
@@ -282,7 +278,7 @@ class EpisodicMemory:
     ) -> None:
         self.capacity, self.keep_frames = capacity, keep_frames
         self._all = empty_experience(batch, capacity, patches, num_effects, device)
-        self.places = PlaceMemory.empty(batch, patches, codes, device)
+        self._sizes = (batch, patches, codes, device)
         self.clear()
 
     def __len__(self) -> int:
@@ -291,7 +287,7 @@ class EpisodicMemory:
     def clear(self) -> None:
         """Forget everything: a new task begins, and nothing that happened under the old one says anything about it."""
         self.steps = 0
-        self.places.sums.zero_(), self.places.earned.zero_(), self.places.begun.zero_(), self.places.begins.fill_(True)
+        self.places = PlaceMemory.empty(*self._sizes)
         self.frames: list[Tensor] = []
         self.final_obs: list[Tensor] = []
 

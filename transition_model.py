@@ -614,10 +614,10 @@ class TransitionModel(nn.Module):
         where the background b(k) and its share e are those of the lifetime, and r(m|a) ~ p0(m) exp(sum of l_t(m) over
         the steps of action a). All three come from a few rounds of expectation maximization, without gradients; before
         the effects differ, r(m|a) is given instead and e = 0. The small share of log p(z'|z, m) is for what m foresees
-        so badly that the background explains it: else it would never be learnt. The mean weighs
-        steps from grids from which an event followed in the batch (a termination or an unusual reward) as much as all
-        others together: they are rare and a plan depends on them. What counts is the grid before, never what followed,
-        or an effect would seem to do what slips did.
+        so badly that the background explains it: else it would never be learnt. The mean weighs steps from grids from
+        which an event followed in the batch (a termination or an unusual reward) as much as all others together: they
+        are rare and a plan depends on them. What counts is the grid before, never what followed, or an effect would
+        seem to do what slips did.
 
         Args:
             experience: (B, T, ...), whole lifetimes.

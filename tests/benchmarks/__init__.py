@@ -101,6 +101,12 @@ def half_width(values: Sequence[float]) -> float:
     return float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
 
 
+def over_seeds(values: Sequence[float], digits: int) -> str:
+    """A mean over seeds with Student's t interval; the bare figure of one."""
+    mean = f"{sum(values) / len(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"
+
+
 def score_cells(stats: dict[str, Any]) -> list[str]:
     """Two cells of a Markdown table: return and normalised return with their confidence intervals.
 

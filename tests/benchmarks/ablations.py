@@ -26,7 +26,7 @@ from agent import AgentController, Learner, Planner, System
 from film_layer import FiLMLayer
 from main import Settings, build_system, evaluate, train
 from memory import Experience, PlaceMemory, UserError, WorldStep, merge, write_json
-from tests.benchmarks import command_line, half_width, load_systems, score_cells
+from tests.benchmarks import command_line, load_systems, over_seeds, score_cells
 from transition_model import EffectCache
 from world_model import Value, bootstrap_ci, format_ci, mean, statistics
 
@@ -183,9 +183,12 @@ def print_table(found: dict[str, list[dict]]) -> None:
     for name, results in found.items():
         pairs = zip(results, found[FULL], strict=True)
         lost = [np.array([one["returns"]["agent"]]) - np.array([full["returns"]["agent"]]) for one, full in pairs]
-        difference = "" if name == FULL else format_ci(float(np.mean(lost)), bootstrap_ci(mean, *lost), 2)
-        if name in TRAINED and len(lost) > 1:
-            difference = f"{np.mean(lost):.2f} ± {half_width([float(one.mean()) for one in lost]):.2f}"
+        if name == FULL:
+            difference = ""
+        elif name in TRAINED and len(lost) > 1:
+            difference = over_seeds([float(one.mean()) for one in lost], 2)
+        else:
+            difference = format_ci(float(np.mean(lost)), bootstrap_ci(mean, *lost), 2)
         each = ", ".join(f"{result['return_mean']:.2f}" for result in results)
         print("| " + " | ".join([name, *score_cells(statistics(*results)), difference, each]) + " |")
 

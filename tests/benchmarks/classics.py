@@ -127,16 +127,6 @@ class Classic(gymnasium.Env):
             self.sample = int(self.sampler.choice(len(weight), p=weight / weight.sum()))
         return int(self.plan(self.sample)[self.stage, self.cell])
 
-    def search_action(self) -> int:
-        """Where the moves are known: a step towards the nearest cell that may be rewarded next."""
-        possible = np.isfinite(self.log_posterior)
-        cells = (self.reward[possible, self.stage] > 0).any(0).nonzero()[0]
-        place, target = np.divmod(self.cell, self.size), np.stack(np.divmod(cells, self.size), -1)
-        away = target - place
-        down, right = away[np.abs(away).sum(1).argmin()] if len(cells) else (0, 0)
-        wanted = (int(down > 0) if down else 2 + int(right > 0)) if down or right else 4
-        return int((self.moves[self.task] == wanted).argmax())
-
     def _infer(self, before: int, action: int, reward: float, ended: bool) -> None:
         """Bayes' rule for every task."""
         reached = self.to[:, before] == self.cell  # (step,)
@@ -167,7 +157,21 @@ class Classic(gymnasium.Env):
         return PLANS[type(self), task]
 
 
-class HiddenGoal(Classic):
+class HiddenCells(Classic):
+    """What is rewarded is hidden, but the moves are known: one can search."""
+
+    def search_action(self) -> int:
+        """A step towards the nearest cell that may be rewarded next."""
+        possible = np.isfinite(self.log_posterior)
+        cells = (self.reward[possible, self.stage] > 0).any(0).nonzero()[0]
+        place, target = np.divmod(self.cell, self.size), np.stack(np.divmod(cells, self.size), -1)
+        away = target - place
+        down, right = away[np.abs(away).sum(1).argmin()] if len(cells) else (0, 0)
+        wanted = (int(down > 0) if down else 2 + int(right > 0)) if down or right else 4
+        return int((self.moves[self.task] == wanted).argmax())
+
+
+class HiddenGoal(HiddenCells):
     """VariBAD's grid."""
 
     def __init__(self) -> None:
@@ -177,7 +181,7 @@ class HiddenGoal(Classic):
         super().__init__(5, 15, 60, reward, np.zeros_like(reward, bool), moves, start=0)
 
 
-class Darkroom(Classic):
+class Darkroom(HiddenCells):
     """Algorithm Distillation's dark room."""
 
     def __init__(self) -> None:
@@ -194,7 +198,7 @@ class DarkroomPermuted(Classic):
         super().__init__(9, 50, 200, reward, np.zeros_like(reward, bool), moves, start=0, held_out=0.1)
 
 
-class DarkKeyToDoor(Classic):
+class DarkKeyToDoor(HiddenCells):
     """First the key, then the door; whether one has the key is not seen."""
 
     def __init__(self) -> None:

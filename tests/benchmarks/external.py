@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from operator import methodcaller
 from pathlib import Path
 
 import gymnasium
@@ -23,7 +24,7 @@ from tyro.conf import Positional
 
 from agent import AgentController, System
 from context_engine import references, rollout
-from environment import ExternalWorlds, Split
+from environment import ExternalWorlds, Split, make_inner_env
 from main import EVALUATION_SEEDS
 from memory import UserError, WorldStep, require
 from tests.benchmarks import command_line, load_systems, run_folders
@@ -101,8 +102,8 @@ def rollouts(systems: list[System], lifetimes: int, split: Split) -> dict[str, l
         )
     if "known_rule" not in found:
         found["known_rule"] = [rollout_of(lambda worlds: PrivilegedAgent(worlds, first_action))]
-    if world.gym_id.startswith("tests.benchmarks.classics") and "FrozenLake" not in world.gym_id:
-        found[SEARCH] = [rollout_of(lambda worlds: PrivilegedAgent(worlds, lambda env: env.search_action()))]
+    if make_inner_env(world.gym_id, world.cell).has_wrapper_attr("search_action"):
+        found[SEARCH] = [rollout_of(lambda worlds: PrivilegedAgent(worlds, methodcaller("search_action")))]
     return {"agent": [rollout_of(lambda _, system=system: AgentController(system)) for system in systems]} | found
 
 
@@ -152,10 +153,10 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 64, split: Split =
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, each in found.items():
-        row = cells(each, found["known_rule"][0], columns)
-        print("| " + " | ".join([AGENTS.get(name, name), *row]) + " |")
+        row, label = cells(each, found["known_rule"][0], columns), AGENTS.get(name, name)
+        print("| " + " | ".join([label, *row]) + " |")
         middle = (np.arange(columns) + 0.5) * size
-        axes.plot(middle, np.array(row[-columns:], float) / size, marker=".", label=AGENTS.get(name, name))
+        axes.plot(middle, np.array(row[-columns:], float) / size, marker=".", label=label)
     axes.set(xlabel="step of the lifetime", ylabel="reward per step", title=world.gym_id)
     axes.legend(fontsize="small")
     figure.savefig(runs[0] / "external.png", dpi=120)

@@ -27,7 +27,7 @@ import numpy as np
 
 from main import Settings, with_preset
 from memory import UserError, write_json
-from tests.benchmarks import ROOT, command_line, half_width, run_command
+from tests.benchmarks import ROOT, command_line, over_seeds, run_command
 from world_model import AGENTS, format_ci
 
 RECORDS = ROOT / "tests" / "benchmarks" / "records"
@@ -223,12 +223,6 @@ def processor() -> str:
 def markdown(heads: tuple[str, ...], rows: list[list[str]]) -> str:
     """A table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (list(heads), ["---"] * len(heads), *rows))
-
-
-def over_seeds(values: list[float], digits: int) -> str:
-    """A mean over seeds with Student's t interval; the bare figure of one."""
-    mean = f"{np.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"
 
 
 def seeds_of(records: dict[str, dict], name: str) -> list[dict]:
