@@ -446,7 +446,7 @@ class Learner:
             raise UserError(f"{run.folder} has parts of other sizes: use the settings it was trained with.") from error
         self.optimizers = self._make_optimizers()
         self.collect_random_lifetimes()
-        self.metrics |= self.system.vae.count_kinds(self._distinct_patches())
+        self.count_kinds()
         self.update = self.training.perception_updates + self.training.effect_updates
 
     def collect_random_lifetimes(self) -> None:
@@ -535,13 +535,16 @@ class Learner:
         self.optimizer_step("vae", system.vae.loss(frames, context), clip=1e4)
 
     @torch.no_grad()
-    def finish_perception(self, every: int = 16) -> None:
-        """After perception was learnt: where appearances differ, codes of the same kind of patch count as one."""
+    def drop_codes(self, every: int = 16) -> None:
+        """Where appearances differ, drop codes that stand for no kind of patch of their own; see `VAE.drop_codes`."""
         if self.system.appearance:
             frames = self.store.blocks[0].frames.to(self.device)
             sample = (frames, self._appearance(frames))
-            self.system.vae.merge_codes(*(self.processes.all_gather(x[:, ::every].flatten(0, 1)) for x in sample))
+            self.system.vae.drop_codes(*(self.processes.all_gather(x[:, ::every].flatten(0, 1)) for x in sample))
             self.processes.broadcast(self.system.vae)
+
+    def count_kinds(self) -> None:
+        """Log how many kinds of patch there are, and how many of them share a code."""
         self.metrics |= self.system.vae.count_kinds(self._distinct_patches())
 
     def _distinct_patches(self) -> Tensor:
@@ -600,11 +603,14 @@ class Learner:
         self.metrics |= {f"{name}/{key}": loss.detach() for key, loss in losses.items()}
 
     def set_learning_rates(self, phase: str, update: int) -> None:
-        """Set the learning rates of an update: those of perception fall in its own phase, all others in adaptation."""
+        """Set the learning rates of an update: those of perception fall in its own phase, the encoder's
+        after a warm-up in the first tenth of it, all others in adaptation."""
         s, adapts = self.settings, phase == "adaptation"
         scale = 1 - (1 - s.training.final_lr_scale) * min(1.0, update / s.training.updates if adapts else 0)
         early = 1 - (1 - s.vae.final_lr_scale) * min(1.0, self.update / s.training.perception_updates)
-        perception = (s.vae.encoder_lr, s.vae.decoder_lr, s.context.learning_rate)
+        # The decoder learns first, or the encoder would soon give one code to several kinds of patch.
+        warmup = min(1.0, 10 * self.update / s.training.perception_updates)
+        perception = (s.vae.encoder_lr * warmup, s.vae.decoder_lr, s.context.learning_rate)
         rates = {
             "vae": [s.vae.late_lr] * 3 if adapts else [early * rate for rate in perception],
             "effects": [s.transition.learning_rate * scale],

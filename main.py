@@ -56,7 +56,7 @@ PRESETS: dict[str, dict] = {
     "large": {"training": {"updates": 800}},
     "switching": {"training": {"updates": 700, "batch": 24, "value_batch": 8, "evaluation_lifetimes": 1024}},
     "tinted": {
-        "vae": {"width": 64, "final_lr_scale": 0.05},
+        "vae": {"width": 96, "final_lr_scale": 0.05},
         "context": {"appearance": 16, "learning_rate": 4e-3},
         "training": {"updates": 600, "perception_updates": 1500, "evaluation_lifetimes": 1024},
     },
@@ -64,7 +64,7 @@ PRESETS: dict[str, dict] = {
         "vae": {"num_codes": 7},
         "transition": {"width": 48, "prior_width": 128, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
         "context": {"hidden": 96, "context": 64, "learning_rate": 4e-3},
-        "planner": {"nodes": 64, "collect_nodes": 64, "layers": 8, "min_branch_prob": 0.15},
+        "planner": {"nodes": 64, "collect_nodes": 16, "layers": 8, "min_branch_prob": 0.15},
         "training": dict(updates=2500, value_batch=8, effect_updates=600, evaluation_lifetimes=256)
         | dict(value_from=100, plan_from=200, validate_every=0),  # the exact filter over 115,200 rules takes minutes
     },
@@ -224,11 +224,13 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
             if phase == "perception":
                 if update == 0:
                     learner.collect_random_lifetimes()
+                elif update % -(-t.perception_updates // 4) == 0:
+                    learner.drop_codes()
                 learner.learn_perception(store.sample(t.batch, learner.sampler))
 
             elif phase == "effects":
                 if update == 0:  # perception is new, so stored codes are stale
-                    learner.finish_perception()
+                    learner.count_kinds()
                     learner.reencode_all(perception=True)
                     learner.find_effects()
                     if writes:

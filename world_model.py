@@ -40,7 +40,8 @@ class VAESettings:
     width: int = 32  # hidden features of encoder and decoder, at least 1
     obs_std: float = 0.1  # standard deviation of a pixel around its reconstruction, as a share of the range, above 0
     decoder_lr: float = 1e-2  # Adam's learning rate of the decoder while perception is trained alone, in [0, 1]
-    # the same of the encoder, in [0, 1]; it learns only where an appearance is inferred, or training would merge codes
+    # the same of the encoder after a warm-up, in [0, 1]; it learns only where an appearance is inferred, or training
+    # would merge codes
     encoder_lr: float = 5e-4
     final_lr_scale: float = 1.0  # in that phase all rates of perception fall linearly to this share, in [0, 1]
     late_lr: float = 3e-5  # all rates of perception after that phase, in [0, 1]
@@ -87,7 +88,6 @@ class VAE(nn.Module):
             nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, patch * patch * channels)
         )
         self.code_prior = nn.Parameter(torch.zeros(num_codes))  # logits, initially uniform
-        self.register_buffer("code_alias", torch.arange(num_codes, dtype=torch.uint8))  # see `merge_codes`
 
     def patches(self, frames: Tensor) -> Tensor:
         """The patches (B, S, P) float32, in -0.5..0.5, of frames (B, H, W, channels) uint8; ValueError as in `cut`."""
@@ -122,7 +122,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, context: Tensor) -> Tensor:
         """The same of patches (B, S, P) float32."""
-        return self.code_alias[self.patch_logits(patches, context).argmax(-1)]
+        return self.patch_logits(patches, context).argmax(-1).to(torch.uint8)
 
     def decode(self, codes: Tensor, context: Tensor) -> Tensor:
         """Frames (B, H, W, channels) float32, approximately in 0..1, of codes (B, S) uint8 under contexts (B, D)."""
@@ -201,13 +201,13 @@ class VAE(nn.Module):
         last.bias[found:] -= 10
 
     @torch.no_grad()
-    def merge_codes(self, frames: Tensor, context: Tensor, tolerance: float = 0.65) -> int:
-        """Merge codes that stand for the same kind of patch; `encode` returns only the merged codes from then on.
+    def drop_codes(self, frames: Tensor, context: Tensor, tolerance: float = 0.65) -> int:
+        """Drop codes that the others can stand for, so that every kind of patch has one; they never occur again.
 
         Where environments differ in appearance, one kind of patch may have one code under some contexts and another
-        under others, and alternate between the two in between. The decoder identifies such codes: the patches of the
-        rarer code can be reconstructed from the other, under their own contexts, almost as well. A code is replaced by
-        the most frequent code that reconstructs its patches.
+        under others, or several kinds share one more code under some. The decoder tells: the others reconstruct the
+        patches of such a code almost as well. The rarest such code goes first. The encoder must then learn on, or it
+        may give its patches to the wrong ones.
 
         Args:
             frames: (B, H, W, channels) uint8, a representative sample.
@@ -215,21 +215,23 @@ class VAE(nn.Module):
             tolerance: largest increase of the negative log-likelihood, in nats per number in a patch.
 
         Returns:
-            How many codes have been merged into others.
+            How many codes have been dropped.
         """
-        codes = self.logits(frames, context).argmax(-1)
-        nll = self._square_errors(frames, context) / (2 * self.settings.obs_std**2)
-        increase = nll - nll.gather(2, codes[..., None])  # (B, S, num_codes): if the patch had another code
-        member = F.one_hot(codes, self.settings.num_codes).float().flatten(0, 1)  # (B * S, num_codes)
-        count = member.sum(0)
-        mean_increase = member.T @ increase.flatten(0, 1) / count.clamp_min(1)[:, None]  # (code, replacement)
-        replaceable = mean_increase < tolerance * self.encoder_in.in_features
-        replaceable &= count >= count[:, None]  # the rarer code is replaced
-        alias = torch.where(replaceable, count, -1).argmax(1).where(count > 0, self.code_alias.long())
-        for _ in range(len(count)):  # a replacement may itself have been replaced
-            alias = alias[alias]
-        self.code_alias.copy_(alias)
-        return len(count) - len(alias.unique())
+        codes = self.logits(frames, context).argmax(-1).flatten()  # (B * S,)
+        nll = self._square_errors(frames, context).flatten(0, 1) / (2 * self.settings.obs_std**2)
+        count, dropped = codes.bincount(minlength=self.settings.num_codes), 0
+        while True:
+            nll = nll.masked_fill(count == 0, math.inf)
+            increase, other = (nll.scatter(1, codes[:, None], math.inf) - nll.gather(1, codes[:, None])).min(1)
+            mean_increase = torch.zeros_like(nll[0]).index_add(0, codes, increase) / count
+            redundant = mean_increase < tolerance * self.encoder_in.in_features
+            if not redundant.any():
+                return dropped
+            rarest = int(count.where(redundant, len(codes) + 1).argmin())
+            last, dropped = self.encoder_out[-1], dropped + 1
+            last.weight[rarest], last.bias[rarest] = 0, ABSENT
+            codes = torch.where(codes == rarest, other, codes)
+            count = codes.bincount(minlength=len(count))
 
     def count_kinds(self, patches: Tensor) -> dict[str, Tensor]:
         """Metrics: the kinds of patch among patches (n, P) float32, and how many of them share a code with another."""

@@ -420,14 +420,14 @@ class TestLearner(unittest.TestCase):
             self.assertEqual(len(torch.cat([patches, codes[:, None]], 1).unique(dim=0)), 4)
             self.assertEqual(len(codes.unique()), 4)
 
-    def test_the_encoder_learns_and_codes_are_merged_only_where_an_appearance_is_inferred(self):
+    def test_the_encoder_learns_and_codes_are_dropped_only_where_an_appearance_is_inferred(self):
         for appearance in (0, 4):
             learner = Learner(build_system(tiny(context={"appearance": appearance})))
             train(learner, until=1)
             before = copy.deepcopy(learner.system.vae)
-            with mock.patch.object(type(before), "merge_codes") as merge_codes:
+            with mock.patch.object(type(before), "drop_codes") as drop_codes:
                 train(learner, until=20)
-            self.assertEqual(merge_codes.called, appearance > 0)
+            self.assertEqual(drop_codes.call_count, 2 if appearance else 0)
             pairs = zip(before.named_parameters(), learner.system.vae.parameters(), strict=True)
             same = {name for (name, old), new in pairs if torch.equal(old, new)}
             self.assertEqual("encoder_in.weight" in same, appearance == 0)
@@ -505,7 +505,8 @@ class TestLearner(unittest.TestCase):
         names = ["perception"] * 6 + ["effects"] * 8 + ["adaptation"] * 24
         self.assertEqual(phases, list(zip(names, [*range(6), *range(8), *range(24)], strict=True)))
         settings = learner.settings
-        self.assertAlmostEqual(rates[0]["vae"], settings.vae.encoder_lr)
+        self.assertEqual(rates[0]["vae"], 0)  # the encoder warms up in the first tenth
+        self.assertAlmostEqual(rates[1]["vae"], 0.85 * settings.vae.encoder_lr)
         self.assertAlmostEqual(rates[6]["vae"], 0.1 * settings.vae.encoder_lr)
         self.assertAlmostEqual(rates[-1]["vae"], settings.vae.late_lr)
         sections = {"context": settings.context, "value": settings.planner, "effects": settings.transition}

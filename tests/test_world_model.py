@@ -8,6 +8,7 @@ import torch
 
 from environment import HiddenRulesWorld, WorldSettings
 from tests.shared import make_generator
+from transition_model import ABSENT
 from world_model import (
     VAE,
     Trajectories,
@@ -137,33 +138,51 @@ class TestVAE(unittest.TestCase):
         self.assertTrue(80 <= len(some) <= 100)
         self.assertTrue(torch.isin(some, vae.cut(frames)).all())
 
-    def test_only_codes_that_are_interchangeable_are_merged(self):
+    def test_codes_that_others_can_stand_for_are_dropped(self):
         vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
         vae.init_codes_kmeans(vae.patches(frames).flatten(0, 1))
         before = vae.encode(frames, context)
         used = before.unique().tolist()
         self.assertEqual(len(used), 4)
-        clear = vae.patches(frames)
-        with torch.no_grad():  # a decoder that rebuilds each code's patches exactly
-            wanted = torch.zeros(6, 48)
-            for code in used:
-                wanted[code] = clear[before == code][0]
-            vae._decode_patches = lambda one_hot, context: one_hot @ wanted
-        self.assertEqual(vae.merge_codes(frames, context), 0)
+        clear, wanted = vae.patches(frames), torch.zeros(6, 48)
+        for code in used:
+            wanted[code] = clear[before == code][0]
+        vae._decode_patches = lambda one_hot, context: one_hot @ wanted  # rebuilds each code's patches exactly
+        self.assertEqual(vae.drop_codes(frames, context), 0)
         self.assertTrue(torch.equal(vae.encode(frames, context), before))
-        first, second = used[0], used[1]
+
+        common, *_, rarest = sorted(used, key=lambda code: -int((before == code).sum()))
         # Now two codes are rebuilt alike, halfway between both kinds of patch.
-        wanted[[first, second]] = (clear[before == first][0] + clear[before == second][0]) / 2
-        self.assertEqual(vae.merge_codes(frames, context), 1)
-        self.assertEqual(len(vae.encode(frames, context).unique()), 3)
-        third = used[2]  # a chain: the third is replaced by the first, the first by the second
+        wanted[[common, rarest]] = (wanted[common] + wanted[rarest]) / 2
+        self.assertEqual(vae.drop_codes(frames, context), 1)
+        after = vae.encode(frames, context)
+        self.assertEqual(set(after.unique().tolist()), set(used) - {rarest})
+        self.assertTrue(torch.equal(after[before != rarest], before[before != rarest]))
         with mock.patch.object(vae, "_square_errors", lambda *_: torch.zeros(64, 36, 6)):
-            self.assertEqual(vae.merge_codes(frames, context), 3)  # of four that are used
-        self.assertEqual(len(vae.encode(frames, context).unique()), 1)
-        self.assertEqual(int(vae.code_alias[third]), int(vae.code_alias[first]))
+            self.assertEqual(vae.drop_codes(frames, context), 2)  # one remains
+        dropped = (vae.encoder_out[-1].bias == ABSENT).nonzero().flatten()
+        self.assertEqual(set(dropped.tolist()), set(used) - {common})
+        self.assertFalse(torch.isin(vae.encode(frames, context), dropped).any())
         restored = vae_of(obs_std=0.1)
         restored.load_state_dict(vae.state_dict())
         self.assertTrue(torch.equal(restored.encode(frames, context), vae.encode(frames, context)))
+
+    def test_a_code_that_two_kinds_share_beside_their_own_is_dropped(self):
+        vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
+        vae.init_codes_kmeans(vae.patches(frames).flatten(0, 1))
+        codes = vae.encode(frames, context).long()
+        first, second, *_ = sorted(codes.unique().tolist(), key=lambda code: int((codes == code).sum()))
+        spare = next(code for code in range(6) if code not in codes.unique())
+        clear, wanted = vae.patches(frames), torch.zeros(6, 48)
+        for code in codes.unique():
+            wanted[code] = clear[codes == code][0]
+        wanted[spare] = (wanted[first] + wanted[second]) / 2
+        vae._decode_patches = lambda one_hot, context: one_hot @ wanted
+        shared = ((codes == first) | (codes == second)) & (torch.arange(64) % 4 == 0)[:, None]
+        logits = torch.nn.functional.one_hot(torch.where(shared, spare, codes), 6).float()
+        with mock.patch.object(vae, "logits", lambda *_: logits):
+            self.assertEqual(vae.drop_codes(frames, context), 1)
+        self.assertEqual((vae.encoder_out[-1].bias == ABSENT).nonzero().flatten().tolist(), [spare])
 
     def test_bad_sizes_are_refused(self):
         with self.assertRaisesRegex(ValueError, "vae.patch is 5.*24x24.*such as 24"):

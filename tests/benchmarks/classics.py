@@ -48,6 +48,7 @@ class Classic(gymnasium.Env):
         slip: probability of slipping to each side.
         held_out: share of the tasks held out for the test, and as many for validation.
         alike: so many tasks in a row are for the same split.
+        fold: which of the tasks, in a random order, are held out.
     """
 
     observation_space: gymnasium.spaces.Box
@@ -67,6 +68,7 @@ class Classic(gymnasium.Env):
         slip: float = 0.0,
         held_out: float = 0.2,
         alike: int = 1,
+        fold: int = 0,
     ) -> None:
         self.size, self.episode, self.start, self.goal, self.slip = size, episode, start, goal, slip
         self.reward, self.ends, self.moves = reward, ends, moves
@@ -74,6 +76,7 @@ class Classic(gymnasium.Env):
         self.observation_space = gymnasium.spaces.Box(0, 255, (size * PATCH, size * PATCH, 3), np.uint8)
         order = np.random.default_rng(7).permutation(np.arange(len(reward)).reshape(-1, alike))
         held = round(held_out * len(order))
+        order = np.roll(order, fold * held, axis=0)
         parts = (part.flatten() for part in np.split(order, [len(order) - 2 * held, len(order) - held]))
         self.tasks = {split: part.tolist() for split, part in zip(SPLITS, parts, strict=True)}
         place = np.arange(size**2)
@@ -174,11 +177,11 @@ class HiddenCells(Classic):
 class HiddenGoal(HiddenCells):
     """VariBAD's grid."""
 
-    def __init__(self) -> None:
+    def __init__(self, fold: int = 0) -> None:
         cells = [cell for cell in range(25) if cell not in (0, 1, 5, 6)]
         reward = np.where(np.arange(25) == np.array(cells)[:, None], 1.0, -0.1)[:, None]
         moves = np.tile(np.arange(5), (len(cells), 1))
-        super().__init__(5, 15, 60, reward, np.zeros_like(reward, bool), moves, start=0)
+        super().__init__(5, 15, 60, reward, np.zeros_like(reward, bool), moves, start=0, fold=fold)
 
 
 class Darkroom(HiddenCells):
@@ -226,3 +229,7 @@ class FrozenLakeMeta(Classic):
 
 for family in (HiddenGoal, Darkroom, DarkroomPermuted, DarkKeyToDoor, FrozenLakeMeta):
     gymnasium.register(f"{family.__name__}-v0", entry_point=family, disable_env_checker=True, order_enforce=False)
+for fold in range(1, 5):  # the same with other goals held out
+    gymnasium.register(
+        f"HiddenGoal{fold}-v0", HiddenGoal, disable_env_checker=True, order_enforce=False, kwargs={"fold": fold}
+    )

@@ -35,6 +35,7 @@ PAGES = (ROOT / "README.md", ROOT / "tests" / "benchmarks" / "README.md")
 # Lifetimes to evaluate on, and parts of a lifetime, which are its episodes where these have a fixed length.
 CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (64, 4), "FrozenLakeMeta": (128, 10)}
 CLASSICS |= {"DarkKeyToDoor": (64, 8)}
+FOLDS = tuple(f"HiddenGoal{fold}" for fold in range(1, 5))
 TABLES = ("PRESETS", "WORLDS")
 DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how functions begin that do not change figures
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
@@ -70,6 +71,8 @@ def measurements() -> dict[str, Measurement]:
     for name in CLASSICS:
         minutes = 24 if name == "DarkKeyToDoor" else 10
         worlds[name] = (3, minutes, ("--world.gym-id", f"tests.benchmarks.classics:{name}-v0"))
+    for fold in FOLDS:
+        worlds[fold] = (1, 2, ("--world.gym-id", f"tests.benchmarks.classics:{fold}-v0"))
     worlds |= {room: (3, 15, ("--world.gym-id", f"MiniGrid-{room}-v0")) for room in ROOMS}
     found = {
         f"{name}-{seed}": training(*options, seed=seed, minutes=minutes)
@@ -83,6 +86,7 @@ def measurements() -> dict[str, Measurement]:
     search = ("--lifetimes", "256", "--columns", "4", "--split", "train")
     found["external-HiddenGoal-train"] = benchmark("external", *runs["HiddenGoal"], *search, minutes=2)
     found |= {
+        "folds": benchmark("folds", "{HiddenGoal-0}", *(run for fold in FOLDS for run in runs[fold]), minutes=3),
         "references": benchmark("references", "{default-0}", minutes=3),
         "belief": benchmark("belief", "{default-0}", minutes=1),
         "effects": benchmark("effects", *runs["default"], *runs["everything"], minutes=2),
