@@ -224,7 +224,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
             if phase == "perception":
                 if update == 0:
                     learner.collect_random_lifetimes()
-                elif update % -(-t.perception_updates // 4) == 0:
+                elif update % -(-t.perception_updates // 4) == 0:  # after each quarter
                     learner.drop_codes()
                 learner.learn_perception(store.sample(t.batch, learner.sampler))
 

@@ -138,16 +138,21 @@ class TestVAE(unittest.TestCase):
         self.assertTrue(80 <= len(some) <= 100)
         self.assertTrue(torch.isin(some, vae.cut(frames)).all())
 
-    def test_codes_that_others_can_stand_for_are_dropped(self):
+    def perfect_vae(self):
+        """A VAE, frames and contexts for it, their codes, and what its decoder makes of each code: its very patches."""
         vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
         vae.init_codes_kmeans(vae.patches(frames).flatten(0, 1))
-        before = vae.encode(frames, context)
-        used = before.unique().tolist()
-        self.assertEqual(len(used), 4)
+        codes = vae.encode(frames, context)
+        self.assertEqual(len(codes.unique()), 4)
         clear, wanted = vae.patches(frames), torch.zeros(6, 48)
-        for code in used:
-            wanted[code] = clear[before == code][0]
-        vae._decode_patches = lambda one_hot, context: one_hot @ wanted  # rebuilds each code's patches exactly
+        for code in codes.unique().tolist():
+            wanted[code] = clear[codes == code][0]
+        vae._decode_patches = lambda one_hot, context: one_hot @ wanted
+        return vae, frames, context, codes, wanted
+
+    def test_codes_that_others_can_stand_for_are_dropped(self):
+        vae, frames, context, before, wanted = self.perfect_vae()
+        used = before.unique().tolist()
         self.assertEqual(vae.drop_codes(frames, context), 0)
         self.assertTrue(torch.equal(vae.encode(frames, context), before))
 
@@ -168,18 +173,12 @@ class TestVAE(unittest.TestCase):
         self.assertTrue(torch.equal(restored.encode(frames, context), vae.encode(frames, context)))
 
     def test_a_code_that_two_kinds_share_beside_their_own_is_dropped(self):
-        vae, frames, context = vae_of(obs_std=0.1), frames_of(noise=0), torch.zeros(64, 5)
-        vae.init_codes_kmeans(vae.patches(frames).flatten(0, 1))
-        codes = vae.encode(frames, context).long()
+        vae, frames, context, codes, wanted = self.perfect_vae()
         first, second, *_ = sorted(codes.unique().tolist(), key=lambda code: int((codes == code).sum()))
         spare = next(code for code in range(6) if code not in codes.unique())
-        clear, wanted = vae.patches(frames), torch.zeros(6, 48)
-        for code in codes.unique():
-            wanted[code] = clear[codes == code][0]
         wanted[spare] = (wanted[first] + wanted[second]) / 2
-        vae._decode_patches = lambda one_hot, context: one_hot @ wanted
         shared = ((codes == first) | (codes == second)) & (torch.arange(64) % 4 == 0)[:, None]
-        logits = torch.nn.functional.one_hot(torch.where(shared, spare, codes), 6).float()
+        logits = torch.nn.functional.one_hot(torch.where(shared, spare, codes.long()), 6).float()
         with mock.patch.object(vae, "logits", lambda *_: logits):
             self.assertEqual(vae.drop_codes(frames, context), 1)
         self.assertEqual((vae.encoder_out[-1].bias == ABSENT).nonzero().flatten().tolist(), [spare])

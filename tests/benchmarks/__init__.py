@@ -107,14 +107,13 @@ def over_seeds(values: Sequence[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {half_width(values):.{digits}f}"
 
 
-def score_cells(stats: dict[str, Any]) -> list[str]:
-    """Two cells of a Markdown table: return and normalised return with their confidence intervals.
+def score_cells(stats: dict[str, Any], names: Sequence[str] = ("return_mean", "normalised")) -> list[str]:
+    """Cells of a Markdown table: figures with their confidence intervals.
 
     Args:
         stats: an evaluation, or `world_model.statistics` of several.
+        names: which figures.
     """
     from world_model import format_ci
 
-    return [
-        format_ci(stats[key], stats[f"{key}_ci95"], digits) for key, digits in (("return_mean", 2), ("normalised", 3))
-    ]
+    return [format_ci(stats[name], stats[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in names]

@@ -13,8 +13,8 @@ from tyro.conf import Positional
 
 from main import evaluate
 from memory import UserError
-from tests.benchmarks import command_line, load_systems
-from world_model import format_ci, statistics
+from tests.benchmarks import command_line, load_systems, score_cells
+from world_model import statistics
 
 
 def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 1024) -> None:
@@ -34,8 +34,7 @@ def main(runs: Positional[tuple[Path, ...]], lifetimes: int = 1024) -> None:
     names, thompson = [*names, f"all {len(results)}"], [*thompson, sum(thompson) / len(thompson)]
     print("| tasks | return | Thompson sampling | of Thompson |\n|---|---|---|---|")
     for name, expected, stats in zip(names, thompson, [*map(statistics, results), statistics(*results)], strict=True):
-        shown = (format_ci(stats[key], stats[f"{key}_ci95"], n) for key, n in (("return_mean", 2), ("of_thompson", 3)))
-        returns, share = shown
+        returns, share = score_cells(stats, ("return_mean", "of_thompson"))
         print(f"| {name.rpartition(':')[2]} | {returns} | {expected:.2f} | {share} |")
     print(f"\n{lifetimes} lifetimes on the test split of each")
 

@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from environment import WorldSettings
 from main import Settings, with_preset
 from memory import RunFolder, UserError, require_new, write_json
-from tests.benchmarks import command_line, half_width, run_folders
+from tests.benchmarks import command_line, half_width, run_folders, score_cells
 from world_model import AGENTS, available_metrics, format_ci, plot_adaptation, statistics
 
 HEADS = {
@@ -33,8 +33,7 @@ HEADS = {
 
 def metric_cells(result: dict[str, Any]) -> list[str]:
     """Every available metric of an evaluation or of `statistics` with its confidence interval."""
-    names = [name for name in HEADS if name in result]
-    return [format_ci(result[name], result[f"{name}_ci95"], 2 if name.startswith("return") else 3) for name in names]
+    return score_cells(result, [name for name in HEADS if name in result])
 
 
 def result_table(results: Sequence[dict[str, Any]], joined: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ import numpy as np
 
 from main import Settings, with_preset
 from memory import UserError, write_json
-from tests.benchmarks import ROOT, command_line, over_seeds, run_command
+from tests.benchmarks import ROOT, command_line, over_seeds, run_command, score_cells
 from world_model import AGENTS, format_ci
 
 RECORDS = ROOT / "tests" / "benchmarks" / "records"
@@ -261,7 +261,7 @@ def default_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> st
     others = {"belief, nats above exact filter": ("belief", 3), "seconds": ("training_seconds", 0)}
     (runs,), rows = worlds.values(), []
     for run in runs:
-        scores = [format_ci(run[key], run[f"{key}_ci95"], digits) for key, digits in columns.values()]
+        scores = score_cells(run, [key for key, _ in columns.values()])
         rows.append([run["seed"], *scores, *(f"{run[key]:.{digits}f}" for key, digits in others.values())])
     columns |= others
     means = [over_seeds([run[key] for run in runs], digits) for key, digits in columns.values()]
