@@ -9,7 +9,7 @@ prior knowledge; the uniform prior of the exact filter over action maps contains
 
 Sources: Zintgraf et al., "VariBAD", ICLR 2020 (a recurrent belief trained to decode the whole lifetime); Kirsch et al.,
 "Introducing Symmetries to Black Box Meta Reinforcement Learning", AAAI 2022 (one recurrent cell shared by all actions);
-Cho et al., 2014 (the GRU).
+Cho et al., 2014 (the GRU); Zaheer et al., "Deep Sets", NeurIPS 2017 (a sum over the other actions).
 """
 
 from __future__ import annotations
@@ -81,11 +81,13 @@ class ContextInferenceEngine(nn.Module):
         self.initial = nn.Parameter(torch.zeros(2 + len(fixed), hidden))
         own = [2 + fixed.index(action) if action in fixed else 0 for action in range(actions)]
         self.register_buffer("initial_row", torch.tensor([*own, 1]), persistent=False)
-        self.to_context = nn.Linear(hidden, settings.context)
+        self.of_others = nn.Linear(hidden, hidden)
+        self.to_context = nn.Linear(2 * hidden, settings.context)
         self.register_buffer("pairs", pair_codes(codes), persistent=False)
         self.set_num_effects(num_effects)
         with torch.no_grad():
-            self.to_context.weight.mul_(settings.context_scale)
+            for layer in (self.of_others, self.to_context):
+                layer.weight.mul_(settings.context_scale)
             self.gru.bias_ih_l0[hidden : 2 * hidden] = 1.0  # update gate: remember by default
 
     def set_num_effects(self, num_effects: int) -> None:
@@ -104,8 +106,15 @@ class ContextInferenceEngine(nn.Module):
         return self.initial[self.initial_row].expand(batch, -1, -1)
 
     def context(self, belief: Tensor) -> Tensor:
-        """The context (..., D) of rows of belief (..., H), row by row: row a is action a's, the last the world's."""
-        return self.to_context(belief)
+        """The context (..., A + 1, D) of a belief (..., A + 1, H): row a is action a's, the last the world's.
+
+            c_a = W [h_a, sum over all other actions b of silu(V h_b)],  c_world = W [h_world, 0]
+
+        What the others are known to do, this one hardly does too: so one knows something of actions never taken.
+        """
+        features = F.silu(self.of_others(belief[..., :-1, :]))
+        others = features.sum(-2, keepdim=True) - features
+        return self.to_context(torch.cat([belief, F.pad(others, (0, 0, 0, 1))], -1))
 
     def step(self, belief: Tensor, experience: Experience) -> Tensor:
         """The belief (B, A + 1, H) after one more step; `experience` has T = 1."""
@@ -173,9 +182,10 @@ class ContextInferenceEngine(nn.Module):
         step = torch.arange(T, device=action.device).repeat(B)
         time, valid = self._other_times(experience.segment, row, step, generator)
 
-        def context_at(row: Tensor, time: Tensor, of: Tensor | int) -> Tensor:  # all others are not needed
-            index = (row * (T + 1) + time) * (self.actions + 1) + of
-            return self.context(beliefs.flatten(0, 2).index_select(0, index))
+        contexts = self.context(beliefs).flatten(0, 2)
+
+        def context_at(row: Tensor, time: Tensor, of: Tensor | int) -> Tensor:
+            return contexts.index_select(0, (row * (T + 1) + time) * (self.actions + 1) + of)
 
         own = context_at(row.repeat(2), torch.cat([step, time]), action.repeat(2))
         filtered, decoded = transition.prior_loss(own, posterior.repeat(2, 1)).chunk(2)

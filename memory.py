@@ -546,7 +546,7 @@ class RunFolder:
     `lifetime.gif`.
     """
 
-    FORMAT = 9  # of checkpoints; raised when they change
+    FORMAT = 10  # of checkpoints; raised when they change
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config, self.metrics = folder, folder / "config.json", folder / "metrics.jsonl"

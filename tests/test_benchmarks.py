@@ -38,7 +38,7 @@ class TestResults(unittest.TestCase):
         self.assertNotRegex(results.PLACE.sub("", text), r"\d\.\d\d", "a figure without a record")
         every = results.measurements()
         self.assertLessEqual(set(records), set(every))
-        self.assertLessEqual(places - {"readme", "worlds", "external"}, {*every, "default"})
+        self.assertLessEqual(places - {"readme", "worlds", "external", "gpu"}, {*every, "default"})
         self.assertLessEqual({name for name, one in every.items() if one.command[0] == "-m"}, places)
 
     def test_a_record_is_of_another_version_when_code_changes_and_not_when_prose_does(self):

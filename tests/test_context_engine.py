@@ -86,6 +86,17 @@ class TestBelief(unittest.TestCase):
         permuted = engine.sequence(experience._replace(action=permutation[experience.action]))
         torch.testing.assert_close(permuted[:, :, permutation], beliefs[:, :, :A])
         torch.testing.assert_close(permuted[:, :, A], beliefs[:, :, A])
+        before, after = engine.context(beliefs), engine.context(permuted)
+        torch.testing.assert_close(after[:, :, permutation], before[:, :, :A])
+        torch.testing.assert_close(after[:, :, A], before[:, :, A])
+
+    def test_what_is_known_of_one_action_reaches_the_contexts_of_all_actions(self):
+        engine, belief = engine_of(), torch.randn(B, A + 1, 8)
+        for row, reached in ((1, [True] * A + [False]), (A, [False] * A + [True])):
+            changed = belief.clone()
+            changed[:, row] += 1
+            differs = (engine.context(changed) - engine.context(belief)).abs().amax((0, 2)) > 1e-4
+            self.assertEqual(differs.tolist(), reached)
 
     def test_contacts_count_only_in_steps_with_a_reward(self):
         engine, experience = engine_of(), experience_of()

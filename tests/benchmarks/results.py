@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from main import Settings, with_preset
 from memory import UserError, write_json
@@ -38,6 +39,9 @@ CLASSICS |= {"DarkKeyToDoor": (64, 8)}
 FOLDS = tuple(f"HiddenGoal{fold}" for fold in range(1, 5))
 TABLES = ("PRESETS", "WORLDS")
 DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how functions begin that do not change figures
+# Eight times the default's sizes: what eight processes would learn from.
+WIDE = {"envs": "512", "random-lifetimes": "4096", "batch": "256", "value-batch": "128", "effect-batch": "64"}
+WIDE |= {"frame-batch": "2048"}
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
 
 
@@ -50,16 +54,17 @@ class Measurement:
     command: tuple[str, ...]
     minutes: float  # about how long it takes one core
     alone: bool = False  # nothing else may run beside it
+    gpu: bool = False  # it needs a GPU
 
 
-def training(*options: str, seed: int, minutes: float) -> Measurement:
+def training(*options: str, seed: int, **about: float) -> Measurement:
     """A training, with options of main.py."""
-    return Measurement(("main.py", *options, "--seed", str(seed)), minutes)
+    return Measurement(("main.py", *options, "--seed", str(seed)), **about)
 
 
-def benchmark(name: str, *arguments: str, minutes: float, alone: bool = False) -> Measurement:
+def benchmark(name: str, *arguments: str, **about: float) -> Measurement:
     """Another benchmark."""
-    return Measurement(("-m", f"tests.benchmarks.{name}", *arguments), minutes, alone)
+    return Measurement(("-m", f"tests.benchmarks.{name}", *arguments), **about)
 
 
 def measurements() -> dict[str, Measurement]:
@@ -97,9 +102,17 @@ def measurements() -> dict[str, Measurement]:
         "speed": benchmark("speed", "{default-0}", minutes=5, alone=True),
         "speedrun": benchmark("speedrun", minutes=15, alone=True),
         "processes": benchmark("processes", "--preset", "quick", "--name", "KEPT", minutes=6, alone=True),
-        "rl2-plain": benchmark("rl2", "--preset", "quick", minutes=20),
-        "rl2-aided": benchmark("rl2", "--preset", "quick", "--symbols", "--relabel", "--labels", "1", minutes=20),
     }
+    on_gpu = ("--device", "cuda")
+    wide = [x for name, size in WIDE.items() for x in (f"--training.{name}", size)]
+    found["gpu-1-0"] = training(*on_gpu, seed=0, minutes=4, gpu=True)
+    found["gpu-8-0"] = training(*on_gpu, *wide, "--memory.budget-mb", "4096", seed=0, minutes=5, gpu=True)
+    found["speed-gpu"] = benchmark("speed", "{default-0}", "--gpu", minutes=2, alone=True, gpu=True)
+    many, aids = (*on_gpu, "--lifetimes", "4096", "--frames", "60000000"), ("--symbols", "--relabel", "--labels", "1")
+    for preset in ("quick", "default"):
+        for name, options in {"plain": (), "aided": aids}.items():
+            command = ("rl2", "--preset", preset, *options, *many)
+            found[f"rl2-{preset}-{name}"] = benchmark(*command, minutes=8, gpu=True)
     return found
 
 
@@ -177,7 +190,8 @@ def make_record(name: str, cores: int) -> None:
         "commit": commit(),
         "version": version(one.command),
         "date": time.strftime("%Y-%m-%d"),
-        "processor": processor(),
+        "processor": processor(one.gpu),
+        "torch": torch.__version__,
         "threads": cores,
     }
     environment, start = os.environ | {"OMP_NUM_THREADS": str(cores)}, time.perf_counter()
@@ -216,11 +230,12 @@ def training_figures(run: Path) -> dict[str, Any]:
     return kept | {"training_seconds": round(timing["total"], 1), "validations": timing["validations"]}
 
 
-def processor() -> str:
-    """The name of this machine's processor."""
+def processor(gpu: bool) -> str:
+    """The name of this machine's processor, and of its GPU where that was used."""
     names = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", names.read_text()) if names.exists() else None
-    return f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
+    name = f"{found[1] if found else platform.processor()}, {os.cpu_count()} cores"
+    return f"{torch.cuda.get_device_name()}; {name}" if gpu else name
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -287,6 +302,7 @@ def tables(records: dict[str, dict]) -> dict[str, str]:
     presets = ("quick", "large", "permutations", "switching", "tinted", "everything")
     made = {"worlds": (worlds_table, presets), "external": (worlds_table, (*CLASSICS, *ROOMS))}
     made |= {"default": (default_table, ("default",)), "readme": (readme_table, ("default",))}
+    made["gpu"] = (worlds_table, ("gpu-1", "gpu-8"))
     found = {}
     for name, (table, names) in made.items():
         runs = {world: each for world in names if (each := seeds_of(records, world))}
@@ -302,12 +318,17 @@ def tables(records: dict[str, dict]) -> dict[str, str]:
 
 def origin(records: list[dict]) -> str:
     """Where figures come from: a line below a table."""
-    of = {key: list(dict.fromkeys(str(record[key]) for record in records)) for key in ("commit", "date", "processor")}
-    threads = {record["threads"] for record in records}
-    return (
-        f"Commit {', '.join(of['commit'])}; {', '.join(of['date'])}; {', '.join(of['processor'])}; "
-        f"threads: {', '.join(map(str, sorted(threads)))}."
-    )
+    found = []
+    for key, word in (
+        ("commit", "Commit "),
+        ("date", ""),
+        ("processor", ""),
+        ("threads", "threads: "),
+        ("torch", "torch "),
+    ):
+        if each := sorted({str(record[key]) for record in records if key in record}):
+            found.append(word + ", ".join(each))
+    return "; ".join(found) + "."
 
 
 PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -355,7 +376,10 @@ def main(make: bool = False, only: tuple[str, ...] = ()) -> None:
     if unknown := [name for name in only if not any(known.startswith(name) for known in every)]:
         raise UserError(f"no record is called {unknown[0]!r}: the names are {', '.join(every)}.")
     for name, one in todo.items():
-        print(f"{name:28s} {'of another version' if name in records else 'missing':18s} {one.minutes:4.0f} minutes")
+        state = "of another version" if name in records else "missing"
+        print(f"{name:28s} {state:18s} {one.minutes:4.0f} minutes{', on a GPU' if one.gpu else ''}")
+    if not torch.cuda.is_available():
+        todo = {name: one for name, one in todo.items() if not one.gpu}
     hours = sum(one.minutes for one in todo.values()) / 60 / (os.cpu_count() or 1)
     print(
         f"{len(every) - len(stale)} of {len(every)} records are of this version; the above take {hours:.1f} hours here"

@@ -84,7 +84,7 @@ def observe(world: HiddenRulesWorld, frame: Tensor, step: WorldStep | None, symb
     after = now if step is None else world.order_by_colour(world.next_position, world.step_rule)
     parts = []
     for place in (now, after):
-        i, j = torch.triu_indices(place.shape[1], place.shape[1], 1)
+        i, j = torch.triu_indices(place.shape[1], place.shape[1], 1, device=place.device)
         offset = place[:, i] - place[:, j]
         parts += [F.one_hot(place, world.settings.grid).flatten(1), F.one_hot(offset.sign() + 1, 3).flatten(1)]
     return torch.cat(parts, 1).float()
@@ -95,12 +95,12 @@ def roll_out(
     net: RL2, world: HiddenRulesWorld, symbols: bool, relabel: bool, generator: torch.Generator | None
 ) -> Lifetimes:
     """One lifetime in every world; greedy without a generator."""
-    batch, actions, steps = world.batch, net.policy.out_features, world.settings.lifetime
-    names = torch.arange(actions).expand(batch, -1)
+    batch, actions, steps, device = world.batch, net.policy.out_features, world.settings.lifetime, world.device
+    names = torch.arange(actions, device=device).expand(batch, -1)
     if relabel:
-        names = torch.rand(batch, actions, generator=generator).argsort(1)
-    seen, state = observe(world, world.reset(), None, symbols), torch.zeros(1, batch, net.hidden)
-    previous, rows = torch.zeros(batch, actions + 3), []
+        names = torch.rand(batch, actions, generator=generator, device=device).argsort(1)
+    seen, state = observe(world, world.reset(), None, symbols), torch.zeros(1, batch, net.hidden, device=device)
+    previous, rows = torch.zeros(batch, actions + 3, device=device), []
     for t in range(steps):
         previous[:, -1] = 1 - t / steps
         log_prob, value, _, state = net(seen[None], previous[None], state)
@@ -119,7 +119,7 @@ def roll_out(
 
 def advantages(lived: Lifetimes, gamma: float, lambda_: float) -> tuple[Tensor, Tensor]:
     """Generalised advantages and returns (T, B), over the ends of inner episodes to the end of the lifetime."""
-    out, running, following = torch.empty_like(lived.value), torch.zeros(()), torch.zeros(())
+    out, running, following = torch.empty_like(lived.value), 0.0, 0.0
     for t in reversed(range(len(out))):
         running = lived.reward[t] + gamma * following - lived.value[t] + gamma * lambda_ * running
         following, out[t] = lived.value[t], running
@@ -134,15 +134,16 @@ def learn(
     labels: float,
     generator: torch.Generator,
     epochs: int = 4,
-    minibatch: int = 64,
+    minibatches: int = 8,
 ) -> None:
     """PPO on one batch of lifetimes."""
     advantage, target = advantages(lived, gamma=0.95, lambda_=0.8)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     for _ in range(epochs):
-        for rows in torch.randperm(lived.reward.shape[1], generator=generator).split(minibatch):
+        order = torch.randperm(lived.reward.shape[1], generator=generator, device=generator.device)
+        for rows in order.tensor_split(minibatches):
             seen, previous, action, before = (part[:, rows] for part in lived[:4])
-            log_prob, value, memory, _ = net(seen, previous, torch.zeros(1, len(rows), net.hidden))
+            log_prob, value, memory, _ = net(seen, previous, seen.new_zeros(1, len(rows), net.hidden))
             ratio = (log_prob.gather(-1, action[..., None])[..., 0] - before).exp()
             gain = torch.min(ratio * advantage[:, rows], ratio.clamp(0.8, 1.2) * advantage[:, rows]).mean()
             entropy = -(log_prob.exp() * log_prob).sum(-1).mean()
@@ -164,14 +165,15 @@ def train(
     relabel: bool,
     labels: float,
     lr: float,
-    lifetimes: int = 512,
+    lifetimes: int,
+    device: str,
 ) -> None:
     """Train and print a row at every milestone: so many lifetimes are `evaluated`, those of `main.evaluate`."""
     torch.manual_seed(seed)
-    generator = make_generator(seed, stream=9)
-    worlds = HiddenRulesWorld(world, lifetimes, "train", seed)
+    generator = make_generator(seed, stream=9, device=device)
+    worlds = HiddenRulesWorld(world, lifetimes, "train", seed, device)
     seen = observe(worlds, worlds.reset(), None, symbols).shape[1]
-    net = RL2(seen, world.actions, worlds.rule.colours.shape[1])
+    net = RL2(seen, world.actions, worlds.rule.colours.shape[1]).to(device)
     optimizer = torch.optim.Adam(net.parameters(), lr, eps=1e-5)
     done, seconds, due = 0, 0.0, 0
     while done < frames:
@@ -183,7 +185,7 @@ def train(
         done, seconds = done + lived.reward.numel(), seconds + time.perf_counter() - start
         if done >= due or done >= frames:
             due += frames // 20
-            held_out = HiddenRulesWorld(world, evaluated, "test", EVALUATION_SEEDS["test"])
+            held_out = HiddenRulesWorld(world, evaluated, "test", EVALUATION_SEEDS["test"], device)
             earned = roll_out(net, held_out, symbols, False, None).reward.sum(0).mean()
             print(f"| {done:,} | {seconds:.0f} | {lived.reward.sum(0).mean():.2f} | {earned:.2f} |", flush=True)
 
@@ -196,6 +198,8 @@ def main(
     relabel: bool = False,
     labels: float = 0.0,
     lr: float = 2e-3,
+    lifetimes: int = 512,
+    device: str = "cpu",
 ) -> None:
     """Train RL2 and print its learning curve.
 
@@ -207,16 +211,18 @@ def main(
         relabel: Name the actions anew in every training lifetime.
         labels: Weight of teaching the memory the hidden rule; 0 for none.
         lr: Adam's initial learning rate; it falls linearly.
+        lifetimes: Worlds at once; an update reads an eighth of them.
+        device: Where to compute.
     """
     if preset not in PRESETS:
         raise UserError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
     settings = with_preset(Settings(), preset)
-    world, lifetimes = settings.world, settings.training.evaluation_lifetimes
-    known = references(world, lifetimes, "test", EVALUATION_SEEDS["test"], torch.device("cpu"))
+    world, evaluated = settings.world, settings.training.evaluation_lifetimes
+    known = references(world, evaluated, "test", EVALUATION_SEEDS["test"], torch.device(device))
     print("| frames | seconds | return, training | return, held out |\n|---|---|---|---|")
     for name in ("thompson", "known_rule"):
         print(f"| {AGENTS[name]} | | | {known[name].reward.sum(1).mean():.2f} |")
-    train(world, lifetimes, seed, frames, symbols, relabel, labels, lr)
+    train(world, evaluated, seed, frames, symbols, relabel, labels, lr, lifetimes, device)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 Every ratio is measured in one process: rendering environments beside filling as many bytes and beside MiniGrid,
 decisions and updates beside bare matrix products of as many floating-point operations, and how the cost of each part
 grows as sizes double. RUN is a trained run, because an untrained belief is vague, and a plan under it has far more
-branches; without one, the preset `quick` is trained first. A GPU, if there is one, is timed too. --recorded measures
-a few ratios for a minute and compares them with ratios.json, which --record writes; exit code 1 if one has fallen
-below half.
+branches; without one, the preset `quick` is trained first. --gpu times a GPU instead. --recorded measures a few ratios
+for a minute and compares them with ratios.json, which --record writes; exit code 1 if one has fallen below half.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tyro.conf import Positional
 from agent import AgentController, Learner, System
 from environment import HiddenRulesWorld, WorldSettings, make_inner_env
 from main import Settings, build_system, load_system, train, with_preset
-from memory import merge, write_json
+from memory import UserError, merge, write_json
 from tests.benchmarks import command_line
 from tests.benchmarks._measure import FlopCounter, best_seconds, count_flops, matrix_product, now, threads
 from transition_model import EffectCache
@@ -296,18 +295,22 @@ def cpu_rows(system: System) -> list[Row]:
 
 
 def gpu_rows(system: System) -> list[Row]:
-    """Environments, decisions and learning on the GPU."""
+    """Environments, decisions and learning on the GPU, learning also with batches 32 times as large."""
     on_gpu = build_system(merge(system.settings, {"device": "cuda"}))
     on_gpu.load({name: module.state_dict() for name, module in system.modules().items()})
     rows = [world_row("cuda", batch) for batch in (64, 1024, 4096, 65536)]
-    rows += [decision_row(on_gpu, batch) for batch in (1, 256, 4096)]
-    rows += learning_rows(prepare_learner(merge(BASE, {"device": "cuda"}), lifetimes=512))
-    name = torch.cuda.get_device_name()
-    return [row._replace(name=f"{row.name}, {name}") for row in rows]
+    rows += [decision_row(on_gpu, batch, nodes) for nodes in (1, 0) for batch in (1, 256, 4096)]
+    sizes = ("envs", "batch", "value_batch", "effect_batch", "frame_batch", "random_lifetimes")
+    for wider in (1, 32):
+        training = {name: wider * getattr(BASE.training, name) for name in sizes}
+        wide = merge(BASE, {"device": "cuda", "training": training, "memory": {"budget_mb": 8192}})
+        learnt = learning_rows(prepare_learner(wide, lifetimes=training["batch"]))
+        rows += [row._replace(name=f"{row.name}, batches times {wider}") for row in learnt]
+    return rows
 
 
 def all_rows(system: System, output: Path) -> list[Row]:
-    """Everything that this machine can measure; growth.png goes to `output`."""
+    """Everything that processors can measure; growth.png goes to `output`."""
     rows = cpu_rows(system)
     if importlib.util.find_spec("minigrid"):
         rows += minigrid_rows()
@@ -316,12 +319,7 @@ def all_rows(system: System, output: Path) -> list[Row]:
     learner = prepare_learner(BASE, lifetimes=512)
     rows += learning_rows(learner) + memory_rows(learner)
     small = {"training": {"envs": 32, "batch": 32, "value_batch": 8, "random_lifetimes": 32}}
-    rows += growth(merge(BASE, small), output / "growth.png")
-    if torch.cuda.is_available():
-        rows += gpu_rows(system)
-    else:
-        print("there is no GPU here: its rows are left out")
-    return rows
+    return rows + growth(merge(BASE, small), output / "growth.png")
 
 
 def trained_system() -> System:
@@ -334,6 +332,7 @@ def trained_system() -> System:
 def main(
     run: Positional[Path | None] = None,
     output: Path = Path("runs/benchmarks"),
+    gpu: bool = False,
     recorded: bool = False,
     record: bool = False,
 ) -> int:
@@ -342,6 +341,7 @@ def main(
     Args:
         run: Folder of a trained run; `quick` is trained if there is none.
         output: Folder for speed.md, speed.json and growth.png; overwritten.
+        gpu: Time the GPU, not the processor.
         recorded: Only compare a few ratios with ratios.json.
         record: Write these ratios to ratios.json first.
     """
@@ -349,9 +349,11 @@ def main(
         record_ratios()
     if record or recorded:
         return check_ratios()
+    if gpu and not torch.cuda.is_available():
+        raise UserError("there is no GPU here: leave out --gpu.")
     system = load_system(run)[0] if run else trained_system()
     output.mkdir(parents=True, exist_ok=True)
-    rows = all_rows(system, output)
+    rows = gpu_rows(system) if gpu else all_rows(system, output)
     lines = ["| what | value | ratio | to |", "|---|---|---|---|"]
     lines += [f"| {row.name} | {row.value} | {row.ratio:.3g} | {row.reference} |" for row in rows]
     (output / "speed.md").write_text("\n".join(lines) + "\n")
