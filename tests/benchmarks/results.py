@@ -128,7 +128,15 @@ def code_of(text: str) -> bytes:
             node.body[0].value.value = ""
         if isinstance(node, ast.Raise):
             node.exc = node.cause = None
-    return ast.unparse(tree).encode()
+    return content(tree).encode()
+
+
+def content(node: Any) -> str:
+    """What a part of a syntax tree holds. Nothing empty: which empty fields there are depends on the Python version."""
+    if isinstance(node, ast.AST):
+        parts = (f"{name}={content(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({', '.join(parts)})"
+    return f"[{', '.join(map(content, node))}]" if isinstance(node, list) else repr(node)
 
 
 @functools.cache
