@@ -65,7 +65,7 @@ class Planner:
     budget has room for all. The last of many layers have few grids, cost as much time each, and change little: `layers`
     bounds their number. Where an episode after a termination began with the same grid as the first one, the next ones
     count as beginning there too: it is a second root, and U of it takes the place of W, which knows no places. The
-    belief does not change inside a plan, so what an action would reveal does not count.
+    belief does not change inside a plan: what an action would reveal counts only as far as V and W have learnt it.
     Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
@@ -189,15 +189,18 @@ class Planner:
     def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:
         """Learn what states and new episodes are worth, from stored lifetimes and the planner's own search.
 
-        Backwards along each lifetime, with the target value V-, W- (the planner's) and e_t = the episode ended at t:
+        Backwards along each lifetime, with the target value V- (the planner's) and e_t = the episode ended at t:
 
-            after_t = W-(c_t+1) if e_t else V-(z'_t, c_t+1)
+            after_t = V-(z_t+1, c_t+1) if e_t else V-(z'_t, c_t+1)
             boot_t  = lambda g_t+1 + (1 - lambda) after_t
             g_t     = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken was the planner's choice,
                       max_a Q_t                                where it was not
-            loss    = mean (V(z_t, c_t) - g_t)^2 + mean over first steps of episodes (W(c_t) - g_t)^2
+            loss    = mean (V(z_t, c_t) - g_t)^2 + mean over terminations (W(c_t) - g_t+1)^2
 
-        Time limits end episodes but not the lifetime, so they too lead to W. Q is searched one step deep to save time.
+        W reads the belief before the termination and learns what was earned with the belief after it. So it counts what
+        terminations reveal, which a plan does not: if it learned from the belief at the start of an episode, to wait
+        beside an object of unknown worth would seem better than to touch it. After the last step of a lifetime z_0
+        stands for z_t+1. Q is searched one step deep to save time.
         `value` learns, from experience (B, T, ...) under contexts (B, T + 1, A + 1, D), without gradient. Returns both
         terms, value and reset_value, in squared units of reward.
         """
@@ -208,8 +211,8 @@ class Planner:
         best, choice = q.max(-1)
         with torch.no_grad():
             pooled = self.value.pool(context[:, 1:].flatten(0, 1))
-            next_value = self.value(self.value.statistics(experience.next_codes.flatten(0, 1)), pooled).view(B, T)
-            after = torch.where(ended, self.value.reset_value(pooled).view(B, T), next_value)
+            after = torch.where(ended[..., None], experience.codes.roll(-1, 1), experience.next_codes)
+            after = self.value(self.value.statistics(after.flatten(0, 1)), pooled).view(B, T)
         # g_t is constant_t + factor_t g_t+1
         discount, lambda_, chosen = self.settings.discount, self.settings.lambda_, experience.action == choice
         taken = (experience.reward + discount * (1 - lambda_) * after + best) / 2
@@ -218,10 +221,11 @@ class Planner:
         for t in reversed(range(T)):
             following = torch.addcmul(constant[:, t], factor[:, t], following)
             target[:, t] = following
-        first = experience.begins
         pooled = value.pool(context[:, :-1].flatten(0, 1))
         predicted = value(value.statistics(codes), pooled).view(B, T)
-        of_reset = F.mse_loss(value.reset_value(pooled[first.flatten()]), target[first])
+        error = value.reset_value(pooled).view(B, T)[:, :-1] - target[:, 1:]
+        over = experience.terminated[:, :-1]
+        of_reset = (error.square() * over).sum() / over.sum().clamp_min(1)
         return {"value": F.mse_loss(predicted, target), "reset_value": of_reset}
 
 

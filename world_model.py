@@ -288,13 +288,12 @@ def kinds_of_patch(patches: Tensor, most: int = 255) -> Tensor:
 
 
 class Value(nn.Module):
-    """The value V(z, c) of a state under a belief, and W(c), the value of starting a new episode; in units of reward.
+    """The value V(z, c) of a state under a belief c, and W(c), that of a new episode after one that terminates under c.
 
-    It depends on the belief as well as the state. The state enters through keypoints, as in the spatial softmax of Finn
-    et al. (2016), with one change: attention is over the *codes* that are present, each at its mean position, and not
-    over single patches. So the background, one code on most patches, does not outweigh the few objects, and the value
-    starts to learn earlier. The rows of the actions enter through their mean, so relabelling the actions changes
-    nothing.
+    Both are in units of reward. The state enters V through keypoints, as in the spatial softmax of Finn et al. (2016),
+    with one change: attention is over the *codes* that are present, each at its mean position, and not over single
+    patches. So the background, one code on most patches, does not outweigh the few objects, and the value starts to
+    learn earlier. The rows of the actions enter through their mean, so relabelling the actions changes nothing.
 
     Args:
         codes, grid, context_dim: as in `TransitionModel`.
@@ -353,7 +352,7 @@ class Value(nn.Module):
         return self.state_out(state)[:, 0]
 
     def reset_value(self, pooled: Tensor) -> Tensor:
-        """W (B,), the value of starting an episode under pooled contexts (B, 128)."""
+        """W (B,), the value of a new episode, where one terminates under pooled contexts (B, 128)."""
         return self.reset_out(pooled)[:, 0]
 
 

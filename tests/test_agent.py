@@ -267,23 +267,24 @@ class TestPlanner(unittest.TestCase):
         places = PlaceMemory.before_steps(experience, 6)
         values = system.planner.action_values(codes, contexts, places, nodes=1)
         chosen = experience._replace(action=values.argmax(-1).view(6, 12))
-        best, squares = values.amax(-1).view(6, 12), []
+        best, squares, of_reset = values.amax(-1).view(6, 12), [], []
         with torch.no_grad():
             predicted = system.value(system.value.statistics(codes), system.value.pool(contexts)).view(6, 12)
             for row in range(6):
                 target = None
                 for t in reversed(range(12)):
-                    pooled = slow.pool(context[row : row + 1, t + 1])
-                    after = slow(slow.statistics(experience.next_codes[row, t][None]), pooled)
-                    if bool(experience.ended[row, t]):
-                        after = slow.reset_value(pooled)
+                    before, ended = context[row : row + 1, t], bool(experience.ended[row, t])
+                    grid = experience.codes[row, (t + 1) % 12] if ended else experience.next_codes[row, t]
+                    after = slow(slow.statistics(grid[None]), slow.pool(context[row : row + 1, t + 1]))
+                    if target is not None and bool(experience.terminated[row, t]):
+                        of_reset.append(float(system.value.reset_value(system.value.pool(before)) - target) ** 2)
                     boot = after if target is None else 0.8 * target + 0.2 * after
                     taken = experience.reward[row, t] + 0.95 * boot
                     target = 0.5 * taken + 0.5 * best[row, t]
                     squares.append(float(predicted[row, t] - target) ** 2)
-        self.assertTrue(experience.ended.any())
-        loss = float(system.planner.loss(system.value, chosen, context)["value"].detach())
-        self.assertAlmostEqual(loss, float(np.mean(squares)), places=4)
+        losses = system.planner.loss(system.value, chosen, context)
+        self.assertAlmostEqual(float(losses["value"].detach()), float(np.mean(squares)), places=4)
+        self.assertAlmostEqual(float(losses["reset_value"].detach()), float(np.mean(of_reset)), places=4)
 
 
 class TestController(unittest.TestCase):
