@@ -42,6 +42,7 @@ DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how func
 # Eight times the default's sizes: what eight processes would learn from.
 WIDE = {"envs": "512", "random-lifetimes": "4096", "batch": "256", "value-batch": "128", "effect-batch": "64"}
 WIDE |= {"frame-batch": "2048"}
+ORIGIN = {"commit": "Commit ", "date": "", "processor": "", "threads": "threads: ", "torch": "torch "}
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
 
 
@@ -327,13 +328,7 @@ def tables(records: dict[str, dict]) -> dict[str, str]:
 def origin(records: list[dict]) -> str:
     """Where figures come from: a line below a table."""
     found = []
-    for key, word in (
-        ("commit", "Commit "),
-        ("date", ""),
-        ("processor", ""),
-        ("threads", "threads: "),
-        ("torch", "torch "),
-    ):
+    for key, word in ORIGIN.items():
         if each := sorted({str(record[key]) for record in records if key in record}):
             found.append(word + ", ".join(each))
     return "; ".join(found) + "."

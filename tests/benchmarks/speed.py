@@ -300,9 +300,8 @@ def gpu_rows(system: System) -> list[Row]:
     on_gpu.load({name: module.state_dict() for name, module in system.modules().items()})
     rows = [world_row("cuda", batch) for batch in (64, 1024, 4096, 65536)]
     rows += [decision_row(on_gpu, batch, nodes) for nodes in (1, 0) for batch in (1, 256, 4096)]
-    sizes = ("envs", "batch", "value_batch", "effect_batch", "frame_batch", "random_lifetimes")
     for wider in (1, 32):
-        training = {name: wider * getattr(BASE.training, name) for name in sizes}
+        training = {name: wider * getattr(BASE.training, name) for name in BASE.training.SHARED}
         wide = merge(BASE, {"device": "cuda", "training": training, "memory": {"budget_mb": 8192}})
         learnt = learning_rows(prepare_learner(wide, lifetimes=training["batch"]))
         rows += [row._replace(name=f"{row.name}, batches times {wider}") for row in learnt]
