@@ -282,6 +282,7 @@ class TestPlanner(unittest.TestCase):
                     taken = experience.reward[row, t] + 0.95 * boot
                     target = 0.5 * taken + 0.5 * best[row, t]
                     squares.append(float(predicted[row, t] - target) ** 2)
+        self.assertTrue(experience.ended.any())
         losses = system.planner.loss(system.value, chosen, context)
         self.assertAlmostEqual(float(losses["value"].detach()), float(np.mean(squares)), places=4)
         self.assertAlmostEqual(float(losses["reset_value"].detach()), float(np.mean(of_reset)), places=4)

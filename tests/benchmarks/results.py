@@ -39,9 +39,6 @@ CLASSICS |= {"DarkKeyToDoor": (64, 8)}
 FOLDS = tuple(f"HiddenGoal{fold}" for fold in range(1, 5))
 TABLES = ("PRESETS", "WORLDS")
 DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how functions begin that do not change figures
-# Eight times the default's sizes: what eight processes would learn from.
-WIDE = {"envs": "512", "random-lifetimes": "4096", "batch": "256", "value-batch": "128", "effect-batch": "64"}
-WIDE |= {"frame-batch": "2048"}
 ORIGIN = {"commit": "Commit ", "date": "", "processor": "", "threads": "threads: ", "torch": "torch "}
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
 
@@ -104,8 +101,9 @@ def measurements() -> dict[str, Measurement]:
         "speedrun": benchmark("speedrun", minutes=15, alone=True),
         "processes": benchmark("processes", "--preset", "quick", "--name", "KEPT", minutes=6, alone=True),
     }
-    on_gpu = ("--device", "cuda")
-    wide = [x for name, size in WIDE.items() for x in (f"--training.{name}", size)]
+    on_gpu, once = ("--device", "cuda"), Settings().training
+    sizes = {name.replace("_", "-"): getattr(once, name) for name in once.SHARED}  # eight processes would share these
+    wide = [part for name, size in sizes.items() for part in (f"--training.{name}", str(8 * size))]
     found["gpu-1-0"] = training(*on_gpu, seed=0, minutes=4, gpu=True)
     found["gpu-8-0"] = training(*on_gpu, *wide, "--memory.budget-mb", "4096", seed=0, minutes=5, gpu=True)
     found["speed-gpu"] = benchmark("speed", "{default-0}", "--gpu", minutes=2, alone=True, gpu=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from context_engine import references
 from environment import HiddenRulesWorld, WorldSettings
-from main import EVALUATION_SEEDS, Settings, with_preset
+from main import EVALUATION_SEEDS, Settings, get_device, with_preset
 from memory import UserError, WorldStep, make_generator
 from tests.benchmarks import command_line
 from world_model import AGENTS
@@ -166,7 +166,7 @@ def train(
     labels: float,
     lr: float,
     lifetimes: int,
-    device: str,
+    device: torch.device,
 ) -> None:
     """Train and print a row at every milestone: so many lifetimes are `evaluated`, those of `main.evaluate`."""
     torch.manual_seed(seed)
@@ -216,13 +216,13 @@ def main(
     """
     if preset not in PRESETS:
         raise UserError(f"preset is {preset!r}, but must be one of {', '.join(PRESETS)}.")
-    settings = with_preset(Settings(), preset)
+    settings, where = with_preset(Settings(), preset), get_device(device)
     world, evaluated = settings.world, settings.training.evaluation_lifetimes
-    known = references(world, evaluated, "test", EVALUATION_SEEDS["test"], torch.device(device))
+    known = references(world, evaluated, "test", EVALUATION_SEEDS["test"], where)
     print("| frames | seconds | return, training | return, held out |\n|---|---|---|---|")
     for name in ("thompson", "known_rule"):
         print(f"| {AGENTS[name]} | | | {known[name].reward.sum(1).mean():.2f} |")
-    train(world, evaluated, seed, frames, symbols, relabel, labels, lr, lifetimes, device)
+    train(world, evaluated, seed, frames, symbols, relabel, labels, lr, lifetimes, where)
 
 
 if __name__ == "__main__":
