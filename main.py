@@ -64,8 +64,8 @@ PRESETS: dict[str, dict] = {
         "vae": {"num_codes": 7},
         "transition": {"width": 48, "prior_width": 128, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
         "context": {"hidden": 96, "context": 64, "learning_rate": 4e-3},
-        "planner": {"nodes": 64, "collect_nodes": 16, "layers": 8, "min_branch_prob": 0.15},
-        "training": dict(updates=2500, value_batch=8, effect_updates=600, evaluation_lifetimes=256)
+        "planner": {"nodes": 64, "layers": 8, "min_branch_prob": 0.15},
+        "training": dict(updates=1600, value_batch=8, effect_updates=600, evaluation_lifetimes=256, collect_every=24)
         | dict(value_from=100, plan_from=200, validate_every=0),  # the exact filter over 115,200 rules takes minutes
     },
     "gym": {  # for an external environment
@@ -73,7 +73,7 @@ PRESETS: dict[str, dict] = {
         "memory": {"budget_mb": 512.0},
         "vae": {"num_codes": 24},
         "planner": {"nodes": 256, "collect_nodes": 256, "layers": 16, "expand_margin": 0.3, "min_branch_prob": 0.03},
-        "training": dict(updates=600, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
+        "training": dict(updates=400, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
         | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64)
         | dict(validate_every=0),  # environments of others are stepped one by one
     },
