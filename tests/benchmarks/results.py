@@ -72,11 +72,11 @@ def measurements() -> dict[str, Measurement]:
         worlds[preset] = (3, minutes, ("--preset", preset))
     worlds["permutations"] = (3, 3, ("--world.holdout", "permutations"))
     for name in CLASSICS:
-        minutes = 24 if name == "DarkKeyToDoor" else 10
+        minutes = 16 if name == "DarkKeyToDoor" else 7
         worlds[name] = (3, minutes, ("--world.gym-id", f"tests.benchmarks.classics:{name}-v0"))
     for fold in FOLDS:
         worlds[fold] = (1, 2, ("--world.gym-id", f"tests.benchmarks.classics:{fold}-v0"))
-    worlds |= {room: (3, 15, ("--world.gym-id", f"MiniGrid-{room}-v0")) for room in ROOMS}
+    worlds |= {room: (3, 11, ("--world.gym-id", f"MiniGrid-{room}-v0")) for room in ROOMS}
     found = {
         f"{name}-{seed}": training(*options, seed=seed, minutes=minutes)
         for name, (seeds, minutes, options) in worlds.items()
