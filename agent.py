@@ -187,19 +187,19 @@ class Planner:
         return q[: len(depth)]
 
     def loss(self, value: Value, experience: Experience, context: Tensor) -> dict[str, Tensor]:
-        """Learn what states and new episodes are worth, from stored lifetimes and the planner's own search.
+        """Learn the values of states and of new episodes, from stored lifetimes and the planner's own search.
 
         Backwards along each lifetime, with the target value V- (the planner's) and e_t = the episode ended at t:
 
             after_t = V-(z_t+1, c_t+1) if e_t else V-(z'_t, c_t+1)
             boot_t  = lambda g_t+1 + (1 - lambda) after_t
-            g_t     = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken was the planner's choice,
-                      max_a Q_t                                where it was not
+            g_t     = (r_t + discount boot_t + max_a Q_t) / 2  where the action taken maximises Q_t,
+                      max_a Q_t                                where it does not
             loss    = mean (V(z_t, c_t) - g_t)^2 + mean over terminations (W(c_t) - g_t+1)^2
 
         W reads the belief before the termination and learns what was earned with the belief after it. So it counts what
         terminations reveal, which a plan does not: if it learned from the belief at the start of an episode, to wait
-        beside an object of unknown worth would seem better than to touch it. After the last step of a lifetime z_0
+        beside an object of unknown reward would seem better than to touch it. After the last step of a lifetime z_0
         stands for z_t+1. Q is searched one step deep to save time.
         `value` learns, from experience (B, T, ...) under contexts (B, T + 1, A + 1, D), without gradient. Returns both
         terms, value and reset_value, in squared units of reward.
@@ -264,8 +264,9 @@ class System:
 class AgentController:
     """Perceives, infers the rules, plans and acts, in B environments at once.
 
-    The appearance context modulates the VAE if the system has one, else the context's world row. With `keep_frames` the
-    observations stay in `memory`, for the store of past lifetimes; for `nodes` see `Planner.action_values`.
+    The appearance context modulates the VAE if the system has one, else the context's world row, which then reaches the
+    decoder alone (see `VAE`). With `keep_frames` the observations stay in `memory`, for the store of past lifetimes;
+    for `nodes` see `Planner.action_values`. After a decision `codes` (B, S) uint8 and `values` (B, A) are those it saw.
     """
 
     def __init__(self, system: System, keep_frames: bool = False, nodes: int = 0) -> None:
@@ -307,7 +308,8 @@ class AgentController:
 
     @torch.no_grad()
     def observe(self, action: Tensor, step: WorldStep) -> None:
-        """Find out which effect happened, remember the step, and update the belief."""
+        """Find out which effect happened, remember the step, and update the belief. IndexError after as many steps as a
+        lifetime has: call `reset`."""
         action, step = action.to(self.obs.device), WorldStep(*(part.to(self.obs.device) for part in step))
         next_codes = self.vae.encode(step.next_obs, self.visual_context)
         likelihood = self.transition.effects.log_likelihood(self.codes, next_codes)
@@ -357,7 +359,8 @@ class TrainingSettings:
     exploration_end: float = 0.03  # the same at the end of the run, in [0, 1]; linear in between
     final_lr_scale: float = 0.1  # learning rates fall linearly to this share of their initial values, in [0, 1]
     evaluation_lifetimes: int = 4096  # held-out lifetimes for each agent in the final evaluation, at least 2
-    # updates of adaptation between validations, 0 for none: greedy, on the same held-out lifetimes each time
+    # updates of adaptation between validations, 0 for none: greedy, with `planner.collect_nodes`, on the same
+    # held-out lifetimes each time
     validate_every: int = 220
     validation_lifetimes: int = 256  # of each validation, at least 2
     log_every: int = 20  # updates between lines of metrics.jsonl, at least 1

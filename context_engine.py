@@ -40,8 +40,8 @@ class ContextSettings:
     hidden: int = 64  # size H of each row of the belief, at least 1
     context: int = 32  # size D of each row of the context, at least 1
     contact_features: int = 64  # contact features in a token of the world row, at least 1
-    token_scale: float = 5.0  # initial token weights over PyTorch's default: tokens are sparse, yet each must count
-    context_scale: float = 3.0  # initial weights from belief to context over PyTorch's default, at least 0
+    token_scale: float = 5.0  # factor on PyTorch's initial token weights: tokens are sparse, yet each must count
+    context_scale: float = 3.0  # factor on PyTorch's initial weights from belief to context, at least 0
     # weight of predicting the effects at other times, at least 0; with 0, reward and termination too only at their own
     decoding_weight: float = 2.0
     appearance: int = 0  # patch features in a token of the appearance; 0 where all lifetimes look the same
@@ -163,14 +163,14 @@ class ContextInferenceEngine(nn.Module):
 
             filter   = mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t)
             decoding = weight * mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t'),   t' random, past or future,
-        of those t whose t' lies in the same segment: effects under another rule are no valid target
+        of those t whose t' lies in the same segment, here and below: another rule's effects are no valid target
             reward, termination = cross-entropies of sampled steps under c_t' and what the memory of places held at t',
             t' random; steps with an event (a termination or an unusual reward) and steps without are averaged apart,
-            because events are 6% of the steps, and the logits of events are shifted by as much as they count more, so
-            that the heads predict how often they happen (Menon et al., "Long-tail Learning via Logit Adjustment", 2021)
+            because events are rare, and the logits of events are shifted by as much as they count more, so that the
+            heads predict how often they happen (Menon et al., "Long-tail Learning via Logit Adjustment", 2021)
 
-        The same holds for reward and termination. Gradients reach the engine and the contextual parameters of
-        `transition`; codes and effect posteriors are constants.
+        Gradients reach the engine and the contextual parameters of `transition`; codes and effect posteriors are
+        constants.
 
         Returns scalars in nats by name, and the beliefs (B, T + 1, A + 1, H) without gradient, for experience
         (B, T, ...). The generator makes the random times and steps.
@@ -301,7 +301,7 @@ class ExactFilter:
 
     It sees positions by colour, as frames show them, and rewards, never the rule. `log_posterior` (B, rules) is the
     belief. `nll` lists for each step the negative log-likelihood of the new positions, -log p(positions | past) (B,) in
-    nats: no belief can do better on average.
+    nats: no belief can do better on average over tasks sampled from all rules.
 
     Args:
         world: the environment it observes.
@@ -569,7 +569,7 @@ def infer_reward_bins(world: WorldSettings, lifetimes: int = 16, most: int = 4) 
     """Reward bins: 0 and the reward values of the objects.
 
     Of an external environment nothing is known, so they are inferred from random lifetimes: 0, and on either side the
-    rewards seen if these are at most so many, else as many evenly spaced ones up to the largest seen. They reach at
+    rewards seen if these are at most `most`, else as many evenly spaced ones up to the largest seen. They reach at
     least to 1, because an agent that learns earns more than a random one. -1, 0, 1 if there was no reward at all.
     """
     if not world.gym_id:

@@ -260,14 +260,14 @@ class Renderer:
     A frame shows the background, walls, objects and body in their colours; the body covers what it stands on. Gaussian
     noise is added to every number and rounded, and the sum is clipped to 0..255.
 
-    New noise for every frame would cost 20 times as much, so a bank of samples is drawn once, when the renderer is
-    made. The noise of a frame is a window of the bank whose start is drawn uniformly. In cells that show a wall, an
+    New noise for every frame would cost 20 times as much, so a bank of noise is sampled once, when the renderer is
+    made. The noise of a frame is a window of the bank whose start is sampled uniformly. In cells that show a wall, an
     object or the body it is instead one of up to PATCHES other pieces, chosen by the start and the cell. The bank and
-    the starts are all that a renderer draws; without noise it draws nothing.
+    the starts are all that a renderer samples; without noise it samples nothing.
 
     Args:
         grid, cell, noise: as in `WorldSettings`.
-        generator: where the bank and the starts are drawn from; frames are on its device.
+        generator: what the bank and the starts are sampled with; frames are on its device.
     """
 
     BANK = 1 << 20  # noise samples in addition to those of one frame
@@ -349,10 +349,12 @@ class HiddenRulesWorld:
     are as in the last step before a restart or switch, for the exact filter and training. Agents see none of these.
 
     Args:
-        settings, batch: of the environments; their number B, at least 1 (or ValueError).
-        tasks: the split whose tasks and walls are drawn, each with equal probability; or task numbers (n,) int64, with
-            the walls of all splits.
-        seed, device: of all random streams; where all tensors are.
+        settings: of the environments.
+        batch: their number B; ValueError below 1.
+        tasks: the split whose tasks and walls are sampled, each with equal probability; or task numbers (n,) int64,
+            with the walls of all splits.
+        seed: of all random streams.
+        device: where all tensors are.
     """
 
     def __init__(
@@ -373,14 +375,14 @@ class HiddenRulesWorld:
         self.renderer = Renderer(settings.grid, settings.cell, settings.noise, noise_generator)
         self.space, self.rows = rule_space_of(settings), torch.arange(batch, device=self.device)
         self.reward_values = torch.tensor(settings.reward_values, dtype=torch.float32, device=self.device)
-        self.walls = self._shades = None  # drawn for every lifetime
+        self.walls = self._shades = None  # sampled for every lifetime
         if settings.walls:
             by_split = layouts(settings.grid, settings.walls)
             self._layouts = torch.cat([by_split[split] for split in splits]).to(self.device)  # (n, grid, grid)
         self._moves = MOVES.to(self.device)
 
     def reset(self) -> Tensor:
-        """Begin a lifetime in newly drawn tasks; returns the first frames (B, H, W, 3) uint8."""
+        """Begin a lifetime in newly sampled tasks; returns the first frames (B, H, W, 3) uint8."""
         s = self.settings
         index = torch.randint(len(self.task_pool), (self.batch,), generator=self.generator, device=self.device)
         if s.tint:
@@ -496,7 +498,7 @@ class HiddenRulesWorld:
 
 
 def seed_from(generator: np.random.Generator) -> int:
-    """A seed for a torch generator, drawn from a Gymnasium environment's own generator."""
+    """A seed for a torch generator, sampled from a Gymnasium environment's own generator."""
     return int(generator.integers(2**31))
 
 
@@ -505,10 +507,11 @@ class PixelEnv(gymnasium.Env):
 
     `terminated` is always False; `truncated` comes at the lifetime's end. The episodes inside are reported in `info`:
     `episode_terminated`, `episode_truncated` (bool) and, where one ended, `final_frame`, the last frame before the
-    restart. Observations are (H, W, 3) uint8 frames, actions are Discrete. Every reset draws a new task.
+    restart. Observations are (H, W, 3) uint8 frames, actions are Discrete. Every reset samples a new task.
 
     Args:
-        settings, split: of the environment; which tasks are drawn.
+        settings: of the environment.
+        split: which tasks are sampled.
         render_mode: None or "rgb_array" (an enlarged frame).
         reveal_rule: put the hidden rule into every info as `rule`, a dict of the fields of `Rule`. For debugging.
     """
@@ -531,7 +534,7 @@ class PixelEnv(gymnasium.Env):
         self.world: HiddenRulesWorld | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        """Begin a lifetime in a newly drawn task; a seed fixes this and all later lifetimes."""
+        """Begin a lifetime in a newly sampled task; a seed fixes this and all later lifetimes."""
         super().reset(seed=seed)
         if self.world is None or seed is not None:
             self.world = HiddenRulesWorld(self.settings, 1, self.split, seed_from(self.np_random))
@@ -645,7 +648,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
     Args:
         env: the environment; observations (H, W, 3) uint8.
         lifetime: steps of one rule, 2 to 10,000.
-        split: which tasks and permutations are drawn; of these, too, about three fifths are for training.
+        split: which tasks and permutations are sampled; of these, too, about three fifths are for training.
         shuffle: actions that are permuted among themselves, see `WorldSettings`.
         slip, noise: probability of a random action; standard deviation of the pixel noise as a fraction of 255.
     """
@@ -674,7 +677,7 @@ class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArg
         self._random: np.random.Generator | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        """Begin a lifetime under a newly drawn rule; a seed fixes this and all later lifetimes."""
+        """Begin a lifetime under a newly sampled rule; a seed fixes this and all later lifetimes."""
         self._options = options
         if self._random is None or seed is not None:
             # A random stream apart from the wrapped environment's: else its first state could reveal the rule.
@@ -783,7 +786,7 @@ def shuffled_actions(shuffle: tuple[str, ...], actions: int, has_tasks: bool) ->
 
 
 def split_tasks(tasks: Any) -> dict[Split, Sequence]:
-    """An environment's tasks by split: as they are if they are a mapping, else drawn by a fixed seed, about three
+    """An environment's tasks by split: as they are if they are a mapping, else sampled by a fixed seed, about three
     fifths for training. ValueError for too few, or for two that are equal."""
     if not isinstance(tasks, Mapping):
         if len(tasks) < 3:
@@ -806,7 +809,7 @@ def split_tasks(tasks: Any) -> dict[Split, Sequence]:
 
 
 def permutation_split(rank: int) -> Split:
-    """The split of a permutation, drawn by its rank: train with probability .6, validation and test with .2 each."""
+    """The split of a permutation, sampled by its rank: train with probability .6, validation and test with .2 each."""
     fifth = int(np.random.SeedSequence(rank).generate_state(1)[0]) % 5
     return ("train", "train", "train", "validation", "test")[fifth]
 
@@ -875,7 +878,7 @@ class ExternalWorlds:
         weakref.finalize(self, self.vector.close)
 
     def reset(self) -> Tensor:
-        """Begin a lifetime in newly drawn tasks; returns the first frames (B, H, W, 3) uint8."""
+        """Begin a lifetime in newly sampled tasks; returns the first frames (B, H, W, 3) uint8."""
         seeds = np.random.SeedSequence(self.seed).generate_state(self.batch)
         frames, _ = self._guarded(self.vector.reset, seed=[int(seed >> 1) for seed in seeds])
         self.task = torch.tensor(self.vector.get_attr("task"))

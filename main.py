@@ -75,7 +75,7 @@ PRESETS: dict[str, dict] = {
         "planner": {"nodes": 256, "collect_nodes": 256, "layers": 16, "expand_margin": 0.3, "min_branch_prob": 0.03},
         "training": dict(updates=400, envs=16, collect_every=32, random_lifetimes=128, effect_updates=400)
         | dict(batch=12, value_batch=4, effect_batch=2, evaluation_lifetimes=64)
-        | dict(validate_every=0),  # environments of others are stepped one by one
+        | dict(validate_every=0),  # external environments are stepped one by one
     },
 }
 """What each preset changes in the settings; what it changes in the world is environment.WORLDS."""
@@ -85,8 +85,8 @@ PRESETS: dict[str, dict] = {
 class Settings:
     """All settings of a run. Precedence: default < preset < --config FILE < flags."""
 
-    # a named set of settings to begin from: 6x6 in a minute or two; a 4x4 world in half of one; 8x8; rules that switch;
-    # tinted observations; walls, wind, edges and more; an external environment (chosen by itself with --world.gym-id)
+    # a named set of settings to begin from. default: 6x6; quick: 4x4; large: 8x8; switching: the rule changes; tinted:
+    # hidden colour gains; everything: walls, wind, edges and more; gym: an external environment (--world.gym-id)
     preset: Literal["default", "quick", "large", "switching", "tinted", "everything", "gym"] = "default"
     seed: int = 0  # decides everything random in the run, 0 to 1,000,000
     device: str = "cpu"  # where everything is computed: cpu, cuda, cuda:1, ...
@@ -142,7 +142,7 @@ def with_file(settings: Settings, path: Path | None, preset: str | None, gym_id:
 
 
 def with_reward_bins(settings: Settings, overrides: dict) -> Settings:
-    """`settings` with the reward bins of their world, unless a file's overrides have bins that are not for another."""
+    """`settings` with the reward bins of their world, unless the file gives reward bins for this same world."""
     same_world = overrides.get("world", {}).get("gym_id", settings.world.gym_id) == settings.world.gym_id
     if "reward_bins" in overrides.get("transition", {}) and same_world:
         return settings
@@ -202,9 +202,9 @@ def build_system(settings: Settings, engine: type = ContextInferenceEngine, plan
 def train(learner: Learner, run: RunFolder | None = None, until: int | None = None, checkpoints: bool = True) -> int:
     """Meta-train update by update, to the planned end or to update `until`.
 
-    With a run, metrics and, unless `checkpoints` is off, checkpoints are written. The first Ctrl-C or SIGTERM ends
-    the present update and saves (then this returns its number, else 0), a second one stops at once. Of several
-    processes all call this.
+    With a run, metrics and, unless `checkpoints` is off, checkpoints are written. After the first Ctrl-C or
+    SIGTERM the present update is finished and saved, a second one stops at once. Of several processes all call this.
+    Returns the number of the signal that stopped it, else 0.
 
     Raises:
         UserError: a loss is not finite.
@@ -273,7 +273,7 @@ def train(learner: Learner, run: RunFolder | None = None, until: int | None = No
                 if bar.disable and spoken[0] + 60 <= time.monotonic() and spoken[1] + end / 10 <= learner.update:
                     print(f"update {learner.update} of {learner.total}: {bar.postfix}", flush=True)
                     spoken = (time.monotonic(), learner.update)
-            if logs:  # of this update alone
+            if logs:  # once, in the first line after the validation
                 learner.metrics = {name: x for name, x in learner.metrics.items() if not name.startswith("validation")}
             bar.update()
             if run is not None and checkpoints and (saves or stopped):
@@ -401,7 +401,7 @@ class TrainArguments(Settings):
 
     # a JSON file of settings, such as a run's config.json or a tuned best.json; it may be partial
     config: Path | None = None
-    run: str = ""  # name of the run's folder in runs/; the same command again goes on with it
+    run: str = ""  # name of the run's folder in runs/; the same command again continues it
 
 
 def train_command(arguments: list[str]) -> None:
@@ -426,7 +426,7 @@ def train_command(arguments: list[str]) -> None:
 
 
 def make_learner(settings: Settings, run: RunFolder | None) -> Learner:
-    """The learner that begins a run, on the weights of another one if the settings say so, or goes on with it."""
+    """The learner that begins a run, on the weights of another one if the settings say so, or continues it."""
     learner = Learner(build_system(settings), Processes.from_torchrun())
     if settings.init_from and not (run and run.checkpoint.exists()):
         learner.warm_start(RunFolder(Path(settings.init_from)))
@@ -506,7 +506,7 @@ def resume_command(run: Positional[Path], updates: int | None = None, device: st
     Args:
         run: Folder of the run.
         updates: Planned end in updates of adaptation; the run's own if not given. Learning rates and exploration then
-            fall up to the new end.
+            fall until the new end.
         device: Where to compute; where the run was trained if not given.
     """
     folder = RunFolder(run)

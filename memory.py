@@ -566,7 +566,7 @@ class RunFolder:
 
     @classmethod
     def named(cls, name: str, settings: Any) -> RunFolder:
-        """The folder runs/`name`: of a new run, or of one that goes on with the same settings.
+        """The folder runs/`name`: of a new run, or of one that continues with the same settings.
 
         Raises:
             UserError: the name is not that of a folder, or the run was started with other settings.

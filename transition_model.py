@@ -42,9 +42,9 @@ class TransitionSettings:
     prior_width: int = 64  # hidden features of the prior, at least 1
     contact_width: int = 64  # features of a pair (code before, code after), at least 1
     place_width: int = 32  # features of such a pair at its place, at least 1
-    place_scale: float = 5.0  # initial weights of what happened at a place over PyTorch's: one visit must count
+    place_scale: float = 5.0  # factor on PyTorch's initial weights of what happened at a place: one visit counts
     reward_bins: tuple[float, ...] = (-1.0, 0.0, 1.0)  # rewards that the environment gives, at least two, increasing
-    film_scale: float = 3.0  # initial FiLM weights over PyTorch's: one experience must visibly change predictions
+    film_scale: float = 3.0  # factor on PyTorch's initial FiLM weights: one experience must change predictions
     learning_rate: float = 6e-3  # Adam's initial learning rate of the effects, in [0, 1]; it decays with the run
 
     def __post_init__(self) -> None:
@@ -559,6 +559,8 @@ class TransitionModel(nn.Module):
 
             logits = W max over contacts of f(contact, c) + U sum over places of g(pair, what came with it there, c)
 
+        The sum is over patches that changed or whose code before is not scenery (`find_scenery`).
+
         Args:
             codes, next_codes: (N, S) uint8.
             places: of any number of lifetimes; `lifetime` (N,) int64 says which is each step's.
@@ -613,11 +615,11 @@ class TransitionModel(nn.Module):
 
         where the background b(k) and its share e are those of the lifetime, and r(m|a) ~ p0(m) exp(sum of l_t(m) over
         the steps of action a). All three come from a few rounds of expectation maximization, without gradients; before
-        the effects differ, r(m|a) is given instead and e = 0. The small share of log p(z'|z, m) is for what m foresees
-        so badly that the background explains it: else it would never be learnt. The mean weighs steps from grids from
-        which an event followed in the batch (a termination or an unusual reward) as much as all others together: they
-        are rare and a plan depends on them. What counts is the grid before, never what followed, or an effect would
-        seem to do what slips did.
+        the effects differ, r(m|a) is given instead and e = 0. The constant log(1 - e) is left out. The small
+        share of log p(z'|z, m) is for what m foresees so badly that the background explains it: else it would never be
+        learnt. The first mean weighs steps from grids from which an event followed in the batch (a termination or an
+        unusual reward) as much as all others together: they are rare and a plan depends on them. What counts is the
+        grid before, never what followed, or an effect would seem to do what slips did.
 
         Args:
             experience: (B, T, ...), whole lifetimes.

@@ -55,6 +55,8 @@ class VAESettings:
 class VAE(nn.Module):
     """A variational autoencoder with one categorical code per patch; encoder and decoder are FiLM-modulated.
 
+    FiLM begins as the identity. `Learner` trains the encoder's only where an appearance is inferred.
+
     In the shapes below, a frame (H, W, channels) has S patches of P = patch * patch * channels numbers.
 
     Args:
@@ -288,7 +290,7 @@ def kinds_of_patch(patches: Tensor, most: int = 255) -> Tensor:
 
 
 class Value(nn.Module):
-    """The value V(z, c) of a state under a belief c, and W(c), that of a new episode after one that terminates under c.
+    """The value V(z, c) of a state under a context c, and W(c), of a new episode after one that terminates under c.
 
     Both are in units of reward. The state enters V through keypoints, as in the spatial softmax of Finn et al. (2016),
     with one change: attention is over the *codes* that are present, each at its mean position, and not over single
@@ -334,9 +336,10 @@ class Value(nn.Module):
         return torch.cat([actions, F.silu(self.world_in(context[:, -1]))], -1)
 
     def forward(self, statistics: Tensor, pooled: Tensor, row: Tensor | None = None) -> Tensor:
-        """V (B,) of states by `statistics` (B, C, 3) under pooled contexts (B, 128).
+        """V (N,) of N states by `statistics` (N, C, 3) under pooled contexts (B, 128).
 
-        With `row` (B,) int64, state i is evaluated under pooled[row[i]], so that shared contexts are computed once.
+        With `row` (N,) int64, state i is evaluated under pooled[row[i]], so that shared contexts are computed once;
+        without it N = B.
         """
         code_out = self.code_out(F.silu(self.code_film(self.code_features.expand(len(pooled), -1, -1), pooled)))
         if row is not None:
@@ -567,7 +570,7 @@ ARROWS = ("↖↑↗", "←·→", "↙↓↘")  # by rows down and columns to t
 
 
 class EffectPicture(NamedTuple):
-    """What an effect changes, to be drawn instead of its number."""
+    """What an effect changes, to be plotted instead of its number."""
 
     arrow: str  # which way something moves; a dot if nothing changes, empty if something changes but nothing moves
     colour: tuple[float, ...]  # (3,) in 0..1, of what moves

@@ -270,7 +270,7 @@ def readme_table(worlds: dict[str, list[dict]], records: dict[str, dict]) -> str
     ]
     for line in records.get("references", {}).get("output", ()):
         if "adaptive" in line:
-            knows = "the filter; tries every action in 64 imagined lifetimes"
+            knows = "the filter; tries every action in 64 imagined rollouts"
             rows.append(["Bayes-adaptive rollouts", knows, line.split("|")[2].strip()])
     rows.append(["known rule", "the hidden rule; value iteration", cell["known_rule"]])
     return markdown(("agent", "what it knows", "return per lifetime, held-out rules"), rows)
