@@ -21,7 +21,8 @@ from world_model import statistics
 def train(name: str, preset: str, seed: int, processes: int, threads: int) -> Path:
     """The folder of a finished training."""
     name = f"{name}-{preset}-{seed}-{processes}-{threads}"
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--"]
+    start = torchrun if processes > 1 else []
     options = ["--preset", preset, "--seed", str(seed), "--run", name]
     run_command([sys.executable, *start, "main.py", *options], ROOT, os.environ | {"OMP_NUM_THREADS": str(threads)})
     return ROOT / "runs" / name
