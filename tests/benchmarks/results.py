@@ -97,9 +97,9 @@ def measurements() -> dict[str, Measurement]:
         "switching": benchmark("switching", *runs["switching"], minutes=2),
         "appearance": benchmark("appearance", *runs["tinted"], minutes=2),
         "ablations": benchmark("ablations", "--output", "runs/KEPT", minutes=60),
-        "speed": benchmark("speed", "{default-0}", minutes=5, alone=True),
-        "speedrun": benchmark("speedrun", minutes=15, alone=True),
-        "processes": benchmark("processes", "--preset", "quick", "--name", "KEPT", minutes=6, alone=True),
+        "speed": benchmark("speed", "{default-0}", minutes=2, alone=True),
+        "speedrun": benchmark("speedrun", minutes=25, alone=True),
+        "processes": benchmark("processes", "--preset", "quick", "--name", "KEPT", minutes=12, alone=True),
     }
     on_gpu, once = ("--device", "cuda"), Settings().training
     sizes = {name.replace("_", "-"): getattr(once, name) for name in once.SHARED}  # eight processes would share these
