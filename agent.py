@@ -36,7 +36,7 @@ class PlannerSettings:
     top_p: float = 0.95  # probability of the effects that are expanded, in (0, 1]; the least likely ones are left out
     nodes: int = 16  # most grids of codes that a decision expands, at least 1; 1 looks one step ahead
     collect_nodes: int = 4  # the same while collecting lifetimes to learn from
-    layers: int = 4  # most steps that a search looks ahead, at least 1
+    layers: int = 3  # most steps that a search looks ahead, at least 1
     # actions are searched deeper whose value is this close to the best one's, as a share of that plus the largest
     # reward; 0 for none
     expand_margin: float = 0.07
@@ -69,7 +69,9 @@ class Planner:
     Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
-    CHUNK = 512  # states expanded at once: bounds memory while the belief is vague and many effects are likely
+    # States expanded at once, and 32 times as many on a GPU, which must be kept busy: bounds memory while the belief is
+    # vague and many effects are likely.
+    CHUNK = 512
 
     def __init__(self, settings: PlannerSettings, transition: TransitionModel, value: Value) -> None:
         self.settings, self.transition, self.value = settings, transition, value
@@ -83,7 +85,7 @@ class Planner:
         At most `nodes` grids are expanded for a decision; 0 for the setting. `predict` is an `EffectCache`, for as long
         as the effects do not learn.
         """
-        predict, pooled = predict or self.transition.effects.predict, self.value.pool(context)
+        predict, pooled = predict or self.transition.effects.predict_each_once, self.value.pool(context)
         prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
         belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))
         row = torch.arange(len(codes), device=codes.device)
@@ -114,8 +116,9 @@ class Planner:
         layers: list[Expansion],
     ) -> Expansion:
         """The likely effects in states (N, S) of rows (N,) under the rows' beliefs (B, ...), and what each brings."""
-        if len(codes) > self.CHUNK:
-            parts = zip(codes.split(self.CHUNK), row.split(self.CHUNK), strict=True)
+        chunk = self.CHUNK if codes.device.type == "cpu" else 32 * self.CHUNK
+        if len(codes) > chunk:
+            parts = zip(codes.split(chunk), row.split(chunk), strict=True)
             return Expansion.join([self._expand(few, own, belief, places, predict, layers) for few, own in parts])
         transition = self.transition
         rows, own = row.unique(return_inverse=True)  # what is the same for all states of a row is computed once
@@ -211,16 +214,16 @@ class Planner:
         best, choice = q.max(-1)
         with torch.no_grad():
             pooled = self.value.pool(context[:, 1:].flatten(0, 1))
-            after = torch.where(ended[..., None], experience.codes.roll(-1, 1), experience.next_codes)
-            after = self.value(self.value.statistics(after.flatten(0, 1)), pooled).view(B, T)
+            following = torch.where(ended[..., None], experience.codes.roll(-1, 1), experience.next_codes).flatten(0, 1)
+            after = self.value(self.value.statistics(following), pooled).view(B, T)
         # g_t is constant_t + factor_t g_t+1
         discount, lambda_, chosen = self.settings.discount, self.settings.lambda_, experience.action == choice
         taken = (experience.reward + discount * (1 - lambda_) * after + best) / 2
         constant, factor = torch.where(chosen, taken, best), discount * lambda_ / 2 * chosen
-        target, following = torch.zeros_like(best), after[:, -1]
+        target, g = torch.zeros_like(best), after[:, -1]
         for t in reversed(range(T)):
-            following = torch.addcmul(constant[:, t], factor[:, t], following)
-            target[:, t] = following
+            g = torch.addcmul(constant[:, t], factor[:, t], g)
+            target[:, t] = g
         pooled = value.pool(context[:, :-1].flatten(0, 1))
         predicted = value(value.statistics(codes), pooled).view(B, T)
         error = value.reset_value(pooled).view(B, T)[:, :-1] - target[:, 1:]

@@ -387,9 +387,11 @@ class EffectNetwork(nn.Module):
 
     def log_likelihood(self, codes: Tensor, next_codes: Tensor) -> Tensor:
         """log p(z'|z, k) (B, K) in nats, summed over patches, of code grids (B, S) uint8."""
-        logits = self._logits(codes, codes_first=True)  # (B, S, C, K)
-        index = next_codes.long()[:, :, None, None].expand(-1, -1, 1, self.num_effects)
-        return (logits.gather(2, index)[:, :, 0] - logits.logsumexp(2)).sum(1)
+        each, which = distinct(self.key(codes))  # grids occur again and again: each is computed once
+        log_p = self._logits(codes[each], codes_first=True).log_softmax(2)  # (n, S, C, K)
+        place = torch.arange(codes.shape[1], device=codes.device)
+        index = (which[:, None] * len(place) + place) * self.codes + next_codes  # (B, S)
+        return log_p.flatten(0, 2).index_select(0, index.flatten()).view(*codes.shape, -1).sum(1)
 
     @torch.no_grad()
     def predict(self, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -401,6 +403,12 @@ class EffectNetwork(nn.Module):
         key = self.key(grids)
         same = key[:, :, None] == key[:, None]  # (B, K, K)
         return grids.to(torch.uint8), same.byte().argmax(-1)
+
+    def predict_each_once(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """As `predict`, but grids that occur again and again, as in stored lifetimes, are computed once."""
+        each, which = distinct(self.key(codes))
+        grids, first = self.predict(codes[each])
+        return grids[which], first[which]
 
     def key(self, codes: Tensor, row: Tensor | int = 0) -> Tensor:
         """A hash (...) int64 of each grid (..., S), by 62 random bits per patch, and its row (...): equal keys mean

@@ -180,7 +180,7 @@ class TestPlanner(unittest.TestCase):
             torch.nn.init.zeros_(layer.bias)
         sure, doubt = 99 * torch.eye(4, 8)[None], torch.zeros(1, 4, 8)
         for logits, nodes, found in ((sure, 1, 0), (sure, 3, 0), (sure, 12, 0.95**3), (doubt, 12, 0)):
-            planner.settings = PlannerSettings(nodes=nodes)
+            planner.settings = PlannerSettings(nodes=nodes, layers=4)
             with self.corridor(logits):
                 q = planner.action_values(
                     self.in_corridor, self.context[:1], PlaceMemory.empty(1, 16, 6), predict=self.predict
@@ -192,7 +192,7 @@ class TestPlanner(unittest.TestCase):
     def test_an_episode_is_worth_ending_for_what_the_next_one_is_known_to_begin_with(self):
         """The same corridor, in which doing nothing ends the episode, and episodes begin beside the goal."""
         system, planner = self.system, self.system.planner
-        planner.settings = PlannerSettings(nodes=12)
+        planner.settings = PlannerSettings(nodes=12, layers=4)
         for layer in (system.target_value.state_out, system.target_value.reset_out[-1]):
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.zeros_(layer.bias)

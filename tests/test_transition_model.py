@@ -68,6 +68,17 @@ class TestEffects(unittest.TestCase):
             self.assertEqual(first[state].tolist(), [row.tolist().index(True) for row in twins])
         self.assertTrue((first[:, 4] == first[:, 1]).all())
 
+    def test_grids_that_occur_again_are_computed_once(self):
+        network, codes, after = model_of().effects, random_codes(5), random_codes(20, 1)
+        repeated = codes[torch.randint(5, (20,), generator=make_generator())]
+        with mock.patch.object(network, "hidden", wraps=network.hidden) as hidden:
+            likelihood, predicted = network.log_likelihood(repeated, after), network.predict_each_once(repeated)
+        self.assertEqual([len(call.args[0]) for call in hidden.call_args_list], [5, 5])
+        alone = [network.log_likelihood(repeated[[i]], after[[i]]) for i in range(20)]
+        torch.testing.assert_close(likelihood, torch.cat(alone))
+        for once, each in zip(predicted, network.predict(repeated), strict=True):
+            self.assertTrue(torch.equal(once, each))
+
     def test_before_training_a_grid_most_likely_stays_as_it_is(self):
         codes = random_codes(50)
         grids, _ = model_of().effects.predict(codes)
