@@ -55,6 +55,21 @@ class TestResults(unittest.TestCase):
                 self.assertNotIn(results.version.__wrapped__(("main.py",)), seen)
             self.assertNotIn(results.version.__wrapped__(("main.py", "--seed", "1")), seen)
 
+    def test_what_measures_another_agent_is_of_another_version_when_the_world_changes_only(self):
+        command, seen = results.measurements()["rl2-quick-plain"].command, set()
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(results, "ROOT", Path(folder)):
+            (Path(folder) / "tests" / "benchmarks").mkdir(parents=True)
+            for name in ("tests/benchmarks/rl2.py", "environment.py"):
+                (Path(folder) / name).write_text("x = 1")
+            for text in ("x = 1", "x = 2"):
+                (Path(folder) / "agent.py").write_text(text)
+                seen.add(results.version.__wrapped__(command))
+            self.assertEqual(len(seen), 1)
+            with mock.patch.dict(PRESETS, {"quick": {"planner": {"width": 3}}}):
+                self.assertIn(results.version.__wrapped__(command), seen)
+            (Path(folder) / "environment.py").write_text("x = 2")
+            self.assertNotIn(results.version.__wrapped__(command), seen)
+
     def test_what_is_missing_is_made_and_kept(self):
         tiny, folder = tiny_run(), temporary_folder()
         made = {"default-0": results.Measurement(("-c", "print('| a | 1 |')"), 1)}

@@ -38,6 +38,8 @@ CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (
 CLASSICS |= {"DarkKeyToDoor": (64, 8)}
 FOLDS = tuple(f"HiddenGoal{fold}" for fold in range(1, 5))
 TABLES = ("PRESETS", "WORLDS")
+# The modules that a benchmark measures, where it is not all of them: RL2 is another agent in the same worlds.
+MEASURED = {"tests.benchmarks.rl2": ("environment.py", "memory.py", "context_engine.py")}
 DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how functions begin that do not change figures
 ORIGIN = {"commit": "Commit ", "date": "", "processor": "", "threads": "threads: ", "torch": "torch "}
 ROOMS = ("Empty-Random-6x6", "Empty-8x8", "LavaGapS5", "SimpleCrossingS9N1", "DoorKey-5x5")
@@ -141,8 +143,12 @@ def content(node: Any) -> str:
 @functools.cache
 def version(command: tuple[str, ...]) -> str:
     """A hash of a command and of what it measures: the modules' code and the benchmark's own (see `code_of`), the
-    settings of its preset, and the versions of the trainings that it reads."""
+    settings of its preset, and the versions of the trainings that it reads. Of `MEASURED` ones only what these name,
+    and the world's settings."""
     files = [file for file in sorted(ROOT.glob("*.py")) if file.name != "tune_hyperparams.py"]
+    measured = MEASURED.get(command[1]) if command[0] == "-m" else None
+    if measured:
+        files = [file for file in files if file.name in measured]
     if command[0] == "-m":
         benchmarks = ROOT / "tests" / "benchmarks"
         files += [ROOT / Path(*command[1].split(".")).with_suffix(".py"), *sorted(benchmarks.glob("_*.py"))]
@@ -154,7 +160,8 @@ def version(command: tuple[str, ...]) -> str:
     preset = "gym" if "--world.gym-id" in command else "default"
     if "--preset" in command:
         preset = command[command.index("--preset") + 1]
-    digest.update(repr(with_preset(Settings(), preset)).encode())
+    settings = with_preset(Settings(), preset)
+    digest.update(repr(settings.world if measured else settings).encode())
     for name in parts(command):
         digest.update(version(measurements()[name].command).encode())
     return digest.hexdigest()[:12]
