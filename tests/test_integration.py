@@ -463,6 +463,7 @@ class TestBenchmarks(unittest.TestCase):
     def test_speed_of_every_part(self):
         output, (system, _) = temporary_folder(), load_system(quick_run())
         learner = speed.prepare_learner(tiny())
+        self.assertGreater(len(learner.store.experience.codes.flatten(0, 1).unique(dim=0)), 4)  # no single grid
         with mock.patch.object(speed, "GROWTH", {"batch": speed.GROWTH["batch"][:2]}):
             rows = speed.growth(tiny(), output / "growth.png")
         rows += [speed.world_row("cpu", 3), speed.decision_row(system, 2)]

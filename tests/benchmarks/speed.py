@@ -125,12 +125,16 @@ def count_decision_flops(world: HiddenRulesWorld, agent: AgentController, steps:
 
 def prepare_learner(settings: Settings, lifetimes: int = 0) -> Learner:
     """An untrained learner with as many effects as it may find, and at least so many random lifetimes in its store, one
-    collection if 0."""
+    collection if 0. Its codes are chosen, so that as many grids differ as in training: what occurs again costs nothing.
+    """
     system = build_system(settings)
     system.set_num_effects(settings.transition.max_effects)
     learner = Learner(system)
     while len(learner.store) < max(lifetimes, settings.training.envs):
         learner.collect(exploration=1.0)
+    learner.learn_perception(torch.arange(settings.training.envs))  # at update 0 it chooses the codes
+    learner.reencode_all(perception=True)
+    learner.update = 1
     return learner
 
 
@@ -154,7 +158,6 @@ def learning_rows(learner: Learner) -> list[Row]:
     """Updates per second of each part, beside a matrix product of as many operations; and its share of all updates."""
     t = learner.training
     per_update = {"VAE": 1 / t.perception_every, "effects": 1 / t.effect_every, "context": 1.0, "value": 1.0}
-    learner.update = 1  # at update 0 the VAE would choose its codes anew
     flops, times = {}, {}
     for part, call in updates(learner).items():
         flops[part] = count_flops(call)
