@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -159,7 +160,7 @@ def cached_results(output: Path, removed: str, seed: int, updates: int, lifetime
     """Results of `train_variant`, read from the output folder if they are there already."""
     path = output / f"{re.sub('[^a-z-]+', '-', removed.lower()).strip('-')}-{seed}.json"
     if not path.exists():
-        print(f"training, seed {seed}, removed: {removed}", flush=True)
+        print(f"training, seed {seed}, removed: {removed}", file=sys.stderr)
         settings = merge(BASE, {"seed": seed, "training": {"updates": updates}})
         write_json(train_variant(removed, settings, lifetimes), path)
     return json.loads(path.read_text())
