@@ -362,8 +362,10 @@ class TestBenchmarks(unittest.TestCase):
         rows = {ablations.FULL, *get_args(ablations.Ablation), *ablations.TRAINED} - {"perception"}
         with mock.patch.object(ablations, "BASE", tiny()):
             for trains in (True, False):
-                printed = printed_by(ablations.main, **options)
-                self.assertEqual("training, seed 0" in printed, trains)
+                with contextlib.redirect_stderr(io.StringIO()) as progress:
+                    printed = printed_by(ablations.main, **options)
+                self.assertEqual("training, seed 0" in progress.getvalue(), trains)
+                self.assertNotIn("training, seed", printed)  # a record keeps what is printed
         self.assertEqual(set(self.returns(printed)), rows)
         with self.assertRaisesRegex(UserError, "another --output"):
             ablations.main(**(options | {"updates": 25}))
