@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from context_engine import AppearanceEngine, ContextInferenceEngine, rollout
 from environment import make_worlds
 from memory import EpisodicMemory, Experience, LifetimeStore, PlaceMemory, Processes, RunFolder, UserError, WorldStep
 from memory import as_tensor, make_generator, remove_stale_blocks, require, require_all
-from transition_model import EffectCache, Expansion, TransitionModel, distinct, find_effects
+from transition_model import ODD, EffectCache, Expansion, TransitionModel, distinct, find_effects
 from transition_model import merge_equal, top_p_filter
-from world_model import VAE, Value, distinct_patches
+from world_model import VAE, Value, ValueTerms, distinct_patches
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PlannerSettings:
     layers: int = 3  # most steps that a search looks ahead, at least 1
     # actions are searched deeper whose value is this close to the best one's, as a share of that plus the largest
     # reward; 0 for none
-    expand_margin: float = 0.07
+    expand_margin: float = 0.06
     min_branch_prob: float = 0.3  # grids that such actions reach with more than this are expanded, in [0, .999]
     keypoints: int = 8  # points that the value finds in a grid of codes, at least 1
     width: int = 192  # hidden features of the value, at least 1
@@ -52,6 +52,15 @@ class PlannerSettings:
         search = dict(top_p=(1e-6, 1), expand_margin=(0, 1e6), min_branch_prob=(0, 0.999))
         learning = dict(discount=(1e-3, 0.9999), lambda_=(0, 1), tau=(1e-6, 1), learning_rate=(0, 1))
         require_all("planner", self, **sizes, **search, **learning, layers=(1, 1024))
+
+
+class Knowledge(NamedTuple):
+    """What a plan knows of B lifetimes: computed once for all grids of its search."""
+
+    prior: Tensor  # (B, A, K): pi(k|a, c)
+    heads: tuple[Tensor, ...]  # of reward and termination, see `TransitionModel.modulate_heads`
+    value: ValueTerms
+    places: PlaceMemory
 
 
 class Planner:
@@ -69,9 +78,9 @@ class Planner:
     Sources: Russell and Wefald, 1991; Hansen and Zilberstein, 2001 (LAO*).
     """
 
-    # States expanded at once, and 32 times as many on a GPU, which must be kept busy: bounds memory while the belief is
+    # States expanded at once, and 16 times as many on a GPU, which must be kept busy: bounds memory while the belief is
     # vague and many effects are likely.
-    CHUNK = 512
+    CHUNK = 1024
 
     def __init__(self, settings: PlannerSettings, transition: TransitionModel, value: Value) -> None:
         self.settings, self.transition, self.value = settings, transition, value
@@ -85,59 +94,52 @@ class Planner:
         At most `nodes` grids are expanded for a decision; 0 for the setting. `predict` is an `EffectCache`, for as long
         as the effects do not learn.
         """
-        predict, pooled = predict or self.transition.effects.predict_each_once, self.value.pool(context)
-        prior = self.transition.log_prior(context[:, :-1]).exp()  # (B, A, K)
-        belief = (prior, context[:, -1], pooled, self.value.reset_value(pooled))
+        predict, transition = predict or self.transition.effects.predict_each_once, self.transition
+        prior = transition.log_prior(context[:, :-1]).exp()
+        known = Knowledge(prior, transition.modulate_heads(context[:, -1]), self.value.read(context), places)
         row = torch.arange(len(codes), device=codes.device)
         nodes, depth = nodes or self.settings.nodes, torch.ones_like(row)
-        known = (places.begun > 1) & (nodes > 1)
-        start = torch.where(known, len(row) - 1 + known.cumsum(0), -1)  # (B,): which state a new episode begins in
-        codes, row = torch.cat([codes, places.start[known]]), torch.cat([row, row[known]])
-        left = depth * (nodes - 1) - known.long()  # grids that each row may still expand
-        reach = prior.new_ones(len(codes))
-        layers = [self._expand(codes, row, belief, places, predict, [])]
+        again = (places.begun > 1) & (nodes > 1)
+        start = torch.where(again, len(row) - 1 + again.cumsum(0), -1)  # (B,): which state a new episode begins in
+        codes, row = torch.cat([codes, places.start[again]]), torch.cat([row, row[again]])
+        left = depth * (nodes - 1) - again.long()  # grids that each row may still expand
+        key, reach = transition.effects.key(codes) + row * ODD, prior.new_ones(len(codes))
+        layers = [self._expand(codes, key, row, known, predict, [])]
         while len(layers) < min(nodes, self.settings.layers):
             edge, reach = self._follow(layers, reach, left)
             if len(edge) == 0:
                 break
-            row, codes = layers[-1].row[layers[-1].state[edge]], layers[-1].next_codes[edge]
-            layers.append(self._expand(codes, row, belief, places, predict, layers))
+            last = layers[-1]
+            row = last.row[last.state[edge]]
+            layers.append(self._expand(last.next_codes[edge], last.next_key[edge], row, known, predict, layers))
             left, depth[row] = left - row.bincount(minlength=len(left)), len(layers)
         # Values of a start that is known go around in a circle: they need all sweeps.
-        return self._iterate(layers, depth.masked_fill(known, len(layers)), start)
+        return self._iterate(layers, depth.masked_fill(again, len(layers)), start)
 
     def _expand(
-        self,
-        codes: Tensor,
-        row: Tensor,
-        belief: tuple[Tensor, ...],
-        places: PlaceMemory,
-        predict: Callable,
-        layers: list[Expansion],
+        self, codes: Tensor, key: Tensor, row: Tensor, known: Knowledge, predict: Callable, layers: list[Expansion]
     ) -> Expansion:
-        """The likely effects in states (N, S) of rows (N,) under the rows' beliefs (B, ...), and what each brings."""
-        chunk = self.CHUNK if codes.device.type == "cpu" else 32 * self.CHUNK
+        """The likely effects in states (N, S), with keys and rows (N,), and what each brings; see `Expansion`."""
+        chunk = self.CHUNK if codes.device.type == "cpu" else 16 * self.CHUNK
         if len(codes) > chunk:
-            parts = zip(codes.split(chunk), row.split(chunk), strict=True)
-            return Expansion.join([self._expand(few, own, belief, places, predict, layers) for few, own in parts])
+            parts = zip(codes.split(chunk), key.split(chunk), row.split(chunk), strict=True)
+            return Expansion.join([self._expand(*part, known, predict, layers) for part in parts])
         transition = self.transition
-        rows, own = row.unique(return_inverse=True)  # what is the same for all states of a row is computed once
-        prior, world, pooled, reset_value = (part[rows] for part in belief)
-        grids, first = predict(codes)  # (N, K, S), (N, K)
-        likely, probability = top_p_filter(merge_equal(prior[own], first), self.settings.top_p)
-        state, effect = likely.any(1).nonzero(as_tuple=True)  # (P,)
-        next_codes, edge_row = grids[state, effect], own[state]
-        step = (codes[state], next_codes, places, row[state])
-        log_reward, end = transition.reward_and_termination(*step, world, edge_row)
+        grids, first, grid_key = predict(codes, key - row * ODD)  # (N, K, S), (N, K), (N, K)
+        probability = top_p_filter(merge_equal(known.prior[row], first), self.settings.top_p)
+        state, effect = (probability > 0).any(1).nonzero(as_tuple=True)  # (P,)
+        next_codes, own = grids[state, effect], row[state]
+        next_key = grid_key[state, effect] + own * ODD
+        log_reward, end = transition.reward_and_termination(codes[state], next_codes, known.places, known.heads, own)
         reward, end = log_reward.exp() @ transition.reward_bins, torch.sigmoid(end)
-        key, next_key = transition.effects.key(codes, row), transition.effects.key(next_codes, row[state])
         # A grid that occurs again, here or in an earlier layer, is evaluated once.
-        seen = torch.cat([key[:0], *(layer.next_key for layer in layers)])
+        seen = torch.cat([*(layer.next_key for layer in layers), next_key])
         value = torch.cat([*(layer.next_value for layer in layers), torch.zeros_like(end)])
-        each, which = distinct(torch.cat([seen, next_key]))
-        new = each[each >= len(seen)] - len(seen)
-        value[len(seen) + new] = self.value(self.value.statistics(next_codes[new]), pooled, edge_row[new])
-        outcome = (reward, end, value[each[which[len(seen) :]]], reset_value[edge_row])
+        each, which = distinct(seen)
+        before = len(seen) - len(end)
+        new = each[each >= before] - before
+        value[before + new] = self.value(self.value.statistics(next_codes[new]), known.value, own[new])
+        outcome = (reward, end, value[each[which[before:]]], known.value.reset_value[own])
         return Expansion(row, key, probability, state, effect, next_codes, next_key, *outcome)
 
     def _follow(self, layers: list[Expansion], reach: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,9 +215,9 @@ class Planner:
         q = self.action_values(codes, context[:, :-1].flatten(0, 1), places, nodes=1).view(B, T, -1)
         best, choice = q.max(-1)
         with torch.no_grad():
-            pooled = self.value.pool(context[:, 1:].flatten(0, 1))
+            terms = self.value.read(context[:, 1:].flatten(0, 1))
             following = torch.where(ended[..., None], experience.codes.roll(-1, 1), experience.next_codes).flatten(0, 1)
-            after = self.value(self.value.statistics(following), pooled).view(B, T)
+            after = self.value(self.value.statistics(following), terms).view(B, T)
         # g_t is constant_t + factor_t g_t+1
         discount, lambda_, chosen = self.settings.discount, self.settings.lambda_, experience.action == choice
         taken = (experience.reward + discount * (1 - lambda_) * after + best) / 2
@@ -224,9 +226,9 @@ class Planner:
         for t in reversed(range(T)):
             g = torch.addcmul(constant[:, t], factor[:, t], g)
             target[:, t] = g
-        pooled = value.pool(context[:, :-1].flatten(0, 1))
-        predicted = value(value.statistics(codes), pooled).view(B, T)
-        error = value.reset_value(pooled).view(B, T)[:, :-1] - target[:, 1:]
+        terms = value.read(context[:, :-1].flatten(0, 1))
+        predicted = value(value.statistics(codes), terms).view(B, T)
+        error = terms.reset_value.view(B, T)[:, :-1] - target[:, 1:]
         over = experience.terminated[:, :-1]
         of_reset = (error.square() * over).sum() / over.sum().clamp_min(1)
         return {"value": F.mse_loss(predicted, target), "reset_value": of_reset}
@@ -297,12 +299,13 @@ class AgentController:
     @torch.no_grad()
     def act(self) -> Tensor:
         """Choose actions (B,) int64, once a step: greedy on the planner's values, or random where exploring."""
+        self.context = self.engine.context(self.belief)  # (B, A + 1, D)
         self.visual_context = self._visual_context()  # both observations around this action are encoded under it
         self.codes = self.vae.encode(self.obs, self.visual_context)
         if self.exploration >= 1:  # nothing to plan
             return self._random_action()
-        known = (self.context, self.memory.places)
-        self.values = self.planner.action_values(self.codes, *known, self.nodes, self.effect_cache)  # (B, A)
+        known = (self.context, self.memory.places, self.nodes, self.effect_cache)
+        self.values = self.planner.action_values(self.codes, *known)  # (B, A)
         action = self.values.argmax(-1)
         if self.exploration > 0:
             chance = torch.rand(len(action), generator=self.generator, device=action.device)
@@ -321,11 +324,6 @@ class AgentController:
         self.memory.append(self.codes, next_codes, posterior, action, self.obs, step)
         self.belief = self.engine.step(self.belief, self.memory.latest())
         self.obs = step.obs
-
-    @property
-    def context(self) -> Tensor:
-        """The context (B, A + 1, D) of the present belief."""
-        return self.engine.context(self.belief)
 
     def _visual_context(self) -> Tensor:
         """The context (B, D) that modulates perception."""
@@ -571,7 +569,7 @@ class Learner:
         label, shown, number = every.all_gather_object(found)[0]  # the main process's
         system.set_num_effects(number)
         system.transition.effects.init_marginal(label)
-        system.transition.find_scenery(sample)
+        system.transition.find_telling_pairs(sample)
         every.broadcast(system.transition), every.broadcast(system.engine)
         mine = slice(every.rank * len(stored.action), (every.rank + 1) * len(stored.action))
         posterior = F.one_hot(label[mine], number) * shown[mine, :, None]

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from environment import MOVES, ExternalWorlds, HiddenRulesWorld, Rule, Split, WorldSettings
 from environment import destination, make_worlds, order_by_role, rule_space_of, with_slips
 from memory import EpisodicMemory, Experience, PlaceMemory, WorldStep, make_generator, require_all
-from transition_model import ABSENT, TransitionModel, TransitionSettings, contact_pairs, occurring_pairs
-from transition_model import pair_codes
+from transition_model import TransitionModel, TransitionSettings, contact_pairs, describe_pairs, largest_of
+from transition_model import occurring_pairs, pair_of
 from world_model import Trajectories
 
 
@@ -83,7 +83,7 @@ class ContextInferenceEngine(nn.Module):
         self.register_buffer("initial_row", torch.tensor([*own, 1]), persistent=False)
         self.of_others = nn.Linear(hidden, hidden)
         self.to_context = nn.Linear(2 * hidden, settings.context)
-        self.register_buffer("pairs", pair_codes(codes), persistent=False)
+        self.register_buffer("pairs", describe_pairs(codes), persistent=False)
         self.set_num_effects(num_effects)
         with torch.no_grad():
             for layer in (self.of_others, self.to_context):
@@ -149,10 +149,12 @@ class ContextInferenceEngine(nn.Module):
         """
         reward = experience.reward
         rewarded = reward.nonzero(as_tuple=True)
-        present = contact_pairs(experience.codes[rewarded], experience.next_codes[rewarded], self.codes)  # (n, C*C)
+        pair = pair_of(experience.codes[rewarded], experience.next_codes[rewarded], self.codes)  # (n, S)
+        present = contact_pairs(pair, self.codes)  # (n, C*C)
         occurring = occurring_pairs(present)
-        present, features = present[:, occurring], F.silu(self.contact_features(self.pairs[occurring]))
-        contact = features.masked_fill(~present[..., None], ABSENT).amax(-2) * reward[rewarded][:, None]
+        step, pair = present[:, occurring].nonzero(as_tuple=True)
+        features = F.silu(self.contact_features(self.pairs[occurring]))
+        contact = largest_of(features, pair, step, len(present)) * reward[rewarded][:, None]
         contact = reward.new_zeros(*reward.shape, contact.shape[-1]).index_put(rewarded, contact)
         return self.world_event(torch.cat([posterior, reward[..., None], contact], -1))
 
@@ -203,7 +205,8 @@ class ContextInferenceEngine(nn.Module):
         parts = (experience.codes, experience.next_codes, experience.reward, experience.terminated)
         codes, next_codes, reward, terminated = (part.flatten(0, 1)[steps] for part in parts)
         places = PlaceMemory.before_steps(experience, self.codes)
-        then = (codes, next_codes, places, row[steps] * T + time, context_at(row[steps], time, self.actions))
+        modulation = transition.modulate_heads(contexts.view(B, T + 1, self.actions + 1, -1)[:, :-1, -1].flatten(0, 1))
+        then = (codes, next_codes, places, modulation, row[steps] * T + time)
         happened = (reward, terminated, experience.usual_reward, odds)
         terms = transition.reward_and_termination_loss(*happened, *then, earned=places.earned[steps])
         losses |= {name: (term.view(-1, n) * valid).sum() for name, term in terms.items()}

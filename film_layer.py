@@ -37,26 +37,31 @@ class FiLMLayer(nn.Module):
             self.generator.weight.mul_(scale)
             self.generator.bias.zero_()
 
-    def forward(self, features: Tensor, context: Tensor, row: Tensor | None = None) -> Tensor:
+    def modulation(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale 1 + gamma(c) and shift beta(c), (..., F) each, under contexts (..., D); see `modulate`."""
+        gamma, beta = self.generator(context).chunk(2, -1)
+        return 1 + gamma, beta
+
+    def forward(self, features: Tensor, context: Tensor) -> Tensor:
         """Modulate features (B, F), (B, N, F) or (B, F, H, W), float, by contexts (B, D), or (B, N, D) for (B, N, F).
 
-        A single context, (1, D), is that of all features. With `row` (B,) int64, features[i] are modulated by
-        context[row[i]], so that gamma and beta of shared contexts are computed once. Returns a tensor of the shape of
-        `features`.
+        A single context, (1, D), is that of all features. Returns a tensor of the shape of `features`.
         """
         F, D, shape = self.feature_dim, self.generator.in_features, features.shape
         leading = shape[:1] if context.ndim == 2 else shape[:2]  # what contexts may differ in
         fits = (shape[1] if len(shape) == 4 else shape[-1]) == F and context.shape[-1] == D
         fits &= context.ndim == 2 or context.ndim == len(shape) == 3
-        if not fits or row is None and context.shape[0] != 1 and context.shape[:-1] != leading:
+        if not fits or context.shape[0] != 1 and context.shape[:-1] != leading:
             expected = f"features (B, {F}), (B, N, {F}) or (B, {F}, H, W) and contexts (B, {D})"
             raise ValueError(f"FiLMLayer needs {expected}, not {tuple(shape)} and {tuple(context.shape)}.")
-        modulation = self.generator(context)
-        if row is not None:
-            modulation = modulation.index_select(0, row)
-        gamma, beta = modulation.chunk(2, -1)
+        scale, shift = self.modulation(context)
         if len(shape) == 4:
-            gamma, beta = gamma[:, :, None, None], beta[:, :, None, None]
+            scale, shift = scale[:, :, None, None], shift[:, :, None, None]
         elif len(shape) == 3 and context.ndim == 2:
-            gamma, beta = gamma[:, None], beta[:, None]
-        return torch.addcmul(beta, features, 1 + gamma)
+            scale, shift = scale[:, None], shift[:, None]
+        return modulate(features, scale, shift)
+
+
+def modulate(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`scale * features + shift`, for what many features share; all three are broadcast."""
+    return torch.addcmul(shift, features, scale)

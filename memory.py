@@ -98,7 +98,7 @@ def as_tensor(array: np.ndarray) -> Tensor:
 
 def signed_log(x: Tensor) -> Tensor:
     """sign(x) log(1 + |x|): counts and rewards of any size as numbers of the size of features."""
-    return x.sign() * x.abs().log1p()
+    return x.abs().log1p().copysign(x)
 
 
 def require_new(output: Path | None) -> None:
@@ -243,11 +243,12 @@ class PlaceMemory(NamedTuple):
         self.sums.scatter_add_(2, index, now[:, None, None].expand_as(index))
         self.earned.add_(step.reward).masked_fill_(step.ended, 0)
 
-    def recall(self, row: Tensor, place: Tensor, code: Tensor) -> Tensor:
-        """What came with codes (q,) at places (q,) in lifetimes `row` (q,), (q, SUMS), as logarithms with a sign."""
+    def recall(self, row: Tensor, place: Tensor, code: Tensor, earned: Tensor) -> Tensor:
+        """What came with codes (q,) at places (q,) in lifetimes `row` (q,), and what their episode has `earned` (q,):
+        (q, SUMS + 1), as logarithms with a sign."""
         _, S, columns, _ = self.sums.shape
         found = self.sums.view(-1, self.SUMS).index_select(0, (row * S + place) * columns + self.column[code])
-        return signed_log(found)
+        return signed_log(torch.cat([found, earned[:, None]], 1))
 
     @staticmethod
     def _summands(reward: Tensor, terminated: Tensor, earned: Tensor) -> Tensor:

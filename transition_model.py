@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from film_layer import FiLMLayer
-from memory import Experience, PlaceMemory, require_all, signed_log
+from film_layer import FiLMLayer, modulate
+from memory import Experience, PlaceMemory, require_all
 
 SMOOTHING = 0.05  # added to counts of changes
 ODD = 0x5851F42D4C957F2D  # any odd number of 63 bits, for hashes
@@ -60,22 +60,31 @@ class TransitionSettings:
             raise ValueError(f"transition.reward_bins is {self.reward_bins}: give at least two increasing numbers.")
 
 
-def contact_pairs(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
-    """Which pairs (code before, code after) occur at some patch: (..., n_codes**2) bool, of codes (..., S) uint8."""
-    pair = codes.long() * n_codes + next_codes.long()
-    absent = torch.zeros(*pair.shape[:-1], n_codes**2, dtype=torch.bool, device=codes.device)
+def pair_of(codes: Tensor, next_codes: Tensor, n_codes: int) -> Tensor:
+    """Numbers (...) int64, from 0 to n_codes**2 - 1, of pairs of a code before and a code after (...) uint8."""
+    return codes.long() * n_codes + next_codes
+
+
+def contact_pairs(pair: Tensor, n_codes: int) -> Tensor:
+    """Which pairs occur at some patch: (..., n_codes**2) bool, of the patches' pairs (..., S), see `pair_of`."""
+    absent = torch.zeros(*pair.shape[:-1], n_codes**2, dtype=torch.bool, device=pair.device)
     return absent.scatter_(-1, pair, True)
 
 
 def occurring_pairs(present: Tensor) -> Tensor:
     """Which pairs (m,) int64 occur anywhere in contacts (N, C*C) bool, so that no others need be computed: 16 of 36 in
-    the default world, 25 of 576 in a room of MiniGrid. The first one is always there, because a maximum needs one."""
-    occurs = present.any(0)
-    occurs[0] = True
-    return occurs.nonzero()[:, 0]
+    the default world, 25 of 576 in a room of MiniGrid."""
+    return present.any(0).nonzero()[:, 0]
 
 
-def pair_codes(n_codes: int) -> Tensor:
+def largest_of(features: Tensor, index: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The largest in each group of features[index]: (groups, F) of features (M, F), index and group (n,) int64."""
+    features = features.index_select(0, index)
+    lowest = features.new_full((groups, features.shape[1]), ABSENT)
+    return lowest.scatter_reduce(0, group[:, None].expand_as(features), features, "amax")
+
+
+def describe_pairs(n_codes: int) -> Tensor:
     """One-hot descriptions of all pairs (code before, code after): (n_codes**2, 2 * n_codes) float32."""
     eye = torch.eye(n_codes)
     return torch.cat([eye.repeat_interleave(n_codes, 0), eye.repeat(n_codes, 1)], 1)
@@ -92,13 +101,12 @@ def merge_equal(mass: Tensor, first: Tensor) -> Tensor:
     return torch.zeros_like(mass).scatter_add_(2, first[:, None].expand_as(mass), mass)
 
 
-def top_p_filter(probability: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Mask (..., n) of the fewest entries that together have at least `top_p`, and their probabilities renormalised."""
+def top_p_filter(probability: Tensor, top_p: float) -> Tensor:
+    """The fewest of probabilities (..., n) that together have at least `top_p`, renormalised; zeros elsewhere."""
     ordered, index = probability.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered
-    kept = torch.zeros_like(probability, dtype=torch.bool).scatter_(-1, index, (before < top_p) & (ordered > 0))
-    weight = probability * kept
-    return kept, weight / weight.sum(-1, keepdim=True)
+    weight = torch.zeros_like(probability).scatter_(-1, index, ordered * (before < top_p))
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def random_bits(n: int) -> Tensor:
@@ -108,10 +116,9 @@ def random_bits(n: int) -> Tensor:
 
 def distinct(key: Tensor) -> tuple[Tensor, Tensor]:
     """Where each different key first occurs (n,), and which of these each of keys (N,) int64 is (N,)."""
-    ordered, order = key.sort(stable=True)
-    new = torch.ones_like(key, dtype=torch.bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    return order[new], torch.empty_like(order).index_copy_(0, order, new.cumsum(0) - 1)
+    each, which = key.unique(return_inverse=True)
+    place = torch.arange(len(key), device=key.device)
+    return torch.empty_like(each).scatter_reduce_(0, which, place, "amin", include_self=False), which
 
 
 def change_keys(codes: Tensor, next_codes: Tensor, columns: int, first: Tensor) -> Tensor:
@@ -372,7 +379,7 @@ class EffectNetwork(nn.Module):
     def _logits(self, codes: Tensor, codes_first: bool) -> Tensor:
         """Logits of every code at every patch under every effect, in one of two memory layouts.
 
-        (B, S, K, C) makes the argmax over the codes faster; (B, S, C, K), with `codes_first`, the sum
+        (B, S, K, C) makes the maximum over the codes faster; (B, S, C, K), with `codes_first`, the sum
         over the codes. Only the rows of the head are reordered, not the result.
         """
         weight = self.head.weight.view(self.num_effects, self.codes, -1)  # (K, C, width)
@@ -394,26 +401,26 @@ class EffectNetwork(nn.Module):
         return log_p.flatten(0, 2).index_select(0, index.flatten()).view(*codes.shape, -1).sum(1)
 
     @torch.no_grad()
-    def predict(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The most likely next grids (B, K, S) uint8 under every effect, of code grids (B, S) uint8.
 
-        Also the first effect that leads to the same grid as each effect: (B, K) int64.
+        Also the first effect that leads to the same grid as each effect, and the grids' keys: (B, K) int64 each.
         """
-        grids = self._logits(codes, codes_first=False).argmax(-1).transpose(1, 2)  # (B, K, S)
+        # `max` is faster than `argmax`.
+        grids = self._logits(codes, codes_first=False).max(-1).indices.transpose(1, 2)  # (B, K, S)
         key = self.key(grids)
         same = key[:, :, None] == key[:, None]  # (B, K, K)
-        return grids.to(torch.uint8), same.byte().argmax(-1)
+        return grids.to(torch.uint8), same.byte().argmax(-1), key
 
-    def predict_each_once(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """As `predict`, but grids that occur again and again, as in stored lifetimes, are computed once."""
-        each, which = distinct(self.key(codes))
-        grids, first = self.predict(codes[each])
-        return grids[which], first[which]
+    def predict_each_once(self, codes: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `predict`, of codes and their keys (B,), but grids that occur again and again, as in stored lifetimes, are
+        computed once."""
+        each, which = distinct(key)
+        return tuple(part[which] for part in self.predict(codes[each]))
 
-    def key(self, codes: Tensor, row: Tensor | int = 0) -> Tensor:
-        """A hash (...) int64 of each grid (..., S), by 62 random bits per patch, and its row (...): equal keys mean
-        equal grids of one row."""
-        return (codes * self.fingerprint).sum(-1) + row * ODD
+    def key(self, codes: Tensor) -> Tensor:
+        """A hash (...) int64 of each grid (..., S), by 62 random bits per patch: equal keys mean equal grids."""
+        return (codes * self.fingerprint).sum(-1)
 
 
 class Expansion(NamedTuple):
@@ -441,9 +448,9 @@ class Expansion(NamedTuple):
     def back_up(self, next_value: Tensor, discount: float) -> Tensor:
         """Q (N, A), where going on after each effect has `next_value` (P,)."""
         following = torch.lerp(next_value, self.reset_value, self.end)
-        of_effect = self.probability.new_zeros(self.probability[:, 0].shape)  # (N, K)
-        of_effect[self.state, self.effect] = self.reward + discount * following
-        return (self.probability * of_effect[:, None]).sum(-1)
+        of_effect = self.probability.new_zeros(len(self.probability), self.probability.shape[-1])  # (N, K)
+        of_effect[self.state, self.effect] = torch.add(self.reward, following, alpha=discount)
+        return self.probability.bmm(of_effect[:, :, None])[..., 0]
 
 
 class EffectCache:
@@ -457,25 +464,25 @@ class EffectCache:
 
     def __init__(self, network: EffectNetwork, slots: int = 1 << 15) -> None:
         device, K, S = network.fingerprint.device, network.num_effects, len(network.fingerprint)
-        slots = min(slots, (64 << 20) // (K * (S + 8)))
+        slots = min(slots, (64 << 20) // (K * (S + 16)))
         self.network = network
         self.keys = torch.full((slots,), -1, device=device)  # of the grid in each slot
-        self.grids = torch.empty((slots, K, S), dtype=torch.uint8, device=device)
-        self.first = torch.empty((slots, K), dtype=torch.int64, device=device)
+        shapes = ((slots, K, S), torch.uint8), ((slots, K), torch.int64), ((slots, K), torch.int64)
+        self.stored = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]  # of `predict`
 
-    def __call__(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """See `EffectNetwork.predict`."""
-        key = self.network.key(codes)
+    def __call__(self, codes: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `EffectNetwork.predict_each_once`."""
         slot = key % len(self.keys)
-        grids, first = self.grids.index_select(0, slot), self.first.index_select(0, slot)
+        found = tuple(part.index_select(0, slot) for part in self.stored)
         missing = (self.keys[slot] != key).nonzero()[:, 0]
         if len(missing):
-            grids[missing], first[missing] = self.network.predict(codes[missing])
-            self.keys[slot[missing]] = key[missing]
-            # If several grids of this batch share a slot, store the one whose key it has now.
-            stored = missing[self.keys[slot[missing]] == key[missing]]
-            self.grids[slot[stored]], self.first[slot[stored]] = grids[stored], first[stored]
-        return grids, first
+            slot, key, made = slot[missing], key[missing], self.network.predict(codes[missing])
+            self.keys[slot] = key
+            kept = self.keys[slot] == key  # if several grids of this batch share a slot, the one whose key it has now
+            for part, stored, new in zip(found, self.stored, made, strict=True):
+                part[missing] = new
+                stored[slot[kept]] = new[kept]
+        return found
 
 
 class TransitionModel(nn.Module):
@@ -515,9 +522,9 @@ class TransitionModel(nn.Module):
         nn.init.zeros_(self.place_out[-1].weight)
         with torch.no_grad():
             self.place_past.weight.mul_(settings.place_scale)
-        self.register_buffer("scenery", torch.zeros(codes, dtype=torch.bool))  # see `find_scenery`
+        self.register_buffer("telling", torch.ones(codes**2, dtype=torch.bool))  # see `find_telling_pairs`
         self.register_buffer("reward_bins", torch.tensor(settings.reward_bins), persistent=False)
-        self.register_buffer("pairs", pair_codes(codes), persistent=False)
+        self.register_buffer("pairs", describe_pairs(codes), persistent=False)
         self.register_buffer("bits", random_bits(codes**2), persistent=False)
 
     def set_num_effects(self, num_effects: int) -> None:
@@ -526,14 +533,15 @@ class TransitionModel(nn.Module):
         self.effects.set_num_effects(num_effects)
         self.prior_out[-1] = nn.Linear(last.in_features, num_effects, device=last.weight.device)
 
-    def find_scenery(self, experience: Experience) -> None:
-        """Note which codes say nothing where they stay: what fills more than an eighth of the grids, as a floor does,
-        and what never changes, as walls."""
+    def find_telling_pairs(self, experience: Experience) -> None:
+        """Note which pairs (code before, code after) say something about their place: all but scenery that stays, which
+        is what fills more than an eighth of the grids, as a floor does, and what never changes, as walls."""
         codes, next_codes = experience.codes.flatten(), experience.next_codes.flatten()
         changed = codes != next_codes
         count = torch.bincount(codes.int(), minlength=self.codes)
         changes = torch.bincount(torch.cat([codes[changed], next_codes[changed]]).int(), minlength=self.codes)
-        self.scenery.copy_((8 * count > len(codes)) | (count > 0) & (changes == 0))
+        scenery = (8 * count > len(codes)) | (count > 0) & (changes == 0)
+        self.telling.copy_(~torch.diag(scenery).flatten())
 
     def contextual_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained with the context engine: all but the effect network's."""
@@ -553,55 +561,58 @@ class TransitionModel(nn.Module):
         features = self.prior_film(self.action_features.expand(*context.shape[:2], -1), context)
         return self.prior_out(features).log_softmax(-1)
 
+    def modulate_heads(self, context: Tensor) -> tuple[Tensor, ...]:
+        """What modulates the contacts and the places under contexts (B, D), the world rows: scale and shift of each."""
+        return *self.contact_film.modulation(context), *self.place_film.modulation(context)
+
     def reward_and_termination(
         self,
         codes: Tensor,
         next_codes: Tensor,
         places: PlaceMemory,
-        lifetime: Tensor,
-        context: Tensor,
-        row: Tensor | None = None,
+        modulation: tuple[Tensor, ...],
+        row: Tensor,
         earned: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Reward and termination of N steps, from what meets what (contact features) and from what is where.
 
             logits = W max over contacts of f(contact, c) + U sum over places of g(pair, what came with it there, c)
 
-        The sum is over patches that changed or whose code before is not scenery (`find_scenery`).
+        The sum is over patches whose pair is telling (`find_telling_pairs`).
 
         Args:
             codes, next_codes: (N, S) uint8.
-            places: of any number of lifetimes; `lifetime` (N,) int64 says which is each step's.
-            context: (B, D), the world row of the context, and `row` (N,) int64 the index of each step's, so that
-                shared contexts are computed once; without it N = B.
+            places, modulation: of B lifetimes, the latter from `modulate_heads`.
+            row: (N,) int64, which lifetime each step is of.
             earned: (N,), what the episode had earned before the step; that of `places` if not given.
 
         Returns:
             log p(r) (N, bins) over `reward_bins`, and the logit (N,) of the episode's termination.
         """
-        out = self._contact_logits(contact_pairs(codes, next_codes, self.codes), context, row)
-        shows = (codes != next_codes) | ~self.scenery[codes.int()]
-        step, place = shows.nonzero(as_tuple=True)
-        before, after = codes[step, place].int(), next_codes[step, place].int()
-        own = lifetime[step]
+        pair, (scale, shift) = pair_of(codes, next_codes, self.codes), modulation[2:]
+        out = self._contact_logits(contact_pairs(pair, self.codes), *modulation[:2], row)
+        step, place = self.telling[pair].nonzero(as_tuple=True)
+        own, pair = row[step], pair[step, place]
         earned = places.earned[own] if earned is None else earned[step]
-        past = torch.cat([places.recall(own, place, after), signed_log(earned)[:, None]], 1)
-        features = self.place_pair.index_select(0, before * self.codes + after) + self.place_past(past)
-        features = F.silu(self.place_film(features, context, step if row is None else row[step]))
+        past = places.recall(own, place, pair % self.codes, earned)
+        features = self.place_pair.index_select(0, pair) + self.place_past(past)
+        features = F.silu(modulate(features, scale.index_select(0, own), shift.index_select(0, own)))
         out = out.index_add(0, step, self.place_out(features))
         return out[..., :-1].log_softmax(-1), out[..., -1]
 
-    def _contact_logits(self, present: Tensor, context: Tensor, row: Tensor | None) -> Tensor:
-        """Logits (N, bins + 1) of contacts (N, C*C) bool; for the contexts see `reward_and_termination`."""
+    def _contact_logits(self, present: Tensor, scale: Tensor, shift: Tensor, row: Tensor) -> Tensor:
+        """Logits (N, bins + 1) of contacts (N, C*C) bool in lifetimes `row` (N,), modulated by (B, contact_width) each.
+
+        Contacts that occur again in a lifetime are computed once.
+        """
         occurring = occurring_pairs(present)
-        features = self.contact_in(self.pairs[occurring]).expand(len(context), -1, -1)
-        features = F.silu(self.contact_film(features, context))  # (B, occurring, contact_width)
-        present, which = present[:, occurring], None
-        if row is not None:
-            each, which = distinct((present * self.bits[occurring]).sum(1) + row * ODD)
-            features, present = features.index_select(0, row[each]), present[each]
-        out = self.contact_out(features.masked_fill_(~present[..., None], ABSENT).amax(-2))  # (N, bins + 1)
-        return out if which is None else out[which]
+        present = present[:, occurring]
+        each, which = distinct((present * self.bits[occurring]).sum(1) + row * ODD)
+        rows, own = row[each].unique(return_inverse=True)
+        features = self.contact_in(self.pairs[occurring])  # (occurring, contact_width)
+        features = F.silu(modulate(features, scale[rows, None], shift[rows, None])).flatten(0, 1)
+        step, pair = present[each].nonzero(as_tuple=True)
+        return self.contact_out(largest_of(features, own[step] * len(occurring) + pair, step, len(each)))[which]
 
     def two_hot(self, reward: Tensor) -> Tensor:
         """Rewards (N,) as weights (N, bins) of the two nearest bins, whose weighted mean they are (DreamerV3, Hafner

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from film_layer import FiLMLayer
+from film_layer import FiLMLayer, modulate
 from memory import require_all
 from transition_model import ABSENT, TransitionModel, change_keys, one_hot
 
@@ -124,7 +124,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def encode_patches(self, patches: Tensor, context: Tensor) -> Tensor:
         """The same of patches (B, S, P) float32."""
-        return self.patch_logits(patches, context).argmax(-1).to(torch.uint8)
+        return self.patch_logits(patches, context).max(-1).indices.to(torch.uint8)  # faster than `argmax`
 
     def decode(self, codes: Tensor, context: Tensor) -> Tensor:
         """Frames (B, H, W, channels) float32, approximately in 0..1, of codes (B, S) uint8 under contexts (B, D)."""
@@ -289,6 +289,15 @@ def kinds_of_patch(patches: Tensor, most: int = 255) -> Tensor:
     return patches[chosen]
 
 
+class ValueTerms(NamedTuple):
+    """What the value reads of B contexts: computed once for all states under them."""
+
+    of_codes: Tensor  # (B, C, 2 * keypoints)
+    scale: Tensor  # (B, width)
+    shift: Tensor  # (B, width)
+    reset_value: Tensor  # (B,): W, the value of a new episode, where one terminates
+
+
 class Value(nn.Module):
     """The value V(z, c) of a state under a context c, and W(c), of a new episode after one that terminates under c.
 
@@ -326,37 +335,30 @@ class Value(nn.Module):
         self.register_buffer("place", place, persistent=False)  # (S, (one, y, x))
 
     def statistics(self, codes: Tensor) -> Tensor:
-        """Share of the patches and mean position (y, x) in -1..1 of every code: (B, C, 3) float32, of (B, S) uint8."""
-        sums = one_hot(codes, self.codes).transpose(1, 2) @ self.place
-        return torch.cat([sums[..., :1] / len(self.place), sums[..., 1:] / sums[..., :1].clamp_min(1)], -1)
+        """The number of patches of every code, and the sum of their positions (y, x), each in -1..1: (B, C, 3) float32,
+        of codes (B, S) uint8."""
+        return one_hot(codes, self.codes).transpose(1, 2) @ self.place
 
-    def pool(self, context: Tensor) -> Tensor:
-        """What the value reads of contexts (B, A + 1, D): (B, 128)."""
+    def read(self, context: Tensor) -> ValueTerms:
+        """What the value reads of contexts (B, A + 1, D)."""
         actions = F.silu(self.action_in(context[:, :-1])).mean(1)
-        return torch.cat([actions, F.silu(self.world_in(context[:, -1]))], -1)
+        pooled = torch.cat([actions, F.silu(self.world_in(context[:, -1]))], -1)  # (B, 2 * POOLED)
+        of_codes = self.code_out(F.silu(self.code_film(self.code_features.expand(len(pooled), -1, -1), pooled)))
+        return ValueTerms(of_codes, *self.state_film.modulation(pooled), self.reset_out(pooled)[:, 0])
 
-    def forward(self, statistics: Tensor, pooled: Tensor, row: Tensor | None = None) -> Tensor:
-        """V (N,) of N states by `statistics` (N, C, 3) under pooled contexts (B, 128).
-
-        With `row` (N,) int64, state i is evaluated under pooled[row[i]], so that shared contexts are computed once;
-        without it N = B.
-        """
-        code_out = self.code_out(F.silu(self.code_film(self.code_features.expand(len(pooled), -1, -1), pooled)))
-        if row is not None:
-            code_out = code_out.index_select(0, row)
-        key, value = code_out.chunk(2, -1)  # (B, C, P) each
-        share, centre = statistics[..., :1], statistics[..., 1:]
-        masked = key.masked_fill(share == 0, ABSENT)
+    def forward(self, statistics: Tensor, terms: ValueTerms, row: Tensor | None = None) -> Tensor:
+        """V (N,) of N states by `statistics` (N, C, 3) under B contexts, of which `row` (N,) int64 is each state's;
+        without it N = B."""
+        of_codes, scale, shift = terms[:3] if row is None else (term.index_select(0, row) for term in terms[:3])
+        key, value = of_codes.chunk(2, -1)  # (N, C, P) each
+        count, sums = statistics[..., :1], statistics[..., 1:]
+        masked = key.masked_fill(count == 0, ABSENT)
         weight = (4 * masked).softmax(1)  # attention over the codes that are present
-        points = weight.transpose(1, 2) @ centre  # (B, P, 2)
-        state = torch.cat([points.flatten(1), masked.amax(1), (weight * value).sum(1)], -1)  # (B, 4 * P)
-        state = F.silu(self.state_film(self.state_norm(self.state_in(state)), pooled, row))
+        points = weight.transpose(1, 2) @ (sums / count.clamp_min(1))  # (N, P, 2)
+        state = torch.cat([points.flatten(1), masked.amax(1), (weight * value).sum(1)], -1)  # (N, 4 * P)
+        state = F.silu(modulate(self.state_norm(self.state_in(state)), scale, shift))
         state = state + F.silu(self.state_hidden(state))
         return self.state_out(state)[:, 0]
-
-    def reset_value(self, pooled: Tensor) -> Tensor:
-        """W (B,), the value of a new episode, where one terminates under pooled contexts (B, 128)."""
-        return self.reset_out(pooled)[:, 0]
 
 
 class Trajectories(NamedTuple):
@@ -593,14 +595,16 @@ def picture_effects(vae: VAE, transition: TransitionModel, codes: Tensor, contex
         example = int((key == moves.mode().values).nonzero()[0])
         pair = torch.stack([codes[example], after[example]])
         images = vae.decode(pair, context.expand(2, -1)).clamp(0, 1).cpu().numpy()
-        pictures.append(picture_change(images, pair.tolist(), vae.settings.patch, columns, transition.scenery.tolist()))
+        tells = transition.telling.view(transition.codes, -1).diagonal().tolist()  # where it stays
+        pictures.append(picture_change(images, pair.tolist(), vae.settings.patch, columns, tells))
     return pictures
 
 
 def picture_change(
-    images: np.ndarray, pair: list[list[int]], patch: int, columns: int, scenery: list[bool]
+    images: np.ndarray, pair: list[list[int]], patch: int, columns: int, tells: list[bool]
 ) -> EffectPicture:
-    """One change, from images (2, H, W, 3) in 0..1 and codes (2, S) before and after it."""
+    """One change, from images (2, H, W, 3) in 0..1 and codes (2, S) before and after it; an arrow shows which way
+    something went, which is a code that `tells` something."""
     before, after = pair
     at = [place for place in range(len(before)) if before[place] != after[place]]
     rows, across = zip(*(divmod(place, columns) for place in at), strict=True)
@@ -608,7 +612,7 @@ def picture_change(
     crop = images[:, *ends]
     patches = np.concatenate([crop[0], np.ones_like(crop[0][:, :1]), crop[1]], 1)
     for p, q in itertools.permutations(at, 2):
-        if before[p] == after[q] and not scenery[before[p]]:
+        if before[p] == after[q] and tells[before[p]]:
             (row, column), (to_row, to_column) = divmod(p, columns), divmod(q, columns)
             moves = images[0, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
             arrow = ARROWS[np.sign(to_row - row) + 1][np.sign(to_column - column) + 1]

@@ -55,15 +55,15 @@ class TestPlanner(unittest.TestCase):
         planner.settings = PlannerSettings(nodes=1, top_p=1.0)
         codes, context, places = self.codes[:1], self.context[:1], places_of(1, 16, 6)
         transition, value = system.transition, system.target_value
-        grids, _ = transition.effects.predict(codes)
-        expected, pooled = torch.zeros(4), value.pool(context)
+        grids, *_ = transition.effects.predict(codes)
+        expected, terms = torch.zeros(4), value.read(context)
         with torch.no_grad():
             for action in range(4):
                 for k in range(grids.shape[1]):
-                    heads = transition.reward_and_termination
-                    log_reward, end = heads(codes, grids[:, k], places, torch.tensor([0]), context[:, -1])
-                    next_value, e = value(value.statistics(grids[:, k]), pooled), torch.sigmoid(end)
-                    following = 0.95 * ((1 - e) * next_value + e * value.reset_value(pooled))
+                    known = (places, transition.modulate_heads(context[:, -1]), torch.tensor([0]))
+                    log_reward, end = transition.reward_and_termination(codes, grids[:, k], *known)
+                    next_value, e = value(value.statistics(grids[:, k]), terms), torch.sigmoid(end)
+                    following = 0.95 * ((1 - e) * next_value + e * terms.reset_value)
                     chance = transition.log_prior(context[:, :-1])[0, action, k].exp()
                     expected[action] += float(chance * (log_reward[0].exp() @ transition.reward_bins + following))
         torch.testing.assert_close(planner.action_values(codes, context, places)[0], expected, atol=1e-4, rtol=1e-4)
@@ -71,16 +71,16 @@ class TestPlanner(unittest.TestCase):
     def outcomes(self, grid, context):
         """What follows a grid, by the grid that it leads to: probability (A,), reward, end and V; W besides."""
         transition, value = self.system.transition, self.system.target_value
-        codes, pooled, found = torch.tensor(grid, dtype=torch.uint8)[None], value.pool(context), {}
+        codes, terms, found = torch.tensor(grid, dtype=torch.uint8)[None], value.read(context), {}
+        known = (PlaceMemory.empty(1, 16, 6), transition.modulate_heads(context[:, -1]), torch.tensor([0]))
         prior = transition.log_prior(context[:, :-1])[0].exp()
         for k, after in enumerate(transition.effects.predict(codes)[0][0]):
-            before = (codes, after[None], PlaceMemory.empty(1, 16, 6), torch.tensor([0]))
-            log_reward, end = transition.reward_and_termination(*before, context[:, -1])
-            next_value = value(value.statistics(after[None]), pooled)
+            log_reward, end = transition.reward_and_termination(codes, after[None], *known)
+            next_value = value(value.statistics(after[None]), terms)
             worth = map(float, (log_reward[0].exp() @ transition.reward_bins, end[0].sigmoid(), next_value))
             key = tuple(after.tolist())
             found[key] = (found.get(key, [0])[0] + prior[:, k], *worth)
-        return found, float(value.reset_value(pooled))
+        return found, float(terms.reset_value)
 
     def loops(self, codes, context, settings):
         """Q (A,) of one decision and the number of grids expanded, by loops."""
@@ -134,7 +134,7 @@ class TestPlanner(unittest.TestCase):
             planner.settings = settings
             with self.subTest(settings), mock.patch.object(planner, "_expand", wraps=planner._expand) as expanded:
                 q = planner.action_values(codes, context, PlaceMemory.empty(len(codes), 16, 6))
-                pairs = [pair for call in expanded.call_args_list for pair in zip(*call.args[1::-1], strict=True)]
+                pairs = [pair for call in expanded.call_args_list for pair in zip(*call.args[2::-2], strict=True)]
                 grids = [(int(row), tuple(grid.tolist())) for row, grid in pairs]
                 self.assertEqual(len(set(grids)), len(grids))
                 counts = np.bincount([row for row, _ in grids])
@@ -148,21 +148,20 @@ class TestPlanner(unittest.TestCase):
     # A corridor of 16 patches: one action moves the body right, one left, two nothing; the goal is four steps away.
     in_corridor = torch.tensor([[0, 0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0]], dtype=torch.uint8)
 
-    @staticmethod
-    def predict(grids):
+    def predict(self, grids, key):
         """What eight effects, of which six do nothing, make of grids of the corridor."""
         place, after = (grids == 1).int().argmax(1), []
         for move in (1, -1, *[0] * 6):
             moved = torch.where(grids == 1, 0, grids)
             after.append(moved.scatter(1, (place + move).clamp(0, 15)[:, None], 1))
         first = torch.tensor([0, 1, *[2] * 6]).expand(len(grids), -1)
-        return torch.stack(after, 1), first
+        return torch.stack(after, 1), first, self.system.transition.effects.key(torch.stack(after, 1))
 
     @contextlib.contextmanager
     def corridor(self, logits, ends=False):
         """The corridor's prior and heads; with `ends`, what does nothing ends the episode."""
 
-        def heads(codes, next_codes, places, lifetime, context, row):
+        def heads(codes, next_codes, places, modulation, row):
             reached = ((codes == 2) & (next_codes == 1)).any(1, keepdim=True)
             reward = torch.where(reached, torch.tensor([-99.0, -99, 0]), torch.tensor([-99.0, 0, -99]))
             return reward, torch.where((codes == next_codes).all(1) & ends, 99.0, -99.0)
@@ -210,9 +209,9 @@ class TestPlanner(unittest.TestCase):
         """However deep the search, contexts are read once, those of the present."""
         planner = self.system.planner
         planner.settings = PlannerSettings(nodes=9, expand_margin=100, min_branch_prob=0)
-        with mock.patch.object(planner.value, "pool", wraps=planner.value.pool) as pool:
+        with mock.patch.object(planner.value, "read", wraps=planner.value.read) as read:
             planner.action_values(self.codes, self.context, self.places)
-        self.assertEqual([call.args[0] is self.context for call in pool.call_args_list], [True])
+        self.assertEqual([call.args[0] is self.context for call in read.call_args_list], [True])
 
     def test_cached_effects_change_nothing(self):
         planner, network = self.system.planner, self.system.transition.effects
@@ -228,7 +227,7 @@ class TestPlanner(unittest.TestCase):
         planner.settings = PlannerSettings(nodes=9, expand_margin=100, min_branch_prob=0)
         whole = planner.action_values(self.codes, self.context, self.places)
         planner.CHUNK = 4
-        predict = mock.Mock(wraps=self.system.transition.effects.predict)
+        predict = mock.Mock(wraps=self.system.transition.effects.predict_each_once)
         chunked = planner.action_values(self.codes, self.context, self.places, predict=predict)
         torch.testing.assert_close(chunked, whole)
         self.assertEqual(max(len(call.args[0]) for call in predict.call_args_list), 4)
@@ -255,7 +254,7 @@ class TestPlanner(unittest.TestCase):
         places = PlaceMemory.before_steps(experience, 6)
         values = system.planner.action_values(codes, contexts, places, nodes=1)
         never = experience._replace(action=((values.argmax(-1) + 1) % 4).view(6, 12))
-        predicted = system.value(system.value.statistics(codes), system.value.pool(contexts))
+        predicted = system.value(system.value.statistics(codes), system.value.read(contexts))
         expected = (predicted - values.amax(-1)).square().mean()
         torch.testing.assert_close(system.planner.loss(system.value, never, context)["value"], expected)
 
@@ -269,15 +268,15 @@ class TestPlanner(unittest.TestCase):
         chosen = experience._replace(action=values.argmax(-1).view(6, 12))
         best, squares, of_reset = values.amax(-1).view(6, 12), [], []
         with torch.no_grad():
-            predicted = system.value(system.value.statistics(codes), system.value.pool(contexts)).view(6, 12)
+            predicted = system.value(system.value.statistics(codes), system.value.read(contexts)).view(6, 12)
             for row in range(6):
                 target = None
                 for t in reversed(range(12)):
                     before, ended = context[row : row + 1, t], bool(experience.ended[row, t])
                     grid = experience.codes[row, (t + 1) % 12] if ended else experience.next_codes[row, t]
-                    after = slow(slow.statistics(grid[None]), slow.pool(context[row : row + 1, t + 1]))
+                    after = slow(slow.statistics(grid[None]), slow.read(context[row : row + 1, t + 1]))
                     if target is not None and bool(experience.terminated[row, t]):
-                        of_reset.append(float(system.value.reset_value(system.value.pool(before)) - target) ** 2)
+                        of_reset.append(float(system.value.read(before).reset_value - target) ** 2)
                     boot = after if target is None else 0.8 * target + 0.2 * after
                     taken = experience.reward[row, t] + 0.95 * boot
                     target = 0.5 * taken + 0.5 * best[row, t]

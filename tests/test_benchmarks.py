@@ -232,7 +232,7 @@ class TestEffects(unittest.TestCase):
             for action in sorted(set(experience.action[row].tolist())):
                 steps = (experience.action[row] == action).nonzero()[:, 0]
                 (own,) = found[row, steps].unique().tolist()
-                grids, _ = system.transition.effects.predict(experience.codes[row, steps])
+                grids, *_ = system.transition.effects.predict(experience.codes[row, steps])
                 expected.append((own, (grids == grids[:, own, None]).all(-1).all(0).tolist()))
                 came = (grids[:, own] == experience.next_codes[row, steps]).all(-1)
                 self.assertEqual(wrong[row, steps].tolist(), (~came).tolist())

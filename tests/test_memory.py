@@ -81,9 +81,10 @@ class TestPlaceMemory(unittest.TestCase):
                     for s in range(5):
                         expected[b, s, int(experience.next_codes[b, past, s])] += happened
                     earned[b] = 0 if experience.ended[b, past] else earned[b] + reward
-            expected = (expected.sign() * expected.abs().log1p()).flatten(0, 2)
-            torch.testing.assert_close(carried.recall(row, place, code), expected)
-            torch.testing.assert_close(made.recall(row * 10 + t, place, code), expected)
+            expected = torch.cat([expected.flatten(0, 2), earned[row, None]], 1)
+            expected = expected.sign() * expected.abs().log1p()
+            torch.testing.assert_close(carried.recall(row, place, code, earned[row]), expected)
+            torch.testing.assert_close(made.recall(row * 10 + t, place, code, earned[row]), expected)
             torch.testing.assert_close(carried.earned, earned)
             torch.testing.assert_close(made.earned.view(4, 10)[:, t], earned)
             carried.add(experience.codes[:, t], experience.next_codes[:, t], step)

@@ -12,6 +12,7 @@ from main import build_system, train
 from memory import Experience, RunFolder, empty_experience
 from tests.shared import make_generator, places_of, temporary_folder, tiny, tiny_system
 from transition_model import (
+    ABSENT,
     EffectCache,
     EffectNetwork,
     TransitionModel,
@@ -22,6 +23,8 @@ from transition_model import (
     contact_pairs,
     distinct,
     find_effects,
+    largest_of,
+    pair_of,
     top_p_filter,
 )
 
@@ -47,7 +50,7 @@ class TestEffects(unittest.TestCase):
         network, codes = model_of().effects, random_codes(20)
         with torch.no_grad():
             network.head.weight.normal_(0, 3, generator=make_generator())
-        grids, _ = network.predict(codes)
+        grids, *_ = network.predict(codes)
         for k in range(6):
             best = network.log_likelihood(codes, grids[:, k])[:, k]
             for seed in range(5):
@@ -62,7 +65,8 @@ class TestEffects(unittest.TestCase):
             rows = network.head.weight.view(6, 3, -1)
             rows[4] = rows[1]
             network.head.bias.view(6, 3)[4] = network.head.bias.view(6, 3)[1]
-        grids, first = network.predict(codes)
+        grids, first, key = network.predict(codes)
+        self.assertTrue(torch.equal(key, network.key(grids)))
         for state in range(4):
             twins = (grids[state][:, None] == grids[state]).all(-1)
             self.assertEqual(first[state].tolist(), [row.tolist().index(True) for row in twins])
@@ -72,7 +76,8 @@ class TestEffects(unittest.TestCase):
         network, codes, after = model_of().effects, random_codes(5), random_codes(20, 1)
         repeated = codes[torch.randint(5, (20,), generator=make_generator())]
         with mock.patch.object(network, "hidden", wraps=network.hidden) as hidden:
-            likelihood, predicted = network.log_likelihood(repeated, after), network.predict_each_once(repeated)
+            likelihood = network.log_likelihood(repeated, after)
+            predicted = network.predict_each_once(repeated, network.key(repeated))
         self.assertEqual([len(call.args[0]) for call in hidden.call_args_list], [5, 5])
         alone = [network.log_likelihood(repeated[[i]], after[[i]]) for i in range(20)]
         torch.testing.assert_close(likelihood, torch.cat(alone))
@@ -81,7 +86,7 @@ class TestEffects(unittest.TestCase):
 
     def test_before_training_a_grid_most_likely_stays_as_it_is(self):
         codes = random_codes(50)
-        grids, _ = model_of().effects.predict(codes)
+        grids, *_ = model_of().effects.predict(codes)
         self.assertGreater(float((grids == codes[:, None]).float().mean()), 0.9)
 
     def test_circular_padding_sees_the_other_side_and_where_the_edges_are(self):
@@ -393,7 +398,7 @@ class TestEffectLoss(unittest.TestCase):
 class TestNumberOfEffects(unittest.TestCase):
     def test_everything_is_as_large_as_the_number(self):
         system = tiny_system(7)
-        grids, first = system.transition.effects.predict(random_codes(4))
+        grids, first, _ = system.transition.effects.predict(random_codes(4))
         self.assertEqual((grids.shape, first.shape), ((4, 7, 16), (4, 7)))
         self.assertEqual(system.transition.log_prior(torch.zeros(4, 4, 32)).shape, (4, 4, 7))
         self.assertEqual((system.transition.effects.num_effects, system.engine.num_effects), (7, 7))
@@ -466,7 +471,8 @@ class TestNumberOfEffects(unittest.TestCase):
 class TestContextualHeads(unittest.TestCase):
     def test_contact_pairs_lists_codes_before_and_after(self):
         before, after = torch.tensor([[0, 1, 1, 2]], dtype=torch.uint8), torch.tensor([[0, 1, 2, 2]], dtype=torch.uint8)
-        self.assertEqual(contact_pairs(before, after, 3)[0].nonzero()[:, 0].tolist(), [0, 4, 5, 8])
+        pairs = contact_pairs(pair_of(before, after, 3), 3)
+        self.assertEqual(pairs[0].nonzero()[:, 0].tolist(), [0, 4, 5, 8])
 
     def test_prior_reward_and_termination_depend_on_the_context(self):
         model = model_of()
@@ -476,16 +482,16 @@ class TestContextualHeads(unittest.TestCase):
         self.assertFalse(torch.allclose(prior[0], prior[1]))
         torch.nn.init.normal_(model.place_out[-1].weight)
         now, own = (random_codes(2), random_codes(2, 1)), torch.arange(2)
-        places = places_of(2, now[0].shape[1], 3)
-        log_reward, end = model.reward_and_termination(*now, places, own, context[:, -1])
+        known = (places_of(2, now[0].shape[1], 3), model.modulate_heads(context[:, -1]))
+        log_reward, end = model.reward_and_termination(*now, *known, own)
         torch.testing.assert_close(log_reward.exp().sum(-1), torch.ones(2))
         self.assertEqual((log_reward.shape, end.shape), ((2, 3), (2,)))
-        alone = model.reward_and_termination(*(x[1:] for x in now), places, own[1:], context[1:, -1])[0]
+        alone = model.reward_and_termination(*(x[1:] for x in now), *known, own[1:])[0]
         torch.testing.assert_close(alone, log_reward[1:])  # other rows have no influence
         row = torch.tensor([1, 0, 1])
-        shared, _ = model.reward_and_termination(*(x[row] for x in now), places, row, context[:, -1], row)
+        shared, _ = model.reward_and_termination(*(x[row] for x in now), *known, row)
         torch.testing.assert_close(shared, log_reward[row])
-        none = model.reward_and_termination(*(x[:0] for x in now), places, row[:0], context[:, -1], row[:0])[0]
+        none = model.reward_and_termination(*(x[:0] for x in now), *known, row[:0])[0]
         self.assertEqual(none.shape, (0, 3))
 
     def test_what_fills_the_grid_or_never_changes_says_nothing_where_it_stays(self):
@@ -493,14 +499,15 @@ class TestContextualHeads(unittest.TestCase):
         model, experience = model_of(codes=4), empty_experience(1, 2, 16, 1, "cpu")
         experience.codes[..., 5], experience.next_codes[..., 6] = 1, 1
         experience.codes[..., 0], experience.next_codes[..., 0] = 2, 2
-        model.find_scenery(experience)
-        self.assertEqual(model.scenery.tolist(), [True, False, True, False])
+        model.find_telling_pairs(experience)
+        self.assertEqual((~model.telling).nonzero()[:, 0].tolist(), [0 * 4 + 0, 2 * 4 + 2])
         torch.nn.init.normal_(model.place_out[-1].weight)
         now, places = (experience.codes[0, :1], experience.next_codes[0, :1]), places_of(1, 16, 4)
-        before = model.reward_and_termination(*now, places, torch.tensor([0]), torch.zeros(1, 5))[0]
+        modulation, row = model.modulate_heads(torch.zeros(1, 5)), torch.tensor([0])
+        before = model.reward_and_termination(*now, places, modulation, row)[0]
         for place, changes in ((0, False), (1, False), (6, True)):
             changed = places._replace(sums=places.sums.index_fill(1, torch.tensor(place), 3.0))
-            after = model.reward_and_termination(*now, changed, torch.tensor([0]), torch.zeros(1, 5))[0]
+            after = model.reward_and_termination(*now, changed, modulation, row)[0]
             self.assertEqual(not torch.equal(before, after), changes)
 
     def test_a_step_that_effects_explain_alike_leaves_open_which_it_was(self):
@@ -521,12 +528,16 @@ class TestContextualHeads(unittest.TestCase):
         torch.testing.assert_close(model.nll(likelihood, action, context), by_hand)
 
     def test_top_p_filter_keeps_the_smallest_set_of_enough_probability(self):
-        kept, weight = top_p_filter(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.95)
-        self.assertEqual(kept.tolist(), [[True, True, False], [False, True, True]])
-        torch.testing.assert_close(weight.sum(-1), torch.ones(2))
-        all_but_zero = top_p_filter(torch.tensor([[0.5, 0.3, 0.2, 0.0]]), 1.0)[0]
-        self.assertEqual(all_but_zero.tolist(), [[True, True, True, False]])
-        self.assertEqual(top_p_filter(torch.tensor([[0.5, 0.3, 0.2]]), 0.4)[0].tolist(), [[True, False, False]])
+        kept = top_p_filter(torch.tensor([[0.9, 0.09, 0.01], [0.02, 0.49, 0.49]]), 0.95)
+        torch.testing.assert_close(kept, torch.tensor([[10 / 11, 1 / 11, 0], [0, 0.5, 0.5]]))
+        everything = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
+        torch.testing.assert_close(top_p_filter(everything, 1.0), everything)
+        self.assertEqual(top_p_filter(everything, 0.4).tolist(), [[1, 0, 0, 0]])
+
+    def test_the_largest_features_of_every_group(self):
+        features = torch.tensor([[1.0, -3], [-5, 2], [4, -9]])
+        found = largest_of(features, torch.tensor([1, 0, 1, 2]), torch.tensor([0, 1, 1, 3]), 4)
+        self.assertEqual(found.tolist(), [[-5, 2], [1, 2], [ABSENT, ABSENT], [4, -9]])
 
     def test_distinct_keys_where_they_first_occur(self):
         first, which = distinct(torch.tensor([7, 3, 7, -1, 3]))
@@ -564,15 +575,15 @@ class TestEffectCache(unittest.TestCase):
             cache = EffectCache(network, slots)
             for seed in (0, 1, 0):
                 codes = random_codes(30, seed)
-                for cached, computed in zip(cache(codes), network.predict(codes), strict=True):
+                for cached, computed in zip(cache(codes, network.key(codes)), network.predict(codes), strict=True):
                     self.assertTrue(torch.equal(cached, computed))
 
     def test_a_grid_is_computed_once(self):
         network, codes = self.network(), random_codes(10)
         cache = EffectCache(network)
-        first = cache(codes)
+        first = cache(codes, network.key(codes))
         with mock.patch.object(network, "predict", side_effect=AssertionError("computed twice")):
-            for cached, computed in zip(cache(codes.flip(0)), first, strict=True):
+            for cached, computed in zip(cache(codes.flip(0), network.key(codes.flip(0))), first, strict=True):
                 self.assertTrue(torch.equal(cached.flip(0), computed))
 
 

@@ -313,36 +313,40 @@ class TestValue(unittest.TestCase):
         self.codes = torch.randint(6, (9, 16), generator=make_generator(), dtype=torch.uint8)
         self.context = torch.randn(9, 5, 5, generator=make_generator())
 
-    def test_statistics_are_share_and_centre_of_every_code(self):
+    def test_statistics_are_number_and_places_of_every_code(self):
         codes = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 2]], dtype=torch.uint8)
-        share, y, x = self.value.statistics(codes)[0].unbind(-1)
-        torch.testing.assert_close(share[:4], torch.tensor([13, 1, 2, 0]) / 16)
-        torch.testing.assert_close((y[1], x[1], y[2], x[2]), tuple(map(torch.tensor, (-1.0, -1 / 3, 2 / 3, 1.0))))
+        count, y, x = self.value.statistics(codes)[0].unbind(-1)
+        self.assertEqual(count[:4].tolist(), [13, 1, 2, 0])
+        torch.testing.assert_close((y[1], x[1], y[2], x[2]), tuple(map(torch.tensor, (-1.0, -1 / 3, 4 / 3, 2.0))))
 
     def test_codes_that_are_absent_change_nothing(self):
-        value, pooled = self.value, self.value.pool(self.context)
+        value = self.value
         statistics = value.statistics(torch.randint(4, (9, 16), generator=make_generator(), dtype=torch.uint8))
-        before = value(statistics, pooled)
+        before = value(statistics, value.read(self.context))
         with torch.no_grad():
             value.code_features[:, 4:] += 1
-        torch.testing.assert_close(value(statistics, pooled), before)
+        torch.testing.assert_close(value(statistics, value.read(self.context)), before)
         with torch.no_grad():
             value.code_features[:, :4] += 1
-        self.assertFalse(torch.allclose(value(statistics, pooled), before))
+        self.assertFalse(torch.allclose(value(statistics, value.read(self.context)), before))
 
     def test_the_order_of_the_actions_changes_nothing_and_the_context_does(self):
         value, order = self.value, torch.tensor([2, 0, 3, 1, 4])
-        statistics = value.statistics(self.codes)
-        pooled, reordered = value.pool(self.context), value.pool(self.context[:, order])
-        torch.testing.assert_close(value(statistics, reordered), value(statistics, pooled))
-        torch.testing.assert_close(value.reset_value(reordered), value.reset_value(pooled))
-        other = value.pool(self.context.flip(0))
-        self.assertFalse(torch.allclose(value(statistics, other), value(statistics, pooled)))
+        statistics, terms, reordered = (
+            value.statistics(self.codes),
+            value.read(self.context),
+            value.read(self.context[:, order]),
+        )
+        torch.testing.assert_close(value(statistics, reordered), value(statistics, terms))
+        torch.testing.assert_close(reordered.reset_value, terms.reset_value)
+        other = value.read(self.context.flip(0))
+        self.assertFalse(torch.allclose(value(statistics, other), value(statistics, terms)))
 
     def test_states_that_share_a_context_equal_states_with_copies_of_it(self):
         value, row = self.value, torch.tensor([1, 0, 1, 1, 0, 0, 0, 1, 1])
-        statistics, pooled = value.statistics(self.codes), value.pool(self.context[:2])
-        torch.testing.assert_close(value(statistics, pooled, row), value(statistics, pooled[row]))
+        statistics = value.statistics(self.codes)
+        shared = value(statistics, value.read(self.context[:2]), row)
+        torch.testing.assert_close(shared, value(statistics, value.read(self.context[row])))
 
 
 class TestPictures(unittest.TestCase):
@@ -353,8 +357,8 @@ class TestPictures(unittest.TestCase):
         left, other = grid.clone(), grid.clone()
         left[2, 3], left[2, 2], other[4, 4] = 0, 1, 3
         codes, after = grid.view(1, 36).repeat(3, 1), torch.stack([left, other, grid]).view(1, 3, 36).repeat(3, 1, 1)
-        effects = mock.Mock(predict=lambda _: (after, None))
-        transition, vae, context = mock.Mock(effects=effects, scenery=torch.arange(6) == 0), vae_of(), torch.zeros(1, 5)
+        effects, telling = mock.Mock(predict=lambda _: (after, None, None)), torch.arange(36) > 0
+        transition, vae, context = mock.Mock(effects=effects, telling=telling, codes=6), vae_of(), torch.zeros(1, 5)
         moves, becomes, nothing = picture_effects(vae, transition, codes, context)
         self.assertEqual((moves.arrow, becomes.arrow, nothing.arrow), ("←", "", "·"))
         self.assertEqual((moves.patches.shape, becomes.patches.shape), ((4, 17, 3), (4, 9, 3)))

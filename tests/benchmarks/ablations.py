@@ -29,7 +29,7 @@ from main import Settings, build_system, evaluate, train
 from memory import Experience, PlaceMemory, UserError, WorldStep, merge, write_json
 from tests.benchmarks import command_line, load_systems, over_seeds, score_cells
 from transition_model import EffectCache
-from world_model import Value, bootstrap_ci, format_ci, mean, statistics
+from world_model import Value, ValueTerms, bootstrap_ci, format_ci, mean, statistics
 
 BASE = Settings()
 FULL = "nothing"  # what is removed from the full agent
@@ -64,13 +64,13 @@ def agent_without(system: System, part: Ablation) -> AgentController:
             "perception": (system.vae, system.appearance.unseen() if system.appearance else initial[-1]),
             "reward_and_termination": (nn.ModuleList([transition.contact_film, transition.place_film]), initial[-1]),
         }
-        pooled = system.target_value.pool(initial[None])
+        terms = system.target_value.read(initial[None])
     module, context = modules.get(part, (None, None))
     for layer in module.modules() if module else ():
         if isinstance(layer, FiLMLayer):
             fix_context(layer, context)
     if part == "value":
-        system.target_value.pool = lambda context: pooled.expand(len(context), -1)
+        system.target_value.read = lambda context: ValueTerms(*(x.expand(len(context), *x.shape[1:]) for x in terms))
     kind = FrozenBelief if part == "belief" else AgentController
     return kind(system, nodes=1 if part == "search" else 0)
 
@@ -135,7 +135,7 @@ class ModelFree(Planner):
     @staticmethod
     def _values(value: Value, codes: Tensor, context: Tensor) -> Tensor:
         statistics, world = value.statistics(codes), context.shape[1] - 1
-        return torch.stack([value(statistics, value.pool(context[:, [a, world]])) for a in range(world)], 1)
+        return torch.stack([value(statistics, value.read(context[:, [a, world]])) for a in range(world)], 1)
 
 
 def evaluate_without(system: System, removed: str, lifetimes: int) -> dict[str, Any]:

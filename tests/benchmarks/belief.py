@@ -54,20 +54,19 @@ def record(system: System, split: str, seed: int) -> Record:
     exact.reset(frames)
     steps: list[tuple[Tensor, ...]] = []
     for _ in range(system.settings.world.lifetime):
-        with torch.no_grad():
-            context = agent.context
-            prior = system.transition.log_prior(context[:, :-1]).exp()
         posterior = exact.log_posterior.exp()
         action = agent.act()
+        with torch.no_grad():
+            prior = system.transition.log_prior(agent.context[:, :-1]).exp()
         step = world.step(action)
         agent.observe(action, step)
         exact.observe(action, step)
         happened = agent.memory.latest().posterior[:, 0].float()
         # Effects that lead to the same codes from here count as one.
-        _, first = system.transition.effects.predict(agent.codes)
+        _, first, _ = system.transition.effects.predict(agent.codes)
         predicted = merge_equal(prior[torch.arange(LIFETIMES), action][:, None], first)[:, 0]
         happened = merge_equal(happened[:, None], first)[:, 0]
-        steps.append((context.flatten(1), posterior, predicted, happened))
+        steps.append((agent.context.flatten(1), posterior, predicted, happened))
     nll = [torch.stack(one.nll).double().mean(1).numpy() for one in (agent, exact)]
     return Record(*(torch.stack(part) for part in zip(*steps, strict=True)), nll)
 

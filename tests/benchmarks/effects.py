@@ -62,7 +62,7 @@ def found_effects(system: System, experience: Experience, rows: int = 4) -> tupl
         likelihood = effects.log_likelihood(codes.flatten(0, 1), next_codes.flatten(0, 1)).view(*action.shape, -1)
         member = F.one_hot(action, system.engine.actions).float()
         found = system.transition.lifetime_labels(likelihood, member)[0].argmax(-1)
-        grids, first = effects.predict(codes.flatten(0, 1))
+        grids, first, _ = effects.predict(codes.flatten(0, 1))
         grid = grids[torch.arange(found.numel()), found.flatten()].view_as(next_codes)
         parts.append((found, first.view(*action.shape, -1), (grid != next_codes).any(-1)))
     found, first, wrong = map(torch.cat, zip(*parts, strict=True))
