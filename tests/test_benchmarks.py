@@ -59,15 +59,16 @@ class TestResults(unittest.TestCase):
         command, seen = results.measurements()["rl2-quick-plain"].command, set()
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(results, "ROOT", Path(folder)):
             (Path(folder) / "tests" / "benchmarks").mkdir(parents=True)
-            for name in ("tests/benchmarks/rl2.py", "environment.py"):
-                (Path(folder) / name).write_text("x = 1")
-            for text in ("x = 1", "x = 2"):
-                (Path(folder) / "agent.py").write_text(text)
+            (Path(folder) / "tests/benchmarks/rl2.py").write_text("world()")
+            world = "x: int = 1\ndef world():\n    return rule()\ndef rule():\n    return x\n"
+            for unused, agent in ("12", "11", "22"):
+                (Path(folder) / "environment.py").write_text(f"{world}y = {unused}\n")
+                (Path(folder) / "agent.py").write_text(f"x = {agent}")
                 seen.add(results.version.__wrapped__(command))
             self.assertEqual(len(seen), 1)
             with mock.patch.dict(PRESETS, {"quick": {"planner": {"width": 3}}}):
                 self.assertIn(results.version.__wrapped__(command), seen)
-            (Path(folder) / "environment.py").write_text("x = 2")
+            (Path(folder) / "environment.py").write_text(world.replace("1", "2"))
             self.assertNotIn(results.version.__wrapped__(command), seen)
 
     def test_what_is_missing_is_made_and_kept(self):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -119,7 +120,7 @@ def measurements() -> dict[str, Measurement]:
 
 # -------------------------------------------------------------------------------------------------------------- records
 @functools.cache
-def code_of(text: str) -> bytes:
+def code_of(text: str) -> ast.Module:
     """A module's code without prose and errors, what only draws, and presets, of which `version` adds what matters."""
     tree = ast.parse(text)
     tree.body = [node for node in tree.body if not getattr(node, "name", "").startswith(DRAWING)]
@@ -129,7 +130,22 @@ def code_of(text: str) -> bytes:
             node.body[0].value.value = ""
         if isinstance(node, ast.Raise):
             node.exc = node.cause = None
-    return content(tree).encode()
+    return tree
+
+
+def used_by(benchmark: ast.Module, modules: list[ast.Module]) -> list[ast.AST]:
+    """The definitions in `modules` that a benchmark uses by name, itself or through others of them."""
+    defined: dict[str, ast.AST] = {}
+    for node in itertools.chain(*(module.body for module in modules)):
+        for named in (node, getattr(node, "target", None), *getattr(node, "targets", ())):  # also assignments
+            defined[getattr(named, "name", getattr(named, "id", ""))] = node
+    used: dict[str, ast.AST] = {}
+    found: list[ast.AST] = [benchmark]
+    while found:
+        names = {child.id for node in found for child in ast.walk(node) if isinstance(child, ast.Name)}
+        new = {name: defined[name] for name in names & defined.keys() - used.keys()}
+        used, found = used | new, list(new.values())
+    return [used[name] for name in sorted(used)]
 
 
 def content(node: Any) -> str:
@@ -141,22 +157,30 @@ def content(node: Any) -> str:
 
 
 @functools.cache
+def encoded(node: ast.AST) -> bytes:
+    """The content of a definition or module, which many versions count."""
+    return content(node).encode()
+
+
+@functools.cache
 def version(command: tuple[str, ...]) -> str:
     """A hash of a command and of what it measures: the modules' code and the benchmark's own (see `code_of`), the
-    settings of its preset, and the versions of the trainings that it reads. Of `MEASURED` ones only what these name,
-    and the world's settings."""
-    files = [file for file in sorted(ROOT.glob("*.py")) if file.name != "tune_hyperparams.py"]
+    settings of its preset, and the versions of the trainings that it reads. Of `MEASURED` ones only what they use of
+    the modules that these name, and the world's settings."""
+    modules = {file.name: code_of(file.read_text()) for file in sorted(ROOT.glob("*.py"))}
+    modules.pop("tune_hyperparams.py", None)
+    benchmarks, code = ROOT / "tests" / "benchmarks", list(modules.values())
     measured = MEASURED.get(command[1]) if command[0] == "-m" else None
-    if measured:
-        files = [file for file in files if file.name in measured]
     if command[0] == "-m":
-        benchmarks = ROOT / "tests" / "benchmarks"
-        files += [ROOT / Path(*command[1].split(".")).with_suffix(".py"), *sorted(benchmarks.glob("_*.py"))]
+        own = code_of((ROOT / Path(*command[1].split(".")).with_suffix(".py")).read_text())
+        if measured:
+            code = used_by(own, [tree for name, tree in modules.items() if name in measured])
+        code += [own, *(code_of(file.read_text()) for file in sorted(benchmarks.glob("_*.py")))]
     if any("classics" in part for part in command):
-        files.append(ROOT / "tests" / "benchmarks" / "classics.py")
+        code.append(code_of((benchmarks / "classics.py").read_text()))
     digest = hashlib.sha256(" ".join(command).encode())
-    for file in files:
-        digest.update(code_of(file.read_text()))
+    for node in code:
+        digest.update(encoded(node))
     preset = "gym" if "--world.gym-id" in command else "default"
     if "--preset" in command:
         preset = command[command.index("--preset") + 1]
