@@ -271,7 +271,8 @@ class AgentController:
 
     The appearance context modulates the VAE if the system has one, else the context's world row, which then reaches the
     decoder alone (see `VAE`). With `keep_frames` the observations stay in `memory`, for the store of past lifetimes;
-    for `nodes` see `Planner.action_values`. After a decision `codes` (B, S) uint8 and `values` (B, A) are those it saw.
+    for `nodes` see `Planner.action_values`. After a decision `context` (B, A + 1, D), `codes` (B, S) uint8 and `values`
+    (B, A) are those it saw.
     """
 
     def __init__(self, system: System, keep_frames: bool = False, nodes: int = 0) -> None:
