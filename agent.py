@@ -518,7 +518,7 @@ class Learner:
         return self.system.appearance.sequence(patches.unflatten(0, frames.shape[:2]))[0]
 
     def learn_perception(self, rows: Tensor, beliefs: Tensor | None = None) -> None:
-        """One update of the VAE on frames of lifetimes `rows`, under beliefs (B, T + 1, A + 1, H) if there are any.
+        """One update of the VAE on frames of lifetimes `rows`, under beliefs (B, T + 1, A + 1, H + K) if there are any.
 
         Where the appearance is inferred it learns too, from whole lifetimes, of which sixteen frames each are decoded.
         """
@@ -586,7 +586,7 @@ class Learner:
         self.optimizer_step("effects", losses, clip=20)
 
     def learn_context(self, experience: Experience) -> Tensor:
-        """One update of context engine, prior and heads; returns the beliefs (B, T + 1, A + 1, H)."""
+        """One update of context engine, prior and heads; returns the beliefs (B, T + 1, A + 1, H + K)."""
         losses, beliefs = self.system.engine.loss(experience, self.system.transition, self.generator)
         self.optimizer_step("context", losses, clip=20)
         return beliefs

@@ -3,9 +3,10 @@
 The learned belief has A + 1 rows. Row a is the belief about action a. The last row, the world row, is the belief about
 what is the same for all actions: which objects move, what reward they give. One GRU runs over all rows. Row a reads
 every effect, marked as its own or another action's; the world row reads effects and rewards, but never the action.
-Hence the agent is equivariant under relabelling of the actions. What it learns about one labelling holds for all, so it
-cannot memorize which action maps and roles occurred together in training. That actions are exchangeable a priori is
-prior knowledge; the uniform prior of the exact filter over action maps contains the same.
+Beside the state of the GRU a row keeps a sum: what each of its action's steps says of the action's effect, as Bayes'
+rule adds up evidence. Hence the agent is equivariant under relabelling of the actions. What it learns about one
+labelling holds for all, so it cannot memorize which action maps and roles occurred together in training. That actions
+are exchangeable a priori is prior knowledge; the uniform prior of the exact filter over action maps contains the same.
 
 Sources: Zintgraf et al., "VariBAD", ICLR 2020 (a recurrent belief trained to decode the whole lifetime); Kirsch et al.,
 "Introducing Symmetries to Black Box Meta Reinforcement Learning", AAAI 2022 (one recurrent cell shared by all actions);
@@ -37,7 +38,7 @@ from world_model import Trajectories
 class ContextSettings:
     """Inference of the hidden rules."""
 
-    hidden: int = 64  # size H of each row of the belief, at least 1
+    hidden: int = 64  # size H of the GRU's state in each row of the belief, at least 1
     context: int = 32  # size D of each row of the context, at least 1
     contact_features: int = 64  # contact features in a token of the world row, at least 1
     token_scale: float = 5.0  # factor on PyTorch's initial token weights: tokens are sparse, yet each must count
@@ -56,9 +57,10 @@ class ContextSettings:
 
 
 class ContextInferenceEngine(nn.Module):
-    """The belief (B, A + 1, H) about the hidden rule, and the context (B, A + 1, D) that modulates the models.
+    """The belief (B, A + 1, H + K) about the hidden rule, and the context (B, A + 1, D) that modulates the models.
 
-    The recurrent state is passed explicitly, by `initial_belief`, `step` and `sequence`. `engine(memory)` is the belief
+    A row of the belief is the state (H) of the GRU and the log-evidence (K) for each effect, see `_evidence`. The
+    recurrent state is passed explicitly, by `initial_belief`, `step` and `sequence`. `engine(memory)` is the belief
     after a memory.
 
     Args:
@@ -81,67 +83,92 @@ class ContextInferenceEngine(nn.Module):
         self.initial = nn.Parameter(torch.zeros(2 + len(fixed), hidden))
         own = [2 + fixed.index(action) if action in fixed else 0 for action in range(actions)]
         self.register_buffer("initial_row", torch.tensor([*own, 1]), persistent=False)
-        self.of_others = nn.Linear(hidden, hidden)
-        self.to_context = nn.Linear(2 * hidden, settings.context)
+        self.log_floor = nn.Parameter(torch.tensor(math.log(0.1)))
         self.register_buffer("pairs", describe_pairs(codes), persistent=False)
         self.set_num_effects(num_effects)
         with torch.no_grad():
-            for layer in (self.of_others, self.to_context):
-                layer.weight.mul_(settings.context_scale)
             self.gru.bias_ih_l0[hidden : 2 * hidden] = 1.0  # update gate: remember by default
 
     def set_num_effects(self, num_effects: int) -> None:
         """Make the layers that read K effects anew."""
         settings, hidden, device = self.settings, self.settings.hidden, self.initial.device
         self.num_effects = num_effects
-        self.own_effect = nn.Linear(num_effects, hidden, device=device)
-        self.others_effect = nn.Linear(num_effects, hidden, device=device)
-        self.world_event = nn.Linear(num_effects + 1 + settings.contact_features, hidden, device=device)
+        self.own_effect = nn.Linear(2 * num_effects, hidden, device=device)
+        self.others_effect = nn.Linear(2 * num_effects, hidden, device=device)
+        self.world_event = nn.Linear(2 * num_effects + 1 + settings.contact_features, hidden, device=device)
+        self.of_others = nn.Linear(hidden + num_effects, hidden, device=device)
+        self.to_context = nn.Linear(2 * hidden + num_effects, settings.context, device=device)
         with torch.no_grad():
+            for layer in (self.of_others, self.to_context):
+                layer.weight.mul_(settings.context_scale)
             for layer in (self.own_effect, self.others_effect, self.world_event):
                 layer.weight.mul_(settings.token_scale)
 
     def initial_belief(self, batch: int) -> Tensor:
-        """The belief before any experience: (batch, A + 1, H)."""
-        return self.initial[self.initial_row].expand(batch, -1, -1)
+        """The belief before any experience: (batch, A + 1, H + K)."""
+        return F.pad(self.initial[self.initial_row], (0, self.num_effects)).expand(batch, -1, -1)
 
     def context(self, belief: Tensor) -> Tensor:
-        """The context (..., A + 1, D) of a belief (..., A + 1, H): row a is action a's, the last the world's.
+        """The context (..., A + 1, D) of a belief (..., A + 1, H + K): row a is action a's, the last the world's.
 
-            c_a = W [h_a, sum over all other actions b of silu(V h_b)],  c_world = W [h_world, 0]
+            c_a = W [b_a, sum over all other actions a' of silu(V b_a')],  c_world = W [b_world, 0],
+            b_a = [h_a, softmax(l_a)]: the state of the GRU and what the log-evidence says
 
         What the others are known to do, this one hardly does too: so one knows something of actions never taken.
         """
+        state, evidence = self._parts(belief)
+        belief = torch.cat([state, evidence.softmax(-1)], -1)
         features = F.silu(self.of_others(belief[..., :-1, :]))
         others = features.sum(-2, keepdim=True) - features
         return self.to_context(torch.cat([belief, F.pad(others, (0, 0, 0, 1))], -1))
 
     def step(self, belief: Tensor, experience: Experience) -> Tensor:
-        """The belief (B, A + 1, H) after one more step; `experience` has T = 1."""
-        tokens, state = self._tokens(experience), belief.reshape(1, -1, belief.shape[-1])  # state (1, B * (A + 1), H)
-        return self.gru(tokens.view(-1, 1, tokens.shape[-1]), state)[1].view(belief.shape)
+        """The belief (B, A + 1, H + K) after one more step; `experience` has T = 1."""
+        state, evidence = self._parts(belief)
+        tokens = self._tokens(experience, evidence[:, None])
+        _, last = self.gru(tokens.view(-1, 1, tokens.shape[-1]), state.reshape(1, -1, state.shape[-1]))
+        return torch.cat([last.view(state.shape), evidence + self._evidence(experience)[:, 0]], -1)
 
     def sequence(self, experience: Experience) -> Tensor:
-        """All beliefs of lifetimes from their start: (B, T + 1, A + 1, H); index t is the belief before step t."""
+        """All beliefs of lifetimes from their start: (B, T + 1, A + 1, H + K); index t is the belief before step t."""
         B, T = experience.action.shape
-        rows, initial = self.actions + 1, self.initial_belief(B)
-        tokens = self._tokens(experience).transpose(1, 2).reshape(B * rows, T, -1)  # (B * (A + 1), T, H)
-        beliefs, _ = self.gru(tokens, initial.reshape(1, B * rows, -1))
-        beliefs = beliefs.view(B, rows, T, -1).transpose(1, 2)  # (B, T, A + 1, H)
-        return torch.cat([initial[:, None], beliefs], 1)
+        rows, (initial, _) = self.actions + 1, self._parts(self.initial_belief(B))
+        evidence = F.pad(self._evidence(experience).cumsum(1), (0, 0, 0, 0, 1, 0))  # (B, T + 1, A + 1, K)
+        tokens = self._tokens(experience, evidence[:, :-1]).transpose(1, 2).reshape(B * rows, T, -1)
+        states, _ = self.gru(tokens, initial.reshape(1, B * rows, -1))
+        states = states.view(B, rows, T, -1).transpose(1, 2)  # (B, T, A + 1, H)
+        return torch.cat([torch.cat([initial[:, None], states], 1), evidence], -1)
 
     def forward(self, memory: EpisodicMemory) -> Tensor:
-        """The belief (B, A + 1, H) after everything in `memory`."""
+        """The belief (B, A + 1, H + K) after everything in `memory`."""
         return self.sequence(memory.experience())[:, -1]
 
-    def _tokens(self, experience: Experience) -> Tensor:
-        """The input of every row of the belief: (B, T, A + 1, H)."""
-        posterior = experience.posterior.float()
-        own = F.one_hot(experience.action, self.actions)[..., None].bool()  # (B, T, A, 1)
-        effects = torch.where(own, self.own_effect(posterior)[:, :, None], self.others_effect(posterior)[:, :, None])
-        return torch.cat([effects, self._world_token(experience, posterior)[:, :, None]], 2)
+    def _parts(self, belief: Tensor) -> tuple[Tensor, Tensor]:
+        """The state (..., H) of the GRU and the log-evidence (..., K) of a belief."""
+        return belief.split([self.settings.hidden, self.num_effects], -1)
 
-    def _world_token(self, experience: Experience, posterior: Tensor) -> Tensor:
+    def _evidence(self, experience: Experience) -> Tensor:
+        """What each step adds to the log-evidence: (B, T, A + 1, K), zeros for all rows but that of the action taken.
+
+            l_a(k) = sum over the steps t that took a of log(q_t(k) / max q_t + e),  e = exp(log_floor) learnt
+
+        With e > 0 no step rules an effect out, because an action can fail.
+        """
+        taken, posterior = F.one_hot(experience.action, self.actions + 1), experience.posterior.float()
+        share = posterior / posterior.amax(-1, keepdim=True).clamp_min(1e-6)
+        return taken[..., None] * torch.log(share + self.log_floor.exp())[:, :, None]
+
+    def _tokens(self, experience: Experience, evidence: Tensor) -> Tensor:
+        """The input of every row of the belief: (B, T, A + 1, H), read off the effect of a step, and what the
+        log-evidence (B, T, A + 1, K) before it said of the action taken."""
+        taken = experience.action[..., None, None].expand(-1, -1, 1, self.num_effects)
+        expected = evidence.gather(2, taken).squeeze(2).softmax(-1)
+        effect = torch.cat([experience.posterior.float(), expected], -1)  # (B, T, 2K)
+        own = F.one_hot(experience.action, self.actions)[..., None].bool()  # (B, T, A, 1)
+        effects = torch.where(own, self.own_effect(effect)[:, :, None], self.others_effect(effect)[:, :, None])
+        return torch.cat([effects, self._world_token(experience, effect)[:, :, None]], 2)
+
+    def _world_token(self, experience: Experience, effect: Tensor) -> Tensor:
         """The input (B, T, H) of the world row: effects, rewards, and contact features, the maximum over contact pairs.
 
         Contact features are multiplied by the reward. So a step without reward is no evidence about reward values, and
@@ -156,7 +183,7 @@ class ContextInferenceEngine(nn.Module):
         features = F.silu(self.contact_features(self.pairs[occurring]))
         contact = largest_of(features, pair, step, len(present)) * reward[rewarded][:, None]
         contact = reward.new_zeros(*reward.shape, contact.shape[-1]).index_put(rewarded, contact)
-        return self.world_event(torch.cat([posterior, reward[..., None], contact], -1))
+        return self.world_event(torch.cat([effect, reward[..., None], contact], -1))
 
     def loss(
         self, experience: Experience, transition: TransitionModel, generator: torch.Generator
@@ -174,7 +201,7 @@ class ContextInferenceEngine(nn.Module):
         Gradients reach the engine and the contextual parameters of `transition`; codes and effect posteriors are
         constants.
 
-        Returns scalars in nats by name, and the beliefs (B, T + 1, A + 1, H) without gradient, for experience
+        Returns scalars in nats by name, and the beliefs (B, T + 1, A + 1, H + K) without gradient, for experience
         (B, T, ...). The generator makes the random times and steps.
         """
         B, T = experience.action.shape

@@ -56,7 +56,7 @@ class TestBelief(unittest.TestCase):
     def test_step_by_step_equals_the_sequence(self):
         engine, experience = engine_of(), experience_of()
         beliefs = engine.sequence(experience)
-        self.assertEqual(beliefs.shape, (B, T + 1, A + 1, 8))
+        self.assertEqual(beliefs.shape, (B, T + 1, A + 1, 8 + K))
         belief = engine.initial_belief(B)
         torch.testing.assert_close(beliefs[:, 0], belief)
         for t in range(T):
@@ -91,12 +91,21 @@ class TestBelief(unittest.TestCase):
         torch.testing.assert_close(after[:, :, A], before[:, :, A])
 
     def test_what_is_known_of_one_action_reaches_the_contexts_of_all_actions(self):
-        engine, belief = engine_of(), torch.randn(B, A + 1, 8)
+        engine, belief = engine_of(), torch.randn(B, A + 1, 8 + K)
         for row, reached in ((1, [True] * A + [False]), (A, [False] * A + [True])):
             changed = belief.clone()
             changed[:, row] += 1
             differs = (engine.context(changed) - engine.context(belief)).abs().amax((0, 2)) > 1e-4
             self.assertEqual(differs.tolist(), reached)
+
+    def test_log_evidence_is_the_sum_over_the_steps_of_an_action(self):
+        engine, experience = engine_of(), experience_of()
+        evidence = engine.sequence(experience)[:, -1, :, 8:]
+        expected = torch.zeros(B, A + 1, K)
+        for row in range(B):
+            for action, posterior in zip(experience.action[row], experience.posterior[row], strict=True):
+                expected[row, action] += (posterior / posterior.max() + 0.1).log()
+        torch.testing.assert_close(evidence, expected)
 
     def test_contacts_count_only_in_steps_with_a_reward(self):
         engine, experience = engine_of(), experience_of()
