@@ -132,7 +132,7 @@ class ContextInferenceEngine(nn.Module):
     def sequence(self, experience: Experience) -> Tensor:
         """All beliefs of lifetimes from their start: (B, T + 1, A + 1, H + K); index t is the belief before step t."""
         B, T = experience.action.shape
-        rows, (initial, _) = self.actions + 1, self._parts(self.initial_belief(B))
+        rows, (initial, _) = self.actions + 1, self._parts(self.initial_belief(B))  # initial (B, A + 1, H)
         evidence = F.pad(self._evidence(experience).cumsum(1), (0, 0, 0, 0, 1, 0))  # (B, T + 1, A + 1, K)
         tokens = self._tokens(experience, evidence[:, :-1]).transpose(1, 2).reshape(B * rows, T, -1)
         states, _ = self.gru(tokens, initial.reshape(1, B * rows, -1))
@@ -145,7 +145,8 @@ class ContextInferenceEngine(nn.Module):
 
     def _parts(self, belief: Tensor) -> tuple[Tensor, Tensor]:
         """The state (..., H) of the GRU and the log-evidence (..., K) of a belief."""
-        return belief.split([self.settings.hidden, self.num_effects], -1)
+        state, evidence = belief.split([self.settings.hidden, self.num_effects], -1)
+        return state.contiguous(), evidence  # cuDNN's GRU takes no other
 
     def _evidence(self, experience: Experience) -> Tensor:
         """What each step adds to the log-evidence: (B, T, A + 1, K), zeros for all rows but that of the action taken.
