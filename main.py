@@ -64,7 +64,7 @@ PRESETS: dict[str, dict] = {
         "vae": {"num_codes": 7},
         "transition": {"width": 48, "prior_width": 128, "reward_bins": (-1.0, 0.0, 0.5, 1.0)},
         "context": {"hidden": 96, "context": 64, "learning_rate": 4e-3},
-        "planner": {"nodes": 64, "layers": 8, "min_branch_prob": 0.15},
+        "planner": {"nodes": 64, "layers": 8, "expand_margin": 0.3, "min_branch_prob": 0.05},
         "training": dict(updates=1600, value_batch=8, effect_updates=600, evaluation_lifetimes=256, collect_every=24)
         | dict(value_from=100, plan_from=200, validate_every=0),  # the exact filter over 115,200 rules takes minutes
     },
