@@ -27,6 +27,7 @@ from main import Settings, build_system, evaluate, load_system, train, with_pres
 from memory import RunFolder, UserError, WorldStep, merge
 from tests.benchmarks import ablations, appearance, references, speed
 from tests.shared import (
+    make_generator,
     ROOT,
     TINY,
     children_of,
@@ -287,6 +288,8 @@ class TestBenchmarksByHand(unittest.TestCase):
         squares, T = [], experience.action.shape[1]
         with torch.no_grad():
             context = system.engine.context(system.engine.sequence(experience))
+            # Actions not taken yet are worth the same: rounding would decide which is best, and where the trace is cut.
+            context = context + torch.randn(context.shape, generator=make_generator())
             loss = float(system.planner.loss(system.value, experience, context)["value"])
             for row in range(3):
                 action = experience.action[row].tolist()
@@ -300,7 +303,7 @@ class TestBenchmarksByHand(unittest.TestCase):
                     target = float(experience.reward[row, t]) + 0.9 * boot
                     own = system.planner._values(system.value, codes[t][None], context[row, t][None])[0, action[t]]
                     squares.append((float(own) - target) ** 2)
-        self.assertAlmostEqual(loss, float(np.mean(squares)), places=4)
+        self.assertAlmostEqual(loss, float(np.mean(squares)), places=5)
         self.assertGreater(loss, 0)
 
     def test_code_accuracy(self):
