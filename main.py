@@ -58,7 +58,7 @@ PRESETS: dict[str, dict] = {
     "tinted": {
         "vae": {"width": 96, "final_lr_scale": 0.05},
         "context": {"appearance": 16, "learning_rate": 4e-3},
-        "training": {"updates": 600, "perception_updates": 1500, "evaluation_lifetimes": 1024},
+        "training": {"updates": 900, "perception_updates": 3000, "evaluation_lifetimes": 1024},
     },
     "everything": {
         "vae": {"num_codes": 7},
