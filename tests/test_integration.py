@@ -27,7 +27,6 @@ from main import Settings, build_system, evaluate, load_system, train, with_pres
 from memory import RunFolder, UserError, WorldStep, merge
 from tests.benchmarks import ablations, appearance, references, speed
 from tests.shared import (
-    make_generator,
     ROOT,
     TINY,
     children_of,
@@ -36,6 +35,7 @@ from tests.shared import (
     free_port,
     in_process,
     installed,
+    make_generator,
     only_run,
     quick_run,
     slow,
