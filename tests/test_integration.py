@@ -19,6 +19,7 @@ from unittest import mock
 import gymnasium
 import numpy as np
 import torch
+import tyro
 
 from agent import AgentController, Learner
 from context_engine import ActionValues, KnownRuleAgent, ThompsonAgent, rollout
@@ -46,6 +47,7 @@ from tests.shared import (
     tiny_run,
     wait_for,
 )
+from tune_hyperparams import TuneArguments
 
 LIFETIMES = 128
 RESULTS = ("metrics.jsonl", "evaluation.json")
@@ -401,10 +403,34 @@ class TestBenchmarks(unittest.TestCase):
         self.assertGreater(min(moves, roles), 0.5)
         self.assertGreater((run / "belief.png").stat().st_size, 10_000)
 
-    def test_tuning_compares_lifetime_by_lifetime(self):
-        run = quick_run()
-        printed = printed_by(benchmark("tuning").main, tuned=(run, run), baseline=(run, run))
-        self.assertRegex(printed, r"\| tuned \| .* \| -?0.00 \[-?0.00, -?0.00\] \|")
+    def test_tuning(self):
+        tuning, first, folder = benchmark("tuning"), quick_run(), temporary_folder()
+        with self.assertRaisesRegex(UserError, "a different seed each"):
+            tuning.main((first, copy_of(first)))
+        study = folder / "runs" / "tune-tuning"
+        study.mkdir(parents=True)
+        scores = (("COMPLETE", 0.8), ("PRUNED", 0.95), ("COMPLETE", 0.9))
+        trials = [{"number": i, "state": state, "score": score} for i, (state, score) in enumerate(scores)]
+        (study / "trials.json").write_text(json.dumps({"baseline": 0, "trials": trials}))
+        (folder / "runs" / "tuning-0").symlink_to(first)  # as if the best set trained to the same agent
+        with mock.patch.multiple(tuning, ROOT=folder, run_command=mock.DEFAULT) as replaced:
+            printed = printed_by(tuning.main, (first,), trials=3)
+        commands = [call.args[0][1:] for call in replaced["run_command"].call_args_list]
+        self.assertEqual([command[0] for command in commands], ["tune_hyperparams.py", "main.py"])
+        arguments = tyro.cli(TuneArguments, args=commands[0][1:])
+        self.assertEqual((arguments.config, arguments.study, arguments.trials), (first / "config.json", "tuning", 3))
+        self.assertEqual(commands[1][1:3], ["--config", str(study / "best.json")])
+        start, best = r"start, trial 0 \| 0.800 \| .*\|  \| (\S+)", r"best, trial 2 \| 0.900 \| .*\| 0.00 \| \1"
+        self.assertRegex(printed, rf"\| {start} \|\n\| {best} \|")
+        self.assertIn("3 trials, of which 2 were not pruned; 1 runs", printed)
+
+    def test_places(self):
+        places, run = benchmark("places"), tiny_run()
+        printed = printed_by(places.main, (run,), lifetimes=4)
+        self.assertRegex(printed, r"\| nothing \| .* \|  \| \S+ \|\n\| the memory of places \| ")
+        trained = places.train_without(tiny())
+        self.assertEqual(float(trained.transition.place_past.weight.detach().abs().max()), 0.0)
+        self.assertGreater(float(trained.transition.place_out[-1].weight.detach().abs().max()), 0.0)  # the rest learns
 
     def test_processes(self):
         from torch.distributed.run import get_args_parser

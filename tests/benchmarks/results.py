@@ -92,7 +92,9 @@ def measurements() -> dict[str, Measurement]:
     search = ("--lifetimes", "256", "--columns", "4", "--split", "train")
     found["external-HiddenGoal-train"] = benchmark("external", *runs["HiddenGoal"], *search, minutes=2)
     found |= {
+        "tuning": benchmark("tuning", *runs["quick"], "--name", "KEPT", minutes=15),
         "folds": benchmark("folds", *(run for name in ("HiddenGoal", *FOLDS) for run in runs[name]), minutes=5),
+        "places": benchmark("places", *runs["HiddenGoal"], minutes=5),
         "references": benchmark("references", "{default-0}", minutes=3),
         "belief": benchmark("belief", "{default-0}", minutes=1),
         "effects": benchmark("effects", *runs["default"], *runs["everything"], minutes=2),
@@ -168,7 +170,8 @@ def version(command: tuple[str, ...]) -> str:
     settings of its preset, and the versions of the trainings that it reads. Of `MEASURED` ones only what they use of
     the modules that these name, and the world's settings."""
     modules = {file.name: code_of(file.read_text()) for file in sorted(ROOT.glob("*.py"))}
-    modules.pop("tune_hyperparams.py", None)
+    if command[1] != "tests.benchmarks.tuning":
+        modules.pop("tune_hyperparams.py", None)
     benchmarks, code = ROOT / "tests" / "benchmarks", list(modules.values())
     measured = MEASURED.get(command[1]) if command[0] == "-m" else None
     if command[0] == "-m":
