@@ -42,7 +42,7 @@ class ContextSettings:
     context: int = 32  # size D of each row of the context, at least 1
     contact_features: int = 64  # contact features in a token of the world row, at least 1
     token_scale: float = 5.0  # factor on PyTorch's initial token weights: tokens are sparse, yet each must count
-    context_scale: float = 3.0  # factor on PyTorch's initial weights from belief to context, at least 0
+    context_scale: float = 3.0  # factor on PyTorch's initial weights from belief or patches to context, at least 0
     # weight of predicting the effects at other times, at least 0; with 0, reward and termination too only at their own
     decoding_weight: float = 2.0
     appearance: int = 0  # patch features in a token of the appearance; 0 where all lifetimes look the same
@@ -195,9 +195,10 @@ class ContextInferenceEngine(nn.Module):
             decoding = weight * mean over (B, T) of  -log sum_k q_t(k) pi(k | a_t, c_t'),   t' random, past or future,
         of those t whose t' lies in the same segment, here and below: another rule's effects are no valid target
             reward, termination = cross-entropies of sampled steps under c_t' and what the memory of places held at t',
-            t' random; steps with an event (a termination or an unusual reward) and steps without are averaged apart,
-            because events are rare, and the logits of events are shifted by as much as they count more, so that the
-            heads predict how often they happen (Menon et al., "Long-tail Learning via Logit Adjustment", 2021)
+            t' random, with what the episode had earned before t; the means over steps with an event (a termination or
+            an unusual reward) and over steps without are added, because events are rare, and the logits of events are
+            shifted by as much as they count more, so that the heads predict how often they happen (Menon et al.,
+            "Long-tail Learning via Logit Adjustment", 2021)
 
         Gradients reach the engine and the contextual parameters of `transition`; codes and effect posteriors are
         constants.
@@ -382,9 +383,9 @@ class ActionValues:
         Q(s, m) = E[r + discount * V(s')],  V(s) = max_m Q(s, m),  where V(s') = W if the episode ends in s'
 
     As the lifetime goes on, W is the mean value of an episode's first state under the same edges and wind: over all
-    arrangements of the objects, or 1024 random ones (and layouts of walls) if there are more than 4096. The time limit
-    of episodes is ignored, because the frame does not show it. Small environments are solved once for all arrangements,
-    larger ones in every call.
+    arrangements of the objects, or if these are more than 4096 or there are walls, over 1024 random ones, with layouts
+    of walls. The time limit of episodes is ignored, because the frame does not show it. Small environments are solved
+    once for all arrangements, larger ones in every call.
 
     Args:
         settings: of the environment.

@@ -70,7 +70,7 @@ class WorldSettings:
     # Greatest probability of a gust, 0 to 0.9, which moves the body a cell in a hidden direction whatever the action.
     # The probability in a rule is hidden too: 1 to 5 fifths of this.
     wind: float = 0.0
-    # Gymnasium id of an external environment to use instead: Discrete actions, shuffled for every lifetime, RGB frames.
+    # Gymnasium id of an external environment to use instead: Discrete actions, shuffled or not (`shuffle`), RGB frames.
     # MiniGrid-... is fully visible, with `cell` pixels a tile. `package:Id-v0` first imports the package that registers
     # the id. Of the other settings only lifetime, cell, slip (always to a random action), noise and shuffle apply.
     gym_id: str = ""
@@ -350,7 +350,7 @@ class HiddenRulesWorld:
 
     Args:
         settings: of the environments.
-        batch: their number B; ValueError below 1.
+        batch: their number B; ValueError below 1, and without tasks.
         tasks: the split whose tasks and walls are sampled, each with equal probability; or task numbers (n,) int64,
             with the walls of all splits.
         seed: of all random streams.
@@ -635,9 +635,9 @@ ADVICE = {"thompson": "thompson_action", "known_rule": "expert_action"}
 class HiddenRulesWrapper(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """Adds hidden rules to any Gymnasium environment with Discrete actions and RGB frames.
 
-    Every reset begins a lifetime of several episodes under a new rule: which action does what, and a task of the
-    environment's own if it has any. Seen from outside, one episode is one lifetime; infos are as in `PixelEnv`.
-    ValueError for other environments and non-finite rewards. An environment may offer
+    Every reset begins a lifetime of several episodes under a new rule: which action does what, a task of the
+    environment's own, or both (`WorldSettings.shuffle`). Seen from outside, one episode is one lifetime; infos are as
+    in `PixelEnv`. ValueError for other environments and non-finite rewards. An environment may offer
 
     - `tasks` and `set_task(task)`, called before a lifetime begins, as in Meta-World (Yu et al., 2019): a sequence, of
       which about three fifths are for training, one for validation and one for test, at least one each, or a mapping of
@@ -779,8 +779,8 @@ def shuffled_actions(shuffle: tuple[str, ...], actions: int, has_tasks: bool) ->
     # Fewer than 4 have too few permutations to hold some out; the rank of one of 21 does not fit into 64 bits.
     if len(set(chosen)) < len(chosen) or not set(chosen) <= set(every) or not 4 <= len(chosen) <= 20:
         raise ValueError(
-            f"world.shuffle is {' '.join(chosen)}, but must be all, none, or 4 to 20 different actions from 0 to "
-            f"{actions - 1}."
+            f"world.shuffle is {' '.join(chosen)}, but must be none, 4 to 20 different actions from 0 to "
+            f"{actions - 1}, or all, where these are 4 to 20."
         )
     return sorted(map(int, chosen))
 
@@ -878,7 +878,7 @@ class ExternalWorlds:
         weakref.finalize(self, self.vector.close)
 
     def reset(self) -> Tensor:
-        """Begin a lifetime in newly sampled tasks; returns the first frames (B, H, W, 3) uint8."""
+        """Begin the lifetime, in the same sampled tasks at every call; returns the first frames (B, H, W, 3) uint8."""
         seeds = np.random.SeedSequence(self.seed).generate_state(self.batch)
         frames, _ = self._guarded(self.vector.reset, seed=[int(seed >> 1) for seed in seeds])
         self.task = torch.tensor(self.vector.get_attr("task"))

@@ -164,6 +164,10 @@ def build_system(settings: Settings, engine: type = ContextInferenceEngine, plan
     Args:
         settings: of the run; the seed decides the initial weights.
         engine, planner: your own classes in the place of these, built from the same arguments.
+
+    Raises:
+        ValueError: settings that do not fit together, such as a reward without a bin, or a patch and the frame.
+        UserError: this machine lacks the device.
     """
     s, sizes, device = settings, settings.world.sizes, get_device(settings.device)
     missing = set(s.world.reward_values) - set(s.transition.reward_bins)

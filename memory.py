@@ -197,7 +197,7 @@ class PlaceMemory(NamedTuple):
     column: Tensor  # (C,) int64: which column a code has
     earned: Tensor  # (B,) float32: what the present episode has earned so far
     start: Tensor  # (B, S) uint8: the grid of codes that the first episode began with
-    # (B,) int64: how many began with it, the first one and those after a termination; -1 if another one did not
+    # (B,) int64: how many episodes began with it, of the first one and those after a termination; -1 if one did not
     begun: Tensor
     begins: Tensor  # (B,) bool: the next step is the first one of such an episode
     SUMS = 5
@@ -363,7 +363,7 @@ class FrameBlock:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the frames."""
+        """Bytes of all tensors."""
         return self.frames.nbytes + self.final_obs.nbytes + self.final_index.nbytes + self.task.nbytes
 
     def next_obs(self, rows: slice = slice(None)) -> Tensor:
@@ -394,7 +394,8 @@ class LifetimeStore:
     Args:
         settings: see `MemorySettings`.
         device: where `experience` lives; frames stay in main memory.
-        shard, shards: rank and number of stores, one for each process; they share budget and block numbers.
+        shard, shards: rank and number of stores, one for each process; each has its share of the
+            budget, and of the block numbers every `shards`-th.
     """
 
     def __init__(self, settings: MemorySettings, device: Device = "cpu", shard: int = 0, shards: int = 1) -> None:
@@ -423,15 +424,15 @@ class LifetimeStore:
             version: update at which the models made the codes.
 
         Raises:
-            ValueError: this block alone is larger than the budget.
+            ValueError: this block alone is larger than the budget, or the lifetimes are not finished.
         """
         block = FrameBlock.of(self.next, memory, task)
         new = memory.experience()._replace(segment=segment.clamp(max=255).to(torch.uint8))
         size = block.bytes + sum(part.nbytes for part in new)
         if size > self.budget:
             raise ValueError(
-                f"memory.budget_mb is {self.budget / 2**20:g}, but {len(block)} lifetimes take {size / 2**20:.1f} MB: "
-                "raise memory.budget_mb or lower training.envs."
+                f"this process has {self.budget / 2**20:g} MB of memory.budget_mb, but {len(block)} lifetimes take "
+                f"{size / 2**20:.1f} MB: raise memory.budget_mb or lower training.envs."
             )
         drop = 0
         while self._bytes_from(drop) + size > self.budget:

@@ -7,7 +7,7 @@ which one did occur.
 
 The rest is FiLM-modulated by the context, which stands for the task: the *prior* pi(k|a, c) of the effects; the *reward
 and termination heads*, which read the *contact features*, that is, which pairs (code before, code after) occur at some
-patch.
+patch, and from the memory of places what came with a code at its place so far.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def change_counts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How often which change happened after which action of which lifetime.
 
-    A change is all that differs between two grids, wherever it lies, or if that occurs less often than `least`, each
-    connected part of it. Changes that occur less often still are left out, and all but the 512 most frequent.
+    A change is all that differs between two grids, wherever it lies. One that occurs less often than `least` is taken
+    apart into its connected parts; parts that are as rare are left out, and so are all but the 512 most frequent.
 
     Returns:
         counts (L, A, D) float32 for the L lifetimes under one rule in experience (n, T, ...), which of them each step
@@ -239,7 +239,8 @@ def cluster_changes(
     after an action is its own; see `find_effects`.
 
     Begins with k-means++ (Arthur & Vassilvitskii, 2007) in features (L, A, D) within each kind of lifetime, and merges
-    components while the penalised likelihood gains and there are more than `most`.
+    components while the penalised likelihood gains or there are more than `most`; one of less than 1.5 actions is
+    merged wherever that costs least.
     """
     label = torch.zeros(counts.shape[:2], dtype=torch.int64, device=counts.device)
     for number in range(int(kind.max()) + 1):
@@ -365,7 +366,7 @@ class EffectNetwork(nn.Module):
 
     @torch.no_grad()
     def init_marginal(self, label: Tensor) -> None:
-        """Begin p0 with the shares of labels (...) int64, of which every effect has at least a twentieth part."""
+        """Begin p0 with the shares of labels (...) int64, each count raised to at least a twentieth of all labels."""
         count = torch.bincount(label.flatten(), minlength=self.num_effects)
         self.marginal.copy_(count.clamp_min(label.numel() // 20 + 1).log())
 
@@ -645,6 +646,9 @@ class TransitionModel(nn.Module):
             n_actions: A.
             labelled: `experience.posterior` is r(m|a), as `find_effects` found it, times the probability that the step
                 shows it.
+
+        Returns:
+            consistent, the first mean, and marginal, the second: scalars, whose sum is L.
         """
         B, T = experience.action.shape
         codes, next_codes = experience.codes.flatten(0, 1), experience.next_codes.flatten(0, 1)

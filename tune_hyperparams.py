@@ -355,7 +355,7 @@ class TuneArguments:
     config: Path | None = None  # A JSON file of settings on top of the preset, from which the search starts.
     trials: int = 20  # Trials of the study in total, with earlier ones and those of other workers; at least 1.
     seeds: int | None = None  # Seeds trained in each trial, at least 1; if not given, 2, or 1 with the preset quick.
-    updates: int | None = None  # Updates of each training; if not given, three quarters of the preset's.
+    updates: int | None = None  # Updates of each training; if not given, three quarters of those to start from.
     lifetimes: int = 512  # Validation lifetimes of each evaluation, at least 2.
     jobs: int = 1  # Processes among which this machine's cores are shared, at least 1.
     study: str = "default"  # Name of the study: letters, digits, - and _.

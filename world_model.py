@@ -55,7 +55,8 @@ class VAESettings:
 class VAE(nn.Module):
     """A variational autoencoder with one categorical code per patch; encoder and decoder are FiLM-modulated.
 
-    FiLM begins as the identity. `Learner` trains the encoder's only where an appearance is inferred.
+    FiLM begins as the identity. `Learner` trains the encoder, its FiLM too, only where an appearance is
+    inferred.
 
     In the shapes below, a frame (H, W, channels) has S patches of P = patch * patch * channels numbers.
 
@@ -371,10 +372,10 @@ class Trajectories(NamedTuple):
 
 
 def bootstrap_ci(statistic: Callable[..., np.ndarray], *strata: np.ndarray) -> list[float | None]:
-    """95% percentile bootstrap interval, stratified by run (Agarwal et al., "Statistical Precipice", 2021).
+    """95% percentile bootstrap interval over lifetimes (after Agarwal et al., "Statistical Precipice", 2021).
 
-    All runs see the same lifetimes, so each resample picks lifetimes, the same ones in every run; otherwise the
-    interval would be too narrow.
+    All runs see the same lifetimes, so each resample picks lifetimes, the same ones in every run: picked for each run
+    apart, as theirs are, the interval would be too narrow.
 
     Args:
         statistic: reduces the last axis of k arrays (..., runs * n).

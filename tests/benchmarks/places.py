@@ -1,8 +1,9 @@
 """What remembering what happened where contributes: trainings without it beside the given runs.
 
 For each of RUNs, in a world whose rewards or ends depend on places, an agent with the same settings and seed is trained
-whose reward and termination heads see no sums of what came with a code at its place. Both are evaluated in the same
-held-out lifetimes. Differences are between trainings: their interval is Student's t over seeds.
+whose reward and termination heads see neither what came with a code at its place nor what the episode has earned; the
+planner still knows the grid that episodes begin with. Both are evaluated in the same held-out lifetimes. Differences
+are between trainings: their interval is Student's t over seeds.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A record is one small JSON file in tests/benchmarks/records: what was run, by which commit, when, on what, and the
 figures. Tables need nothing but records. Without options this lists the records that are missing or made by another
-version of the code, and writes the tables. --make runs what is missing, one job a core, and can be stopped and started
+version of the code, and writes the tables. --make measures these, one job a core, and can be stopped and started
 again at any point, on any machine: trainings go on from their checkpoints. What a record holds is never edited.
 """
 

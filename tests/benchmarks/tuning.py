@@ -48,6 +48,8 @@ def main(runs: Positional[tuple[Path, ...]], trials: int = 20, name: str = "tuni
     results = {"start": [read_result(run, "evaluation.json") for run in runs]}
     study = search(runs[0], name, trials)
     found = read_result(study, "trials.json")
+    if found["baseline"] is None:
+        raise UserError(f"the first trial, with the settings of the runs, failed: see {study / 'trials.json'}.")
     scores = {trial["number"]: trial["score"] for trial in found["trials"] if trial["state"] == "COMPLETE"}
     best = max(scores, key=scores.get)
     results["best"] = [read_result(train(study, name, seed), "evaluation.json") for seed in seeds]
