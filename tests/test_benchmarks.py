@@ -55,6 +55,18 @@ class TestResults(unittest.TestCase):
                 self.assertNotIn(results.version.__wrapped__(("main.py",)), seen)
             self.assertNotIn(results.version.__wrapped__(("main.py", "--seed", "1")), seen)
 
+    def test_only_the_benchmark_of_tuning_is_of_another_version_when_the_search_changes(self):
+        seen: dict[str, set[str]] = {"tuning": set(), "belief": set()}
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(results, "ROOT", Path(folder)):
+            (Path(folder) / "tests" / "benchmarks").mkdir(parents=True)
+            for name in seen:
+                (Path(folder) / f"tests/benchmarks/{name}.py").touch()
+            for text in ("trials = 20", "trials = 30"):
+                (Path(folder) / "tune_hyperparams.py").write_text(text)
+                for name, versions in seen.items():
+                    versions.add(results.version.__wrapped__(("-m", f"tests.benchmarks.{name}")))
+        self.assertEqual({name: len(versions) for name, versions in seen.items()}, {"tuning": 2, "belief": 1})
+
     def test_what_measures_another_agent_is_of_another_version_when_the_world_changes_only(self):
         command, seen = results.measurements()["rl2-quick-plain"].command, set()
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(results, "ROOT", Path(folder)):
