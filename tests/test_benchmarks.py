@@ -100,6 +100,12 @@ class TestResults(unittest.TestCase):
         text = results.tables({"default-0": runs[0], "default-1": runs[1]})
         self.assertIn(f"**{runs[0]['return_mean']:.2f} ± 0.00**", text["readme"])
         self.assertIn("| all 2 |", text["default"])
+        (folder / ".github").mkdir()
+        with mock.patch.object(results, "ROOT", folder):
+            results.keep_pictures(tiny)
+        for picture in results.PICTURES:
+            self.assertEqual((folder / ".github" / picture).read_bytes(), (tiny / picture).read_bytes())
+            self.assertIn(f".github/{picture}", results.PAGES[0].read_text())
 
 
 class TestRL2(unittest.TestCase):

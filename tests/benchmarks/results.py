@@ -39,6 +39,7 @@ CLASSICS = {"HiddenGoal": (256, 4), "Darkroom": (128, 10), "DarkroomPermuted": (
 CLASSICS |= {"DarkKeyToDoor": (64, 8)}
 FOLDS = tuple(f"HiddenGoal{fold}" for fold in range(1, 5))
 TABLES = ("PRESETS", "WORLDS")
+PICTURES, SHOWN = ("adaptation.png", "lifetime.gif"), "default-0"  # in README.md, and the record that they come with
 # The modules that a benchmark measures, where it is not all of them: RL2 is another agent in the same worlds.
 MEASURED = {"tests.benchmarks.rl2": ("environment.py", "memory.py", "context_engine.py")}
 DRAWING = ("plot_", "picture_", "label_", "show_", "save_animation")  # how functions begin that do not change figures
@@ -255,6 +256,14 @@ def make_record(name: str, cores: int) -> None:
     write_json(about | figures, RECORDS / f"{name}.json")
     if trains:
         shutil.rmtree(run_of(name) / "store")  # half a gigabyte at the most, for going on only
+    if trains and name == SHOWN:
+        keep_pictures(run_of(name))
+
+
+def keep_pictures(run: Path) -> None:
+    """Copy a run's pictures to where README.md shows them."""
+    for picture in PICTURES:
+        shutil.copyfile(run / picture, ROOT / ".github" / picture)
 
 
 def training_figures(run: Path) -> dict[str, Any]:
