@@ -394,8 +394,8 @@ class LifetimeStore:
     Args:
         settings: see `MemorySettings`.
         device: where `experience` lives; frames stay in main memory.
-        shard, shards: rank and number of stores, one for each process; each has its share of the
-            budget, and of the block numbers every `shards`-th.
+        shard, shards: rank and number of stores, one for each process; each has its share of the budget,
+            and of the block numbers every `shards`-th.
     """
 
     def __init__(self, settings: MemorySettings, device: Device = "cpu", shard: int = 0, shards: int = 1) -> None:

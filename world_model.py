@@ -55,8 +55,7 @@ class VAESettings:
 class VAE(nn.Module):
     """A variational autoencoder with one categorical code per patch; encoder and decoder are FiLM-modulated.
 
-    FiLM begins as the identity. `Learner` trains the encoder, its FiLM too, only where an appearance is
-    inferred.
+    FiLM begins as the identity. `Learner` trains the encoder, its FiLM too, only where an appearance is inferred.
 
     In the shapes below, a frame (H, W, channels) has S patches of P = patch * patch * channels numbers.
 

@@ -256,8 +256,8 @@ def make_record(name: str, cores: int) -> None:
     write_json(about | figures, RECORDS / f"{name}.json")
     if trains:
         shutil.rmtree(run_of(name) / "store")  # half a gigabyte at the most, for going on only
-    if trains and name == SHOWN:
-        keep_pictures(run_of(name))
+        if name == SHOWN:
+            keep_pictures(run_of(name))
 
 
 def keep_pictures(run: Path) -> None:
